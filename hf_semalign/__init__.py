@@ -1,0 +1,57 @@
+"""SemAlign for Hugging Face: knowledge from a larger language model into a smaller one of another depth and width.
+
+The public names load on first use, so that ``import hf_semalign`` and ``semalign --help`` stay fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_semalign.attribution import LayerScores, attribute_layers
+    from hf_semalign.config import SemAlignConfig
+    from hf_semalign.frontier import FrontierCallback, FrontierSchedule
+    from hf_semalign.hub import load_transfer
+    from hf_semalign.losses import output_kl, relation_loss, steering_loss
+    from hf_semalign.pairing import LayerPairing, pair_layers
+    from hf_semalign.semantics import SemanticMap, semantic_bases
+    from hf_semalign.trainer import SemAlignTrainer
+
+__all__ = [
+    "FrontierCallback",
+    "FrontierSchedule",
+    "LayerPairing",
+    "LayerScores",
+    "SemAlignConfig",
+    "SemAlignTrainer",
+    "SemanticMap",
+    "attribute_layers",
+    "load_transfer",
+    "output_kl",
+    "pair_layers",
+    "relation_loss",
+    "semantic_bases",
+    "steering_loss",
+]
+_MODULES = {
+    "attribution": ("LayerScores", "attribute_layers"),
+    "config": ("SemAlignConfig",),
+    "frontier": ("FrontierCallback", "FrontierSchedule"),
+    "hub": ("load_transfer",),
+    "losses": ("output_kl", "relation_loss", "steering_loss"),
+    "pairing": ("LayerPairing", "pair_layers"),
+    "semantics": ("SemanticMap", "semantic_bases"),
+    "trainer": ("SemAlignTrainer",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

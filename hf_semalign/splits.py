@@ -1,0 +1,196 @@
+"""Splits: records to token ids, labels and example ids; disjointness; batches (method, section 0).
+
+Position ``i`` is *valid* when ``labels[i + 1] != -100``: the position that predicts a supervised token. Every quantity of
+the method is computed on valid positions only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, compress, takewhile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+Record = Mapping[str, Any]
+
+
+def valid_positions(labels: torch.Tensor) -> torch.Tensor:
+    """``[B, T]`` bool: positions whose next token is supervised; the last position never is."""
+    valid = torch.zeros_like(labels, dtype=torch.bool)
+    valid[:, :-1] = labels[:, 1:] != IGNORED
+    return valid
+
+
+def normalise_prompt(text: str) -> str:
+    """Prompt with Unicode form (NFKC), case and white space evened out, as the splits compare it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def prompt_of(record: Record) -> str:
+    """What a record conditions on: normalised text, or the ids before the first supervised one (all ids where none are)."""
+    if "prompt" in record:
+        prompt = record["prompt"]
+        return normalise_prompt(prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt))
+    if "messages" in record:
+        turns = record["messages"]
+        return normalise_prompt("\n".join(turn["content"] for turn in turns[:-1]))
+    masked = list(takewhile(lambda pair: pair[1] == IGNORED, zip(record["input_ids"], record["labels"], strict=False)))
+    return " ".join(str(token) for token, _ in masked) or " ".join(map(str, record["input_ids"]))
+
+
+def check_disjoint(splits: Mapping[str, Iterable[Record]]) -> None:
+    """Refuse splits that share a prompt.
+
+    Args:
+        splits: records by split name.
+
+    Raises:
+        ValueError: names up to five of the shared rows.
+    """
+    rows = {name: {prompt_of(record): row for row, record in enumerate(records)} for name, records in splits.items()}
+    clashes = [
+        f"{first}[{rows[first][prompt]}] = {second}[{rows[second][prompt]}]: {prompt[:60]!r}"
+        for first, second in combinations(rows, 2)
+        for prompt in sorted(rows[first].keys() & rows[second].keys())
+    ]
+    if clashes:
+        shown = "\n  ".join(clashes[:5])
+        raise ValueError(
+            f"Overlapping splits: {len(clashes)} prompts stand in more than one of {list(rows)}, which must be disjoint:\n"
+            f"  {shown}\nRemove these rows from all splits but one."
+        )
+
+
+def encode(
+    records: Sequence[Record] | Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    split: str,
+    max_length: int | None = None,
+) -> Dataset:
+    """Records to a data set of ``input_ids``, ``labels`` and ``example_id``; only answers are supervised.
+
+    Args:
+        records: rows with TRL's ``prompt`` and ``completion`` (strings, or lists of messages), with ``messages`` (every
+            assistant turn is supervised), or with ``input_ids`` and ``labels``, which pass
+            through but for padding that an ``attention_mask`` marks.
+        tokenizer: needed unless the rows hold token ids.
+        split: name for error messages.
+        max_length: longer sequences are cut at the end.
+
+    Returns:
+        One row a record. ``example_id`` is a 63-bit digest of ids and labels: equal content, equal id, whatever the order.
+
+    Raises:
+        ValueError: unknown columns, no rows, no tokenizer, or rows without a valid position.
+    """
+    if len(records) == 0:
+        raise ValueError(f"The {split} split has no rows.")
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "example_id": []}
+    empty = []
+    for row, record in enumerate(records):
+        ids, labels = _tokenize(record, tokenizer, split)
+        if len(ids) != len(labels):
+            raise ValueError(f"{split}[{row}]: {len(ids)} input_ids but {len(labels)} labels; they must be as many.")
+        ids, labels = ids[:max_length], labels[:max_length]
+        if all(label == IGNORED for label in labels[1:]):
+            empty.append(row)
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        columns["example_id"].append(_digest(ids, labels))
+    if empty:
+        raise ValueError(
+            f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
+            f"token is left to supervise. Give these rows an answer, or raise max_length (now {max_length})."
+        )
+    return Dataset.from_dict(columns)
+
+
+def _digest(ids: Sequence[int], labels: Sequence[int]) -> int:
+    digest = hashlib.blake2b(repr((list(ids), list(labels))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, split: str) -> tuple[list[int], list[int]]:
+    if "input_ids" in record and "labels" in record:
+        kept = record.get("attention_mask") or [1] * len(record["input_ids"])
+        return list(compress(record["input_ids"], kept)), list(compress(record["labels"], kept))
+    if tokenizer is None:
+        raise ValueError(f"The {split} split holds text: pass its tokenizer as processing_class.")
+    if "messages" in record:
+        return _tokenize_chat(record["messages"], 0, tokenizer)
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str):
+            start = tokenizer(prompt)["input_ids"]
+            ids = tokenizer(prompt + completion)["input_ids"]
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+            return ids, _mask_prompt(start, ids)
+        return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer)
+    raise ValueError(
+        f"The {split} split has the columns {sorted(record)}: expected prompt and completion, or messages, "
+        "or input_ids and labels."
+    )
+
+
+def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
+    # A tokenizer may merge the seam of prompt and answer into one token: what differs from there on is the answer's.
+    shared = 0
+    while shared < min(len(prompt), len(ids)) and prompt[shared] == ids[shared]:
+        shared += 1
+    return [IGNORED] * shared + list(ids[shared:])
+
+
+def _tokenize_chat(
+    messages: Sequence[Mapping[str, str]], first_answer: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
+            "columns of plain text, or a tokenizer with a template."
+        )
+
+    def render(turns: Sequence[Mapping[str, str]], opening: bool) -> list[int]:
+        text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opening)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = render(messages, opening=False)
+    labels = [IGNORED] * len(ids)
+    for turn, message in enumerate(messages):
+        if turn < first_answer or message["role"] != "assistant":
+            continue
+        prefix = _mask_prompt(render(messages[:turn], opening=True), ids).count(IGNORED)
+        end = len(render(messages[: turn + 1], opening=False)) if turn + 1 < len(messages) else len(ids)
+        labels[prefix:end] = ids[prefix:end]
+    return ids, labels
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of :func:`encode` to a batch of ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]``.
+
+    Attributes:
+        pad_token_id: filler on the right; masked in attention and labels.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Record]) -> dict[str, torch.Tensor]:
+        """Pad to the longest row."""
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "example_id": torch.as_tensor([row["example_id"] for row in rows]),
+        }

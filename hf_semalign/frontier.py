@@ -1,0 +1,154 @@
+"""The frontier schedule: which layers train and are supervised at which step (method, section 6)."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, get_scheduler
+
+FRONTIERS = ("single", "cumulative", "joint")
+BUDGETS = ("split", "per_stage")
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Which target layers each stage trains and supervises; stages and layers count from 0.
+
+    Attributes:
+        kind: ``single`` (the paper: stage ``k`` trains layer ``k``), ``cumulative`` (stage ``k`` trains layers ``0..k``, the
+            layer loss still at ``k``) or ``joint`` (one stage, all layers, the layer losses averaged).
+        num_layers: layers of the target.
+    """
+
+    kind: str
+    num_layers: int
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return 1 if self.kind == "joint" else self.num_layers
+
+    def trained(self, stage: int) -> range:
+        """Target layers whose LoRA trains."""
+        return range(0 if self.kind != "single" else stage, self.num_layers if self.kind == "joint" else stage + 1)
+
+    def supervised(self, stage: int) -> range:
+        """Target layers with a layer loss."""
+        return range(self.num_layers) if self.kind == "joint" else range(stage, stage + 1)
+
+
+class FrontierSchedule:
+    """Deals optimizer steps to stages: a pure function of the global step, so that resuming needs no state.
+
+    Args:
+        num_stages: number of stages.
+        total_steps: optimizer steps of the whole run (``split``: no two stages differ by more than one) or of each stage
+            (``per_stage``).
+        budget: ``split`` or ``per_stage``.
+
+    Raises:
+        ValueError: fewer steps than stages, or an unknown budget.
+    """
+
+    def __init__(self, num_stages: int, total_steps: int, budget: str = "split") -> None:
+        if budget not in BUDGETS:
+            raise ValueError(f"stage_budget is {budget!r}: expected one of {BUDGETS}.")
+        self.total_steps = total_steps * num_stages if budget == "per_stage" else total_steps
+        if num_stages < 1 or self.total_steps < num_stages:
+            raise ValueError(
+                f"{self.total_steps} optimizer steps for {num_stages} stages: every stage needs at least one. The smallest "
+                f"budget is {num_stages} steps: raise num_train_epochs or max_steps, or lower the batch size."
+            )
+        self.num_stages = num_stages
+        #: First step of each stage, and last the total: stage ``k`` is ``boundaries[k] <= step < boundaries[k + 1]``.
+        self.boundaries: tuple[int, ...] = tuple(k * self.total_steps // num_stages for k in range(num_stages + 1))
+
+    def stage(self, step: int) -> int:
+        """Stage of the optimizer step that starts at ``global_step == step``, from 0; the last one after the end."""
+        return min(bisect_right(self.boundaries, step) - 1, self.num_stages - 1)
+
+    def steps(self, stage: int) -> int:
+        """Optimizer steps of a stage."""
+        return self.boundaries[stage + 1] - self.boundaries[stage]
+
+
+def stage_learning_rate(
+    schedule: FrontierSchedule, name: str, warmup_steps: Callable[[int], int], specific: dict[str, Any] | None = None
+) -> Callable[[int], float]:
+    """Learning-rate factor by global step: the named transformers schedule, warmup and decay, anew in every stage.
+
+    Args:
+        schedule: the stages.
+        name: a transformers ``lr_scheduler_type``.
+        warmup_steps: warmup steps of a stage of so many steps.
+        specific: ``lr_scheduler_kwargs``.
+
+    Raises:
+        ValueError: a schedule that is no function of the step, such as ``reduce_lr_on_plateau``.
+    """
+    factors: dict[int, Callable[[int], float]] = {}
+    for length in {schedule.steps(stage) for stage in range(schedule.num_stages)}:
+        throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
+        if not isinstance(within, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")
+        factors[length] = within.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        stage = schedule.stage(step)
+        return factors[schedule.steps(stage)](step - schedule.boundaries[stage])
+
+    return factor
+
+
+def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None:
+    """Make the given layers' parameters trainable, and freeze all others and drop their gradients.
+
+    Args:
+        layers: LoRA parameters by target layer.
+        trained: layers to train.
+    """
+    for layer, parameters in enumerate(layers):
+        for parameter in parameters:
+            parameter.requires_grad_(layer in trained)
+            if layer not in trained:
+                parameter.grad = None
+
+
+class FrontierCallback(TrainerCallback):
+    """Moves the frontier: a thin wrapper that a Trainer calls; a loop of one's own calls :func:`train_only`.
+
+    The stage follows from ``state.global_step`` alone. ``on_train_begin`` comes after the optimizer has seen every LoRA
+    parameter, ``on_step_end`` after its step and ``zero_grad``.
+
+    Args:
+        frontier: which layers train.
+        schedule: gives the stage.
+        layers: LoRA parameters by target layer.
+    """
+
+    def __init__(self, frontier: Frontier, schedule: FrontierSchedule, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        self.frontier = frontier
+        self.schedule = schedule
+        self.layers = layers
+        self.stage: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Freeze everything but the current stage."""
+        self.stage = None
+        self._move(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Move on when the next step belongs to another stage."""
+        self._move(state.global_step)
+
+    def _move(self, step: int) -> None:
+        stage = self.schedule.stage(step)
+        if stage != self.stage:
+            train_only(self.layers, self.frontier.trained(stage))
+            self.stage = stage

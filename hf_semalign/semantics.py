@@ -1,0 +1,294 @@
+"""Semantic bases and the training-free map between two spaces (method, section 3; equations 1 to 3).
+
+A hidden state is decomposed into the source's vocabulary semantics and recomposed in the target's space. Both steps are
+linear, so they collapse into one matrix ``M`` ``[D_tgt, D_src]``, found from Gram matrices that are accumulated in float64
+over chunks of the vocabulary: neither a basis nor a pseudoinverse ``[V, D]`` is ever held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.anatomy import CausalLM, dissect
+from hf_semalign.hooks import capture
+from hf_semalign.pairing import LayerPairing
+from hf_semalign.splits import valid_positions
+
+logger = logging.getLogger(__name__)
+KINDS = ("readout", "projection", "cosine")
+CHUNK = 4096  # vocabulary rows in float64 at a time
+MIN_SHARED = 0.9  # share of the smaller vocabulary that two tokenizers must have in common
+
+
+def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
+    """Semantic bases ``S = pinv(W^T) = W G^-1`` of a head, for inspection (equation 1).
+
+    Args:
+        head_weight: ``W`` ``[V, D]``, with ``logits = h W^T``.
+
+    Returns:
+        ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
+    """
+    return head_weight.double() @ _inverse(_gram(head_weight, head_weight))[0]
+
+
+class SemanticMap(nn.Module):
+    """Maps source hidden states into the target's space, ``[..., D_src]`` to ``[..., D_tgt]``.
+
+    Attributes:
+        matrix: ``M`` ``[D_tgt, D_src]``; float64 as built.
+        kind: ``readout``: ``pinv(W_tgt) W_src``, the target state whose logits are closest to the source's in least
+            squares, the identity when both heads are the same; ``projection``: ``S_tgt^T S_src``; ``cosine``: equation 2
+            as printed, ``S_tgt^T diag(1 / |s_i|) S_src`` and ``1 / |h|`` a token.
+        shared_tokens: vocabulary rows used.
+        condition_number: of the target head, ``sqrt(max / min)`` of its Gram matrix' eigenvalues.
+        fingerprint: digest of both heads, the rows and the kind.
+    """
+
+    matrix: torch.Tensor
+
+    def __init__(
+        self, matrix: torch.Tensor, *, kind: str, shared_tokens: int, condition_number: float, fingerprint: str
+    ) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.kind = kind
+        self.shared_tokens = shared_tokens
+        self.condition_number = condition_number
+        self.fingerprint = fingerprint
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
+        states = hidden.to(self.matrix.dtype)
+        if self.kind == "cosine":
+            states = F.normalize(states, dim=-1)
+        return F.linear(states, self.matrix).to(hidden.dtype)
+
+    @classmethod
+    def from_heads(cls, source_weight: torch.Tensor, target_weight: torch.Tensor, *, kind: str = "readout") -> SemanticMap:
+        """Build the map from two heads over one vocabulary.
+
+        Args:
+            source_weight: ``[V, D_src]``.
+            target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token.
+            kind: see the class.
+
+        Raises:
+            ValueError: an unknown kind, or heads with different numbers of rows.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"map_kind is {kind!r}: expected one of {KINDS}.")
+        if len(source_weight) != len(target_weight):
+            raise ValueError(
+                f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
+                "SemanticMap.from_models with both tokenizers."
+            )
+        target_inverse, condition = _inverse(_gram(target_weight, target_weight))
+        if kind == "readout":
+            matrix = target_inverse @ _gram(target_weight, source_weight)
+        else:
+            source_inverse, _ = _inverse(_gram(source_weight, source_weight))
+            norms = _basis_norms(source_weight, source_inverse) if kind == "cosine" else None
+            matrix = target_inverse @ _gram(target_weight, source_weight, norms) @ source_inverse
+        return cls(
+            matrix,
+            kind=kind,
+            shared_tokens=len(source_weight),
+            condition_number=condition,
+            fingerprint=_fingerprint(kind, source_weight, target_weight),
+        )
+
+    @classmethod
+    def from_models(
+        cls,
+        source: CausalLM,
+        target: CausalLM,
+        source_tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        kind: str = "readout",
+        cache: str | Path | None = None,
+    ) -> SemanticMap:
+        """Build the map from two models: finds the heads, folds logit scales, keeps the shared vocabulary.
+
+        Args:
+            source: the source model.
+            target: the target model, bare or inside a peft model.
+            source_tokenizer: without tokenizers both heads must have the same rows.
+            target_tokenizer: as above.
+            kind: see the class.
+            cache: file that keeps the map; used again while both heads are the same.
+
+        Raises:
+            ValueError: see :func:`shared_token_ids` and :meth:`from_heads`.
+        """
+        source_weight, target_weight = dissect(source).head_weight(), dissect(target).head_weight()
+        ids = shared_token_ids(source_tokenizer, target_tokenizer, len(source_weight), len(target_weight))
+        source_weight, target_weight = select_rows(source_weight, ids), select_rows(target_weight, ids)
+        if cache is None:
+            return cls.from_heads(source_weight, target_weight, kind=kind)
+        known = cls.load(cache)
+        if known is not None and known.fingerprint == _fingerprint(kind, source_weight, target_weight):
+            return known.to(source_weight.device)
+        built = cls.from_heads(source_weight, target_weight, kind=kind)
+        built.save(cache)
+        return built
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a safetensors file; the file appears whole or not at all."""
+        record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number", "fingerprint")}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        save_file({"matrix": self.matrix.cpu()}, unfinished, metadata={"semantic_map": json.dumps(record)})
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SemanticMap | None:
+        """Read what :meth:`save` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+        if not Path(path).exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(file.get_tensor("matrix"), **json.loads(file.metadata()["semantic_map"]))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", path, error)
+            return None
+
+
+def select_rows(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a head, the head itself where that is all of them in order."""
+    return weight if len(ids) == len(weight) else weight[ids.to(weight.device)]
+
+
+def shared_token_ids(
+    source_tokenizer: PreTrainedTokenizerBase | None,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    source_rows: int,
+    target_rows: int,
+) -> torch.Tensor:
+    """Ids of the tokens that both vocabularies hold, matched by token string; padded rows and added tokens drop out.
+
+    Args:
+        source_tokenizer: tokenizer of the source.
+        target_tokenizer: tokenizer of the target. Without both, the heads must have the same number of rows.
+        source_rows: rows of the source's head.
+        target_rows: rows of the target's head.
+
+    Returns:
+        ``[V_shared]`` ascending ids.
+
+    Raises:
+        ValueError: too few shared tokens, or shared tokens under different ids. One sequence of ids feeds both models, so
+            transfer across tokenizers is not supported.
+    """
+    if source_tokenizer is None or target_tokenizer is None:
+        if source_rows != target_rows:
+            raise ValueError(
+                f"The heads have {source_rows} (source) and {target_rows} (target) rows: pass both tokenizers, so that the "
+                "shared tokens can be matched."
+            )
+        return torch.arange(source_rows)
+    source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    shared = source_vocabulary.keys() & target_vocabulary.keys()
+    moved = [token for token in shared if source_vocabulary[token] != target_vocabulary[token]]
+    smaller = min(len(source_vocabulary), len(target_vocabulary))
+    if len(shared) < MIN_SHARED * smaller or moved:
+        raise ValueError(
+            f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
+            f"(target), {len(moved)} of them under different ids: source and target need one tokenizer (up to added tokens "
+            f"and padded rows). Choose a pair from one model family."
+        )
+    limit = min(source_rows, target_rows)
+    return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
+
+
+@torch.no_grad()
+def match_scales(
+    source: CausalLM,
+    target: CausalLM,
+    pairing: LayerPairing,
+    semantic_map: SemanticMap,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+) -> tuple[float, ...]:
+    """``scale: match``: one factor a pair that gives the mapped states the mean norm of the target layer's outputs.
+
+    Args:
+        source: the source model.
+        target: the target model, before training.
+        pairing: the pairs.
+        semantic_map: the map.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]`` of the extract split.
+    """
+    source_layers, target_layers = dissect(source).layers, dissect(target).layers
+    wanted = [source_layers[layer] for layer in pairing.source_layers]
+    device = next(target.parameters()).device
+    mapped_norms = torch.zeros(len(wanted), dtype=torch.float64)
+    target_norms = torch.zeros(len(wanted), dtype=torch.float64)
+    source.eval()
+    was_training = target.training
+    target.eval()
+    for batch in batches:
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        valid = valid_positions(batch["labels"].to(device))
+        with capture(wanted) as theirs, capture(target_layers) as ours:
+            dissect(source).decoder(**inputs, use_cache=False)
+            dissect(target).decoder(**inputs, use_cache=False)
+        for k, (source_state, target_state) in enumerate(zip(theirs, ours, strict=True)):
+            mapped_norms[k] += semantic_map(source_state.output[valid].float()).norm(dim=-1).sum().cpu()
+            target_norms[k] += target_state.output[valid].float().norm(dim=-1).sum().cpu()
+    target.train(was_training)
+    return tuple((target_norms / mapped_norms).tolist())
+
+
+def _gram(left: torch.Tensor, right: torch.Tensor, row_norms: torch.Tensor | None = None) -> torch.Tensor:
+    """``left^T diag(1 / row_norms) right`` in float64, ``[D_left, D_right]``, over chunks of rows."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+    for start in range(0, len(left), CHUNK):
+        rows = slice(start, start + CHUNK)
+        weighted = right[rows].detach().double()
+        if row_norms is not None:
+            weighted = weighted / row_norms[rows, None]
+        total += left[rows].detach().double().T @ weighted.to(left.device)
+    return total
+
+
+def _basis_norms(weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Norms of the semantic bases ``|s_i|`` ``[V]``, a chunk at a time; a zero row keeps the norm 1."""
+    chunks = [(weight[i : i + CHUNK].double() @ inverse).norm(dim=-1) for i in range(0, len(weight), CHUNK)]
+    norms = torch.cat(chunks)
+    return torch.where(norms > 0, norms, 1.0)
+
+
+def _inverse(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Inverse of a Gram matrix and the condition number of its head; the pseudoinverse, with a warning, when singular."""
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    cutoff = eigenvalues[-1] * len(gram) * torch.finfo(gram.dtype).eps
+    condition = (eigenvalues[-1] / eigenvalues[0].clamp_min(cutoff)).sqrt().item()
+    if eigenvalues[0] > cutoff:
+        return torch.cholesky_inverse(torch.linalg.cholesky(gram)), condition
+    rank = int((eigenvalues > cutoff).sum())
+    logger.warning(
+        "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map says nothing about "
+        "the missing directions.", len(gram), rank,
+    )  # fmt: skip
+    return torch.linalg.pinv(gram, rtol=(cutoff / eigenvalues[-1]).item(), hermitian=True), condition
+
+
+def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for weight in (source_weight, target_weight):
+        digest.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Settings of a transfer: transformers' ``TrainingArguments`` and the method's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_semalign.frontier import BUDGETS, FRONTIERS
+from hf_semalign.pairing import STRATEGIES
+from hf_semalign.semantics import KINDS
+
+CHOICES = {
+    "map_kind": KINDS,
+    "scale": ("none", "match"),
+    "layer_loss": ("relation", "steering"),
+    "stage_budget": BUDGETS,
+    "frontier": FRONTIERS,
+}
+
+
+@dataclass
+class SemAlignConfig(TrainingArguments):
+    """Everything of ``TrainingArguments``, and the settings of SemAlign; the defaults are the paper's.
+
+    ``num_train_epochs`` or ``max_steps`` is the budget of the whole run, or of every stage under
+    ``stage_budget="per_stage"``; the learning-rate schedule restarts with each stage.
+
+    Raises:
+        ValueError: a value outside its choices or range, or a setting of the Trainer that the method would ignore.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of every stage."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Budget in epochs, dealt out to the stages."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a device and forward pass."})
+    pairing: str | list[int] = field(
+        default="attribution",
+        metadata={"help": f"Strategy ({', '.join(STRATEGIES)}) or the 0-based source layer of each target layer."},
+    )
+    map_kind: str = field(default="readout", metadata={"help": f"Map between the spaces: {', '.join(KINDS)}."})
+    scale: str = field(
+        default="none",
+        metadata={"help": "none (the paper) or match: mapped states get the mean norm of the target layer's outputs."},
+    )
+    relation_weight: float = field(default=1.0, metadata={"help": "Weight of the layer loss."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(source || target)."})
+    layer_loss: str = field(
+        default="relation", metadata={"help": "relation (equations 4 to 7) or steering (version 1 of the paper)."}
+    )
+    stage_budget: str = field(
+        default="split", metadata={"help": "Is the budget the whole run's (split) or every stage's (per_stage)?"}
+    )
+    frontier: str = field(
+        default="single", metadata={"help": "single (the paper), cumulative (layers up to k train) or joint (all layers)."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Module names that get LoRA; by default FFN up, down and attention value, output."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values and complete the Trainer's."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
+        if isinstance(self.pairing, str) and self.pairing not in STRATEGIES:
+            raise ValueError(f"pairing is {self.pairing!r}: expected one of {STRATEGIES} or a list of source layers.")
+        if self.relation_weight < 0 or self.kl_weight < 0 or self.relation_weight + self.kl_weight == 0:
+            raise ValueError(
+                f"relation_weight {self.relation_weight} and kl_weight {self.kl_weight} must not be negative, nor both zero."
+            )
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise ValueError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: both must be positive.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
+        super().__post_init__()
+        kwargs: Any = self.activation_checkpointing_kwargs or {}
+        if self.activation_checkpointing and kwargs.get("use_reentrant"):
+            raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")

@@ -1,0 +1,479 @@
+"""``SemAlignTrainer``: wires splits, attribution, pairing, map, losses and frontier into transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from hf_semalign.anatomy import base_model, dissect, lora_targets
+from hf_semalign.attribution import attribute_layers
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.frontier import Frontier, FrontierCallback, FrontierSchedule, stage_learning_rate, train_only
+from hf_semalign.hooks import capture
+from hf_semalign.losses import (
+    relation_sequences,
+    sequence_relation_losses,
+    token_cross_entropy,
+    token_kl,
+    token_steering_losses,
+)
+from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
+from hf_semalign.semantics import SemanticMap, match_scales, select_rows, shared_token_ids
+from hf_semalign.signals import OnlineSignals
+from hf_semalign.splits import Collator, Record, check_disjoint, encode, prompt_of, valid_positions
+from hf_semalign.symbols import public_name
+
+logger = logging.getLogger(__name__)
+RECORD_NAME = "semalign.json"
+HELD_OUT = 20  # extract rows taken from the training data when none are given: the size that LaTen's splits use
+SETTINGS = ("pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier")
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_targets")
+TRAINING_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
+)  # fmt: skip
+
+
+@contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Log the start of a phase, and keep its wall time in ``seconds``."""
+    logger.info("%s", name)
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+class StageProgress(ProgressCallback):
+    """transformers' progress bar with the stage in front."""
+
+    def __init__(self, frontier: FrontierCallback) -> None:
+        super().__init__()
+        self.frontier = frontier
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Advance the bar and name the stage."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None and self.frontier.stage is not None:
+            stage = f"stage {self.frontier.stage + 1}/{self.frontier.schedule.num_stages}"
+            self.training_bar.set_description(stage, refresh=False)
+
+
+class SemAlignTrainer(Trainer):
+    """Transfers a source into a target, one layer at a time.
+
+    The losses of a step are the layer loss of the frontier's layer (equations 4 to 7) and the KL to the source's output
+    (equation 8), averaged over the sequences and over the valid positions of the global batch, so that accumulation and
+    data parallelism change nothing.
+
+    Args:
+        model: the target: a causal LM, a Hub id or a local folder. LoRA is added to it.
+        source_model: the source, likewise.
+        args: a :class:`SemAlignConfig`.
+        train_dataset: the align split: rows with ``prompt`` and ``completion``, with ``messages``, or with ``input_ids`` and
+            ``labels``.
+        eval_dataset: the eval split, of the same form.
+        extract_dataset: the split for attribution and ``scale: match``. Where one of them needs it and none is given, up to
+            20 rows (at most a fifth) are taken out of ``train_dataset``, and the log says so.
+        processing_class: the target's tokenizer; loaded with the model when that is an id. Not needed for token ids.
+        pairing: a pairing to use instead of ``args.pairing``.
+        semantic_map: a map to use instead of ``args.map_kind``.
+        callbacks: further callbacks.
+
+    Attributes:
+        pairing: the :class:`LayerPairing` in use.
+        semantic_map: the :class:`SemanticMap` in use.
+        scales: factor on the mapped states of each pair.
+        source: the source model.
+        seconds: wall time of the phases before training.
+
+    Raises:
+        ValueError: bad settings, data, models or tokenizers, before any long work.
+    """
+
+    _tag_names = ["hf-semalign", "knowledge-transfer"]
+    _name = "SemAlign"
+    loss_is_scaled_for_ga = True
+    args: SemAlignConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        source_model: PreTrainedModel | str,
+        args: SemAlignConfig,
+        train_dataset: Dataset | Sequence[Record],
+        eval_dataset: Dataset | Sequence[Record] | None = None,
+        extract_dataset: Dataset | Sequence[Record] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        pairing: LayerPairing | None = None,
+        semantic_map: SemanticMap | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        _check_engine(args)
+        if processing_class is None and isinstance(model, str):
+            processing_class = AutoTokenizer.from_pretrained(model)
+        source_tokenizer = AutoTokenizer.from_pretrained(source_model) if isinstance(source_model, str) else None
+        self.seconds: dict[str, float] = {}
+        needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+        if extract_dataset is None and needs_extract:
+            train_dataset, extract_dataset = _hold_out(train_dataset)
+        given = {"extract": extract_dataset, "align": train_dataset, "eval": eval_dataset}
+        splits = {name: rows for name, rows in given.items() if rows is not None}
+        check_disjoint(splits)
+        encoded = {
+            name: encode(rows, processing_class, split=name, max_length=args.max_length) for name, rows in splits.items()
+        }
+
+        with timed("loading models", self.seconds):
+            target, source = _load(model), _load(source_model)
+        self.source_id, self.target_id = public_name(str(source.name_or_path)), public_name(str(target.name_or_path))
+        collator = Collator(_pad_token_id(processing_class, target))
+        self.source_anatomy, self.target_anatomy = dissect(source), dissect(target)
+        target_width, source_width = len(self.target_anatomy.layers), len(self.source_anatomy.layers)
+        if pairing is None and args.pairing not in NEEDS_SCORES:
+            pairing = pair_layers(source_width, target_width, args.pairing)
+        elif pairing is None:
+            pair_layers([0.0] * source_width, target_width, args.pairing)  # refuses what no score could pair
+        elif len(pairing.source_layers) != target_width or pairing.num_source_layers != source_width:
+            raise ValueError(
+                f"The pairing is for {pairing.num_source_layers} source and {len(pairing.source_layers)} target layers; these "
+                f"models have {source_width} and {target_width}."
+            )
+        heads = self.source_anatomy.head_weight(), self.target_anatomy.head_weight()
+        if source_tokenizer is None and len(heads[0]) != len(heads[1]):
+            source_tokenizer = AutoTokenizer.from_pretrained(source.name_or_path)
+        tokenizers = (source_tokenizer, processing_class) if source_tokenizer is not None else (None, None)
+        token_ids = shared_token_ids(tokenizers[0], tokenizers[1], len(heads[0]), len(heads[1]))
+        self.frontier = Frontier(args.frontier, target_width)
+        self._lora_targets = lora_targets(self.target_anatomy.layers, args.lora_targets)
+        adapted = _add_lora(target, args, self._lora_targets)
+        self.lora_layers = [
+            [p for name, p in layer.named_parameters() if "lora_" in name] for layer in self.target_anatomy.layers
+        ]
+
+        super().__init__(
+            model=adapted,
+            args=args,
+            data_collator=collator,
+            train_dataset=encoded["align"],
+            eval_dataset=encoded.get("eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
+        self._loss_shifts_labels = True
+        self._keeps_logits = "logits_to_keep" in _forward_parameters(target)
+        self.schedule = self._make_schedule()
+
+        source.to(args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
+        self._source_head = select_rows(self.source_anatomy.head_weight(), token_ids)
+        extract = encoded.get("extract")
+        if pairing is None:
+            with timed("attribution", self.seconds):
+                pairing = pair_layers(attribute_layers(source, self._batches(extract)), target_width, args.pairing)
+        self.pairing = pairing.named(self.source_id, self.target_id)
+        with timed("semantic map", self.seconds):
+            cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
+            self.semantic_map = semantic_map or SemanticMap.from_models(
+                source, target, *tokenizers, kind=args.map_kind, cache=cache
+            )
+            self.semantic_map.to(args.device, torch.float32)
+            self.scales: tuple[float, ...] = (1.0,) * target_width
+            if args.scale == "match":
+                self.scales = match_scales(source, adapted, self.pairing, self.semantic_map, self._batches(extract))
+        self.source = source
+        self.signals = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
+        self.data_record = {name: {"rows": len(rows), "fingerprint": _data_fingerprint(rows)} for name, rows in encoded.items()}
+
+        self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers)
+        self.add_callback(self._frontier_callback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StageProgress(self._frontier_callback))
+        self._sequences_in_batch: torch.Tensor | None = None
+        self._term_sums = torch.zeros(2, device=args.device)
+        self._terms_logged = 0
+
+    # Schedule and optimizer
+
+    def _make_schedule(self) -> FrontierSchedule:
+        total = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return FrontierSchedule(self.frontier.num_stages, total)
+
+    def set_initial_training_values(self, args, dataloader):
+        """The Trainer's count of epochs and steps; under ``per_stage`` the budget is every stage's."""
+        if args.stage_budget == "per_stage":
+            args = copy.copy(args)
+            args.num_train_epochs *= self.frontier.num_stages
+            args.max_steps *= self.frontier.num_stages if args.max_steps > 0 else 1
+        return super().set_initial_training_values(args, dataloader)
+
+    def create_optimizer(self, model=None):
+        """The optimizer takes what is trainable when it is made: all of LoRA; ``FrontierCallback`` freezes afterwards."""
+        train_only(self.lora_layers, range(len(self.lora_layers)))
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """A learning rate whose warmup and decay restart with each stage."""
+        if self.lr_scheduler is None:
+            factor = stage_learning_rate(
+                self.schedule,
+                self.args.lr_scheduler_type,
+                self.args.get_warmup_steps,
+                cast(dict, self.args.lr_scheduler_kwargs),
+            )
+            self.lr_scheduler = LambdaLR(optimizer or cast(Optimizer, self.optimizer), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.activation_checkpointing:
+            # Checkpointing makes the embeddings' output require a gradient, which would drive backward through all layers.
+            base_model(self.model).disable_input_require_grads()
+        self._term_sums.zero_()
+        self._terms_logged = self.state.global_step
+        return prepared
+
+    # Batches and losses
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["input_ids", "labels", "example_id"]
+
+    def _batches(self, dataset: Dataset) -> DataLoader:
+        return DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples:
+            counts = [relation_sequences(valid_positions(batch["labels"])).sum() for batch in samples]
+            self._sequences_in_batch = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
+        return samples, num_items
+
+    def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int]):
+        """Both models on a batch: model outputs, target captures of ``layers``, target and source states to compare."""
+        modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
+        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        with self.accelerator.autocast():
+            signals = self.signals(inputs, layers)
+        with capture(modules) as states:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
+        return outputs, states, signals
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """``relation_weight`` x layer loss + ``kl_weight`` x KL (equation 9), each as its share of the global batch's mean.
+
+        Without ``num_items_in_batch`` the batch at hand is the global batch.
+        """
+        stage = self.schedule.stage(self.state.global_step)
+        layers = self.frontier.supervised(stage) if self.args.relation_weight else range(0)
+        outputs, states, signals = self._forward(model, inputs, layers)
+        valid = valid_positions(inputs["labels"])
+        if num_items_in_batch is None:
+            tokens, sequences, ranks = valid.sum(), relation_sequences(valid).sum(), 1
+        else:
+            tokens, sequences, ranks = num_items_in_batch, self._sequences_in_batch, self.accelerator.num_processes
+
+        zero = torch.zeros((), device=valid.device)
+        layer_terms = []
+        for state, supervision in zip(states[:-1], signals.supervision, strict=True):
+            if self.args.layer_loss == "relation":
+                losses = sequence_relation_losses(state.input, state.output, supervision, valid)
+                layer_terms.append(losses.sum() / sequences.clamp_min(1))
+            else:
+                layer_terms.append(token_steering_losses(state.output[valid], supervision[valid]).sum() / tokens)
+        layer_term = torch.stack(layer_terms).mean() if layer_terms else zero
+        kl_term = zero
+        if self.args.kl_weight:
+            hidden = states[-1].output[valid]
+            kl_term = token_kl(hidden, self._target_head, signals.final, self._source_head).sum() / tokens
+        if self.model.training:
+            self._term_sums += torch.stack([layer_term.detach(), kl_term.detach()])
+        loss = (self.args.relation_weight * layer_term + self.args.kl_weight * kl_term) * ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""
+        steps = self.state.global_step - self._terms_logged
+        if "loss" in logs and steps > 0:
+            layer_term, kl_term = (self.accelerator.reduce(self._term_sums, "sum") / steps).tolist()
+            if self.args.relation_weight:
+                logs[self.args.layer_loss] = layer_term
+            if self.args.kl_weight:
+                logs["kl"] = kl_term
+            logs["stage"] = self.schedule.stage(self.state.global_step - 1) + 1
+            self._term_sums.zero_()
+            self._terms_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Per-example sums of answer cross-entropy, KL and layer loss, kept for :meth:`evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        layers = range(self.frontier.num_layers)
+        with torch.no_grad():
+            _, states, signals = self._forward(model, inputs, layers)
+            valid = valid_positions(inputs["labels"])
+            hidden = states[-1].output[valid]
+            answers = inputs["labels"][:, 1:][valid[:, :-1]]
+            rows = valid.nonzero()[:, 0]
+            sums = torch.zeros(len(valid), 5, device=valid.device)
+            own_head = self.target_anatomy.head_weight()
+            sums[:, 0].index_add_(0, rows, token_cross_entropy(hidden, own_head, answers))
+            sums[:, 1].index_add_(0, rows, token_kl(hidden, self._target_head, signals.final, self._source_head))
+            sums[:, 2] = valid.sum(1)
+            sums[:, 3] = torch.stack(
+                [
+                    sequence_relation_losses(state.input, state.output, supervision, valid)
+                    for state, supervision in zip(states[:-1], signals.supervision, strict=True)
+                ]
+            ).mean(0)
+            sums[:, 4] = relation_sequences(valid)
+        self._evaluated.append(self.accelerator.gather_for_metrics(sums).cpu())
+        return sums[:, 0].sum() / sums[:, 2].sum(), None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split."""
+        self._evaluated: list[torch.Tensor] = []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        cross_entropy, kl, tokens, relation, sequences = torch.cat(self._evaluated).double().sum(0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = cross_entropy / tokens
+        output.metrics[f"{metric_key_prefix}_kl"] = kl / tokens
+        output.metrics[f"{metric_key_prefix}_relation"] = relation / max(sequences, 1)
+        return output
+
+    # Saving and resuming
+
+    def record(self) -> dict[str, Any]:
+        """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
+        settings = {name: getattr(self.args, name) for name in (*SETTINGS, *LORA_SETTINGS, *TRAINING_SETTINGS)}
+        settings["lora_targets"] = self._lora_targets
+        return {
+            "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
+            "source": self.source_id,
+            "target": self.target_id,
+            "pairing": self.pairing.to_dict(),
+            "map": {
+                "kind": self.semantic_map.kind,
+                "shape": list(self.semantic_map.matrix.shape),
+                "shared_tokens": self.semantic_map.shared_tokens,
+                "condition_number": self.semantic_map.condition_number,
+                "fingerprint": self.semantic_map.fingerprint,
+                "scales": list(self.scales),
+            },
+            "stages": list(self.schedule.boundaries),
+            "settings": settings,
+            "data": self.data_record,
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        if not self.args.should_save:
+            return
+        adapted = self.accelerator.unwrap_model(self.model)
+        adapted.peft_config["default"].base_model_name_or_path = self.target_id  # a local path stays here
+        # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
+        adapted.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's placeholder card, which names the local path
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / RECORD_NAME).write_text(json.dumps(self.record(), indent=2))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
+        saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
+        ours = json.loads(json.dumps(self.record()))
+        different = [
+            name
+            for name, mine, theirs in [
+                *((key, ours[key], saved[key]) for key in ("source", "target", "data", "stages")),
+                ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
+                ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),
+                *((key, value, saved["settings"][key]) for key, value in ours["settings"].items()),
+            ]
+            if mine != theirs
+        ]
+        if different:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
+                "models, data and settings, or start anew in another output_dir."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _check_engine(args: SemAlignConfig) -> None:
+    if not isinstance(args, SemAlignConfig):
+        raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
+    if args.n_gpu > 1:
+        raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
+    if args.fsdp or args.deepspeed or args.torch_compile:
+        raise ValueError("fsdp, deepspeed and torch_compile are not supported yet: use one process or DDP.")
+
+
+def _load(model: PreTrainedModel | str) -> PreTrainedModel:
+    if isinstance(model, str):
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if isinstance(model, PeftModel):
+        raise ValueError("The model is a PeftModel already: pass the base model; SemAlignTrainer adds its own LoRA.")
+    return model
+
+
+def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -> PeftModel:
+    torch.manual_seed(args.seed)
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    return get_peft_model(target, config)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
+    pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
+    if pad is None:
+        owner = "The tokenizer" if tokenizer is not None else "The model's config (no tokenizer was given)"
+        raise ValueError(f"{owner} has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
+    return pad
+
+
+def _hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Take the last few distinct prompts out of the training data for the extract split."""
+    count = min(HELD_OUT, len(rows) // 5)
+    if count == 0:
+        raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
+    held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
+    train = [record for record in rows if prompt_of(record) not in held]
+    extract = [record for record in rows if prompt_of(record) in held]
+    logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
+    return train, extract
+
+
+def _forward_parameters(model: PreTrainedModel) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _data_fingerprint(rows: Dataset) -> str:
+    return hashlib.sha256(repr(list(rows["example_id"])).encode()).hexdigest()[:16]

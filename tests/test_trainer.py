@@ -1,0 +1,440 @@
+"""The trainer against the losses it wires together, and against the traps of transformers, peft and accelerate."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rows, tiny_llama, word_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, TrainerCallback
+
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.hooks import capture
+from hf_semalign.losses import output_kl, relation_loss, steering_loss
+from hf_semalign.pairing import pair_layers
+from hf_semalign.splits import valid_positions
+from hf_semalign.trainer import SemAlignTrainer
+
+SOURCE_LAYERS, TARGET_LAYERS, WIDTH = 5, 3, 16
+ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(40)])
+
+
+def make_trainer(tmp_path, *, train=ROWS[:16], evaluation=ROWS[16:27], callbacks=None, **settings) -> SemAlignTrainer:
+    settings = {
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **settings,
+    }
+    return SemAlignTrainer(
+        tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0),
+        tiny_llama(SOURCE_LAYERS, 24, seed=2, pad_token_id=0),
+        SemAlignConfig(output_dir=str(tmp_path / "run"), **settings),
+        train,
+        eval_dataset=evaluation,
+        extract_dataset=ROWS[27:33],
+        callbacks=callbacks,
+    )
+
+
+def lora_state(trainer) -> list[list[torch.Tensor]]:
+    return [[p.detach().clone() for p in layer] for layer in trainer.lora_layers]
+
+
+def adapter(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for layer in trainer.lora_layers for p in layer])
+
+
+class Watch(TrainerCallback):
+    """Which layers' LoRA moved in each step."""
+
+    def __init__(self):
+        self.moved, self.trainer, self.before = [], None, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = lora_state(self.trainer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        after = lora_state(self.trainer)
+        self.moved.append(
+            {
+                k
+                for k, (old, new) in enumerate(zip(self.before, after, strict=True))
+                if any(not torch.equal(a, b) for a, b in zip(old, new, strict=True))
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("frontier", "moved"),
+    [
+        ("single", [{0}, {0}, {1}, {1}, {2}, {2}]),
+        ("cumulative", [{0}, {0}, {0, 1}, {0, 1}, {0, 1, 2}, {0, 1, 2}]),
+        ("joint", [{0, 1, 2}] * 6),
+    ],
+)
+def test_each_stage_moves_exactly_its_layers_and_never_the_base(tmp_path, frontier, moved):
+    watch = Watch()
+    trainer = make_trainer(tmp_path, frontier=frontier, callbacks=[watch], weight_decay=0.1)
+    watch.trainer = trainer
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    assert watch.moved == moved
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base[name]), name
+
+
+def test_training_twice_in_one_process_starts_again_at_the_first_stage(tmp_path):
+    watch = Watch()
+    trainer = make_trainer(tmp_path, callbacks=[watch], max_steps=3)
+    watch.trainer = trainer
+    trainer.train()
+    trainer.train()
+    assert watch.moved == [{0}, {1}, {2}] * 2
+
+
+def expected_loss(trainer, batch, stage, layer_loss="relation"):
+    """Equation 9 from full forwards of both models, without the trainer's own step."""
+    source_layer = trainer.pairing.source_layers[stage]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with capture([trainer.source.model.layers[source_layer], trainer.source.model]) as (source_state, source_final):
+        trainer.source(**inputs)
+    target = trainer.model.get_base_model()
+    with capture([target.model.layers[stage], target.model]) as (state, final):
+        trainer.model(**inputs)
+    valid = valid_positions(batch["labels"])
+    supervision = trainer.semantic_map(source_state.output) * trainer.scales[stage]
+    if layer_loss == "relation":
+        layer_term = relation_loss(state.input, state.output, supervision, valid)
+    else:
+        layer_term = steering_loss(state.output, supervision, valid)
+    weights = target.lm_head.weight, trainer.source.lm_head.weight
+    return layer_term, output_kl(final.output[valid], weights[0], source_final.output[valid], weights[1])
+
+
+@pytest.mark.parametrize("layer_loss", ["relation", "steering"])
+@pytest.mark.parametrize("stage", range(TARGET_LAYERS))
+def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
+    settings = {"relation_weight": 0.3, "kl_weight": 0.7, "layer_loss": layer_loss, "scale": "match", "pairing": "uniform"}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.state.global_step = 2 * stage
+    batch = trainer.data_collator(ROWS[:5])
+    layer_term, kl = expected_loss(trainer, batch, stage, layer_loss)
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    torch.testing.assert_close(loss, 0.3 * layer_term + 0.7 * kl)
+    assert outputs.logits is not None
+
+
+def test_joint_loss_averages_the_layers(tmp_path):
+    trainer = make_trainer(tmp_path, frontier="joint", relation_weight=0.5)
+    batch = trainer.data_collator(ROWS[:5])
+    terms = [expected_loss(trainer, batch, stage) for stage in range(TARGET_LAYERS)]
+    mean = sum(layer_term for layer_term, _ in terms) / TARGET_LAYERS
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), 0.5 * mean + terms[0][1])
+
+
+class Gradients(TrainerCallback):
+    """Gradients just before the optimizer's step."""
+
+    def __init__(self):
+        self.steps, self.trainer = [], None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        grads = [p.grad for layer in self.trainer.lora_layers for p in layer]
+        self.steps.append(torch.cat([(torch.zeros(1) if g is None else g.detach().clone()).flatten() for g in grads]))
+
+
+def gradients_with(tmp_path, **settings):
+    gradients = Gradients()
+    trainer = make_trainer(tmp_path, callbacks=[gradients], max_grad_norm=0, **settings)
+    gradients.trainer = trainer
+    trainer.train()
+    return gradients.steps, trainer
+
+
+def test_accumulated_micro_batches_give_the_gradient_and_logs_of_the_large_batch(tmp_path):
+    large, one = gradients_with(tmp_path / "a", per_device_train_batch_size=16, max_steps=3)
+    small, four = gradients_with(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=3)
+    assert len(large) == len(small) == 3
+    for left, right in zip(large, small, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    for left, right in zip(one.state.log_history[:3], four.state.log_history[:3], strict=True):
+        for key in ("loss", "kl", "relation"):
+            assert left[key] == pytest.approx(right[key], rel=1e-4), key
+
+
+def test_sequences_without_a_relation_leave_the_average_alone(tmp_path):
+    short = random_rows([(4, 1)] * 2, seed=9)
+    settings = {"kl_weight": 0.0, "max_steps": 3, "frontier": "single"}
+    alone, _ = gradients_with(tmp_path / "a", train=ROWS[:4], per_device_train_batch_size=4, **settings)
+    mixed, _ = gradients_with(tmp_path / "b", train=[*ROWS[:4], *short], per_device_train_batch_size=6, **settings)
+    torch.testing.assert_close(alone[0], mixed[0], rtol=1e-4, atol=1e-7)
+
+
+def test_logs_hold_both_terms_and_the_stage_and_add_up(tmp_path):
+    trainer = make_trainer(tmp_path, relation_weight=0.5, logging_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["stage"] for entry in logs] == [1, 2, 3]
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(0.5 * entry["relation"] + entry["kl"], rel=1e-4)
+
+
+def test_learning_rate_restarts_with_each_stage(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=12, warmup_steps=2)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    stage = rates[:4]
+    assert rates == pytest.approx(stage * 3)
+    assert max(stage) == 1e-2
+    assert stage[-1] < max(stage)
+
+
+def test_per_stage_budget_gives_every_stage_the_whole_budget(tmp_path):
+    trainer = make_trainer(tmp_path, stage_budget="per_stage", max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 * TARGET_LAYERS
+    assert trainer.schedule.boundaries == (0, 2, 4, 6)
+
+
+def test_epochs_are_dealt_out_to_the_stages(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert trainer.schedule.boundaries == (0, 2, 5, 8)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, stop, accumulation):
+    settings = {"save_strategy": "steps", "save_steps": stop, "lr_scheduler_type": "cosine", "train": ROWS[:15]}
+    settings |= {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == 6
+    torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"relation_weight": 0.5}, {"pairing": "last"}, {"train": ROWS[1:16]}, {"max_steps": 7}])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, **change)
+    with pytest.raises(ValueError, match="made with other"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_two_runs_are_equal(tmp_path):
+    runs = [make_trainer(tmp_path / name) for name in "ab"]
+    for run in runs:
+        run.train()
+    assert torch.equal(adapter(runs[0]), adapter(runs[1]))
+
+
+def test_saved_adapter_loads_with_peft_and_gives_the_trained_logits(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    batch = trainer.data_collator(ROWS[:4])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    loaded = PeftModel.from_pretrained(tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0), tmp_path / "run")
+    trainer.model.eval()
+    with torch.no_grad():
+        trained, again = trainer.model(**inputs).logits, loaded(**inputs).logits
+        untouched = tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0)(**inputs).logits
+    torch.testing.assert_close(again, trained, rtol=0, atol=0)
+    assert not torch.allclose(trained, untouched, atol=1e-3)
+
+
+def test_adapter_folder_holds_lora_alone_and_no_local_path(tmp_path):
+    tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0).save_pretrained(tmp_path / "private" / "target")
+    trainer = SemAlignTrainer(
+        LlamaForCausalLM.from_pretrained(tmp_path / "private" / "target"),
+        tiny_llama(SOURCE_LAYERS, 24, seed=2, pad_token_id=0),
+        SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, pairing="last", report_to="none", use_cpu=True),
+        ROWS[:16],
+    )
+    trainer.save_model()
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "semantic_map.safetensors"}
+    assert all("lora_" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+    for name in ("adapter_config.json", "semalign.json"):
+        assert str(tmp_path) not in (tmp_path / "run" / name).read_text()
+    record = json.loads((tmp_path / "run" / "semalign.json").read_text())
+    assert record["target"] == "target"
+    assert record["pairing"]["source_layers"] == [2, 3, 4]
+    assert record["data"]["align"]["rows"] == 16
+
+
+def test_evaluation_is_exact_over_an_odd_split(tmp_path):
+    trainer = make_trainer(tmp_path, pairing="last")
+    metrics = trainer.evaluate()
+    rows = list(trainer.eval_dataset)
+    kl = loss = relation = tokens = 0.0
+    for row in rows:
+        batch = trainer.data_collator([row])
+        count = valid_positions(batch["labels"]).sum()
+        terms = [expected_loss(trainer, batch, stage) for stage in range(TARGET_LAYERS)]
+        logits = trainer.model(input_ids=batch["input_ids"]).logits
+        loss += torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:]).item() * count
+        kl, tokens = kl + terms[0][1].item() * count, tokens + count
+        relation += sum(term.item() for term, _ in terms) / TARGET_LAYERS
+    assert metrics["eval_kl"] == pytest.approx(float(kl / tokens), rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(float(loss / tokens), rel=1e-4)
+    assert metrics["eval_relation"] == pytest.approx(relation / len(rows), rel=1e-4)
+
+
+def test_evaluation_during_training_does_not_disturb_it(tmp_path):
+    plain = make_trainer(tmp_path / "a")
+    watched = make_trainer(tmp_path / "b", eval_strategy="steps", eval_steps=2)
+    plain.train()
+    watched.train()
+    assert torch.equal(adapter(plain), adapter(watched))
+    assert [entry["step"] for entry in watched.state.log_history if "eval_kl" in entry] == [2, 4, 6]
+
+
+def test_training_lowers_the_held_out_kl(tmp_path):
+    rows = random_rows([(4, 6)] * 200, seed=3)
+    trainer = make_trainer(tmp_path, max_steps=150, train=rows[:160], evaluation=rows[160:], per_device_train_batch_size=16)
+    before = trainer.evaluate()["eval_kl"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] < 0.9 * before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_backward_stops_at_the_frontier(tmp_path, checkpointing, bf16):
+    """Count the layers whose output gets a gradient: activation checkpointing would make it all of them."""
+    reached: list[set[int]] = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            reached.append(set())
+
+    trainer = make_trainer(
+        tmp_path, max_steps=3, activation_checkpointing=checkpointing, bf16=bf16, relation_weight=0.5, callbacks=[Count()]
+    )
+
+    def watch(module, args, output, layer):
+        if output.requires_grad:
+            output.register_hook(lambda grad: reached[-1].add(layer))
+
+    for layer, module in enumerate(trainer.target_anatomy.layers):
+        module.register_forward_hook(lambda m, a, o, layer=layer: watch(m, a, o, layer))
+    trainer.train()
+    assert reached == [{0, 1, 2}, {1, 2}, {2}]
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_activation_checkpointing_changes_no_weight(tmp_path):
+    plain, saving = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", activation_checkpointing=True)
+    plain.train()
+    saving.train()
+    torch.testing.assert_close(adapter(saving), adapter(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_stays_close_to_float32(tmp_path):
+    full, half = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", bf16=True)
+    full.train()
+    half.train()
+    for left, right in zip(full.state.log_history[:6], half.state.log_history[:6], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=0.05)
+
+
+def test_sample_ids_reach_the_step(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, max_steps=3)
+    signals = trainer.signals
+    trainer.signals = lambda batch, layers: (seen.append(batch["example_id"]), signals(batch, layers))[1]
+    trainer.train()
+    known = set(trainer.train_dataset["example_id"])
+    assert len(seen) == 3
+    assert {int(i) for ids in seen for i in ids} <= known
+
+
+def test_progress_bar_names_the_stage(tmp_path, capfd):
+    make_trainer(tmp_path, disable_tqdm=False, max_steps=60, logging_steps=100).train()
+    shown = capfd.readouterr().err
+    assert "stage 3/3: 100%" in shown
+
+
+def test_extract_rows_are_held_out_of_the_training_rows_when_none_are_given(tmp_path, caplog):
+    args = SemAlignConfig(output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    models = tiny_llama(TARGET_LAYERS, WIDTH, pad_token_id=0), tiny_llama(SOURCE_LAYERS, 24)
+    trainer = SemAlignTrainer(*models, args, ROWS[:20])
+    assert trainer.data_record["extract"]["rows"] == 4
+    assert trainer.data_record["align"]["rows"] == 16
+    assert "4 of 20 training rows are held out" in caplog.text
+    assert len(trainer.pairing.scores) == SOURCE_LAYERS
+
+
+def test_given_pairing_and_map_are_used(tmp_path):
+    first = make_trainer(tmp_path / "a")
+    pairing = pair_layers(SOURCE_LAYERS, TARGET_LAYERS, [0, 0, 4])
+    args = SemAlignConfig(output_dir=str(tmp_path / "b"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    models = tiny_llama(TARGET_LAYERS, WIDTH, pad_token_id=0), tiny_llama(SOURCE_LAYERS, 24)
+    trainer = SemAlignTrainer(*models, args, ROWS[:16], pairing=pairing, semantic_map=first.semantic_map)
+    assert trainer.pairing.source_layers == (0, 0, 4)
+    assert trainer.semantic_map is first.semantic_map
+
+
+def test_text_rows_and_model_folders_with_tokenizers(tmp_path):
+    tokenizer = word_tokenizer([f"w{i}" for i in range(94)])
+    for name, model in (("target", tiny_llama(TARGET_LAYERS, WIDTH)), ("source", tiny_llama(SOURCE_LAYERS, 24))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(12)]
+    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = SemAlignTrainer(str(tmp_path / "target"), str(tmp_path / "source"), args, rows)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "run" / "tokenizer.json").is_file()
+    assert trainer.semantic_map.shared_tokens == 97
+
+
+DDP = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from test_trainer import gradients_with
+steps, trainer = gradients_with(Path({folder!r}), per_device_train_batch_size={size}, max_steps=3, num_train_epochs=1)
+if trainer.is_world_process_zero():
+    torch.save({{"steps": steps, "logs": trainer.state.log_history[:3], "eval": trainer.evaluate()}}, {out!r})
+else:
+    trainer.evaluate()
+"""
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path):
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.pt"
+        script = tmp_path / f"ranks{ranks}.py"
+        settings = {"tests": str(Path(__file__).parent), "folder": str(tmp_path / str(ranks)), "out": str(out)}
+        script.write_text(DDP.format(size=16 // ranks, **settings))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    for left, right in zip(one["steps"], two["steps"], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    for left, right in zip(one["logs"], two["logs"], strict=True):
+        for key in ("loss", "kl", "relation"):
+            assert left[key] == pytest.approx(right[key], rel=1e-4), key
+    for key in ("eval_kl", "eval_loss", "eval_relation"):
+        assert one["eval"][key] == pytest.approx(two["eval"][key], rel=1e-4), key

@@ -42,6 +42,10 @@ def prompt_of(record: Record) -> str:
     if "messages" in record:
         turns = record["messages"]
         return normalise_prompt("\n".join(turn["content"] for turn in turns[:-1]))
+    if not {"input_ids", "labels"} <= record.keys():
+        raise ValueError(
+            f"A row has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
+        )
     masked = list(takewhile(lambda pair: pair[1] == IGNORED, zip(record["input_ids"], record["labels"], strict=False)))
     return " ".join(str(token) for token, _ in masked) or " ".join(map(str, record["input_ids"]))
 
@@ -137,8 +141,8 @@ def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, split: 
             return ids, _mask_prompt(start, ids)
         return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer)
     raise ValueError(
-        f"The {split} split has the columns {sorted(record)}: expected prompt and completion, or messages, "
-        "or input_ids and labels."
+        f"The {split} split has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and "
+        "labels."
     )
 
 

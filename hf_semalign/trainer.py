@@ -188,6 +188,9 @@ class SemAlignTrainer(Trainer):
         self._loss_shifts_labels = True
         self._keeps_logits = "logits_to_keep" in _forward_parameters(target)
         self.schedule = self._make_schedule()
+        self._learning_rate_factor = stage_learning_rate(
+            self.schedule, args.lr_scheduler_type, args.get_warmup_steps, cast(dict, args.lr_scheduler_kwargs)
+        )
 
         source.to(args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
@@ -241,13 +244,7 @@ class SemAlignTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """A learning rate whose warmup and decay restart with each stage."""
         if self.lr_scheduler is None:
-            factor = stage_learning_rate(
-                self.schedule,
-                self.args.lr_scheduler_type,
-                self.args.get_warmup_steps,
-                cast(dict, self.args.lr_scheduler_kwargs),
-            )
-            self.lr_scheduler = LambdaLR(optimizer or cast(Optimizer, self.optimizer), factor)
+            self.lr_scheduler = LambdaLR(optimizer or cast(Optimizer, self.optimizer), self._learning_rate_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

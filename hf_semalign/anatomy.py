@@ -37,7 +37,7 @@ class Anatomy:
             norm, ``[B, T, D]``.
         layers: decoder layers, shallow to deep.
         head: output embeddings, ``weight`` ``[V, D]``.
-        logit_scale: factor on the logits (Cohere, Granite); 1 elsewhere.
+        logit_scale: factor on the logits (Cohere, Granite, Falcon-H1); 1 elsewhere.
     """
 
     decoder: nn.Module
@@ -48,7 +48,7 @@ class Anatomy:
     @property
     def device(self) -> torch.device:
         """Where the head is, and so where token ids go."""
-        return self.head_weight().device
+        return self.head.get_parameter("weight").device
 
     def head_weight(self) -> torch.Tensor:
         """Head weight with the logit scale folded in, detached, ``[V, D]``: ``logits = h W^T``."""
@@ -74,7 +74,7 @@ def dissect(model: CausalLM) -> Anatomy:
 
     Raises:
         ValueError: no head, no list of decoder layers of the announced length, or a head that the method cannot use yet
-            (a bias, or soft-capped logits).
+            (a bias, soft-capped logits, another width than the layers).
     """
     model = base_model(model)
     name = type(model).__name__
@@ -93,8 +93,13 @@ def dissect(model: CausalLM) -> Anatomy:
     config = model.config.get_text_config()
     if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None) is not None:
         raise ValueError(f"The head of {name} has a bias or soft-capped logits, which are not supported yet.")
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Anatomy(decoder=decoder, layers=found[0], head=head, logit_scale=float(scale))
+    width = head.get_parameter("weight").shape[1]
+    if width != config.hidden_size:
+        raise ValueError(
+            f"{name} has layers of {config.hidden_size} channels and a head of {width}: the map between spaces needs the same."
+        )
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return Anatomy(decoder, found[0], head, logit_scale=scale / (getattr(config, "logits_scaling", None) or 1.0))
 
 
 def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:

@@ -28,6 +28,10 @@ class Frontier:
     kind: str
     num_layers: int
 
+    def __post_init__(self) -> None:
+        if self.kind not in FRONTIERS:
+            raise ValueError(f"frontier is {self.kind!r}: expected one of {FRONTIERS}.")
+
     @property
     def num_stages(self) -> int:
         """Number of stages."""
@@ -60,9 +64,10 @@ class FrontierSchedule:
             raise ValueError(f"stage_budget is {budget!r}: expected one of {BUDGETS}.")
         self.total_steps = total_steps * num_stages if budget == "per_stage" else total_steps
         if num_stages < 1 or self.total_steps < num_stages:
+            smallest = 1 if budget == "per_stage" else num_stages
             raise ValueError(
                 f"{self.total_steps} optimizer steps for {num_stages} stages: every stage needs at least one. The smallest "
-                f"budget is {num_stages} steps: raise num_train_epochs or max_steps, or lower the batch size."
+                f"budget is {smallest} steps: raise num_train_epochs or max_steps, or lower the batch size."
             )
         self.num_stages = num_stages
         #: First step of each stage, and last the total: stage ``k`` is ``boundaries[k] <= step < boundaries[k + 1]``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,6 +89,8 @@ def pair_layers(
     """
     values = () if isinstance(scores, int) else tuple(scores.values if isinstance(scores, LayerScores) else scores)
     depth, width = scores if isinstance(scores, int) else len(values), num_target_layers
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"The layer scores {values} are not all finite numbers (nan or inf): attribute in a wider dtype.")
     if not isinstance(strategy, str):
         return LayerPairing(_explicit(strategy, depth, width), depth, "explicit", values or None)
     if strategy not in STRATEGIES:

@@ -40,7 +40,7 @@ def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
     """
-    return head_weight.double() @ _inverse(_gram(head_weight, head_weight))[0]
+    return head_weight.detach().double() @ _inverse(_gram(head_weight, head_weight))[0]
 
 
 class SemanticMap(nn.Module):
@@ -148,6 +148,7 @@ class SemanticMap(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
         record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number", "fingerprint")}
+        record["checksum"] = _checksum(self.matrix)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
@@ -161,8 +162,11 @@ class SemanticMap(nn.Module):
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return cls(file.get_tensor("matrix"), **json.loads(file.metadata()["semantic_map"]))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
+            if record.pop("checksum") != _checksum(matrix):
+                raise ValueError("its checksum does not fit")
+            return cls(matrix, **record)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("The semantic map in %s cannot be read (%s) and is built again.", path, error)
             return None
 
@@ -236,8 +240,8 @@ def match_scales(
     device = next(target.parameters()).device
     mapped_norms = torch.zeros(len(wanted), dtype=torch.float64)
     target_norms = torch.zeros(len(wanted), dtype=torch.float64)
+    modes = source.training, target.training
     source.eval()
-    was_training = target.training
     target.eval()
     for batch in batches:
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -248,7 +252,10 @@ def match_scales(
         for k, (source_state, target_state) in enumerate(zip(theirs, ours, strict=True)):
             mapped_norms[k] += semantic_map(source_state.output[valid].float()).norm(dim=-1).sum().cpu()
             target_norms[k] += target_state.output[valid].float().norm(dim=-1).sum().cpu()
-    target.train(was_training)
+    source.train(modes[0])
+    target.train(modes[1])
+    if not mapped_norms.all():
+        raise ValueError(f"scale 'match' needs mapped states to measure, got mean norms {mapped_norms.tolist()}.")
     return tuple((target_norms / mapped_norms).tolist())
 
 
@@ -266,7 +273,7 @@ def _gram(left: torch.Tensor, right: torch.Tensor, row_norms: torch.Tensor | Non
 
 def _basis_norms(weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Norms of the semantic bases ``|s_i|`` ``[V]``, a chunk at a time; a zero row keeps the norm 1."""
-    chunks = [(weight[i : i + CHUNK].double() @ inverse).norm(dim=-1) for i in range(0, len(weight), CHUNK)]
+    chunks = [(weight[i : i + CHUNK].detach().double() @ inverse).norm(dim=-1) for i in range(0, len(weight), CHUNK)]
     norms = torch.cat(chunks)
     return torch.where(norms > 0, norms, 1.0)
 
@@ -289,6 +296,11 @@ def _inverse(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
 def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:
     digest = hashlib.sha256(kind.encode())
     for weight in (source_weight, target_weight):
-        digest.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(_checksum(weight).encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -42,12 +42,24 @@ def prompt_of(record: Record) -> str:
     if "messages" in record:
         turns = record["messages"]
         return normalise_prompt("\n".join(turn["content"] for turn in turns[:-1]))
+    ids, labels = _token_ids(record)
+    prompt_ids = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORED, zip(ids, labels, strict=True))]
+    return " ".join(map(str, prompt_ids or ids))
+
+
+def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[int]]:
+    """``input_ids`` and ``labels`` of a row as plain integers, without the padding that an ``attention_mask`` marks."""
     if not {"input_ids", "labels"} <= record.keys():
         raise ValueError(
-            f"A row has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
+            f"{where} has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
         )
-    masked = list(takewhile(lambda pair: pair[1] == IGNORED, zip(record["input_ids"], record["labels"], strict=False)))
-    return " ".join(str(token) for token, _ in masked) or " ".join(map(str, record["input_ids"]))
+    ids, labels = ([int(value) for value in record[column]] for column in ("input_ids", "labels"))
+    if len(ids) != len(labels):
+        raise ValueError(f"{where} has {len(ids)} input_ids but {len(labels)} labels; they must be as many.")
+    if record.get("attention_mask") is None:
+        return ids, labels
+    kept = [bool(value) for value in record["attention_mask"]]
+    return list(compress(ids, kept)), list(compress(labels, kept))
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Record]]) -> None:
@@ -101,9 +113,7 @@ def encode(
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "example_id": []}
     empty = []
     for row, record in enumerate(records):
-        ids, labels = _tokenize(record, tokenizer, split)
-        if len(ids) != len(labels):
-            raise ValueError(f"{split}[{row}]: {len(ids)} input_ids but {len(labels)} labels; they must be as many.")
+        ids, labels = _tokenize(record, tokenizer, f"{split}[{row}]")
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORED for label in labels[1:]):
             empty.append(row)
@@ -123,27 +133,20 @@ def _digest(ids: Sequence[int], labels: Sequence[int]) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, split: str) -> tuple[list[int], list[int]]:
-    if "input_ids" in record and "labels" in record:
-        kept = record.get("attention_mask") or [1] * len(record["input_ids"])
-        return list(compress(record["input_ids"], kept)), list(compress(record["labels"], kept))
+def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
+    if not ({"prompt", "completion"} <= record.keys() or "messages" in record):
+        return _token_ids(record, where)
     if tokenizer is None:
-        raise ValueError(f"The {split} split holds text: pass its tokenizer as processing_class.")
+        raise ValueError(f"{where} holds text: pass its tokenizer as processing_class.")
     if "messages" in record:
         return _tokenize_chat(record["messages"], 0, tokenizer)
-    if "prompt" in record and "completion" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str):
-            start = tokenizer(prompt)["input_ids"]
-            ids = tokenizer(prompt + completion)["input_ids"]
-            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-                ids = [*ids, tokenizer.eos_token_id]
-            return ids, _mask_prompt(start, ids)
+    prompt, completion = record["prompt"], record["completion"]
+    if not isinstance(prompt, str):
         return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer)
-    raise ValueError(
-        f"The {split} split has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and "
-        "labels."
-    )
+    ids = tokenizer(prompt + completion)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids, _mask_prompt(tokenizer(prompt)["input_ids"], ids)
 
 
 def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:

@@ -78,4 +78,6 @@ def batches_of(rows: list[dict], size: int) -> list[dict[str, torch.Tensor]]:
 @pytest.fixture
 def chat_tokenizer():
     """A word-level tokenizer with a chat template that ends every turn with ``</s>``."""
-    return word_tokenizer(["<system>", "<user>", "<assistant>", "hello", "hi", "how", "are", "you", "fine", "bye"], CHAT_TEMPLATE)
+    return word_tokenizer(
+        ["<system>", "<user>", "<assistant>", "hello", "hi", "how", "are", "you", "fine", "bye"], CHAT_TEMPLATE
+    )

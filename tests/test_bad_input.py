@@ -108,7 +108,7 @@ def test_lora_modules_not_found(tmp_path):
 
 
 def test_fewer_steps_than_stages(tmp_path):
-    with pytest.raises(ValueError, match="2 optimizer steps for 3 stages.*The smallest budget is 3 steps"):
+    with pytest.raises(ValueError, match=r"2 optimizer steps for 3 stages.*The smallest budget is 3 steps"):
         build(tmp_path, settings={"max_steps": 2})
 
 
@@ -147,7 +147,7 @@ def test_text_without_a_tokenizer(tmp_path):
 
 
 def test_unknown_columns(tmp_path):
-    with pytest.raises(ValueError, match=r"columns \['answer', 'question'\]"):
+    with pytest.raises(ValueError, match=r"has the columns \['answer', 'question'\]"):
         build(tmp_path, train=[{"question": "a", "answer": "b"}] * 8, given={"processing_class": word_tokenizer(WORDS)})
 
 
@@ -157,7 +157,7 @@ def test_empty_training_data(tmp_path):
 
 
 def test_too_few_rows_to_hold_an_extract_split_out(tmp_path):
-    with pytest.raises(ValueError, match="4 training rows are too few .* pass extract_dataset"):
+    with pytest.raises(ValueError, match=r"4 training rows are too few .* pass extract_dataset"):
         build(tmp_path, train=ROWS[:4], extract=None)
 
 

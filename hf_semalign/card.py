@@ -1,0 +1,299 @@
+"""The model card of a run: record and results to the text of ``README.md``, a pure function.
+
+What a card says about a run is computed from its numbers. Text that comes from data is escaped, and a model that is not on
+the Hub is shown by its name, never by a path.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from hf_semalign.figures import KL_LABEL, METHOD_NAMES, method_order
+from hf_semalign.symbols import EMBEDDED
+
+TAGS = ("lora", "transformers", "hf-semalign", "knowledge-transfer")
+SPLIT_USES = {"extract": "layer attribution", "align": "training", "eval": "evaluation"}
+FRONTIER_TEXTS = {
+    "single": "one target layer at a time, from shallow to deep",
+    "cumulative": "from shallow to deep, with one more target layer at each stage",
+    "joint": "in all target layers at once",
+}
+LOSS_TEXTS = {
+    "relation": "relation loss (a layer's update of the residual stream takes on the geometry of its source layer's)",
+    "steering": "steering loss (a layer's states take on the direction of its source layer's)",
+}
+CITATION = """```bibtex
+@article{gu2025semalign,
+  title={Beyond Neural Incompatibility: Cross-Scale Knowledge Transfer in Language Models through Latent Semantic Alignment},
+  author={Gu, Jian and Aleti, Aldeida and Chen, Chunyang and Zhang, Hongyu},
+  journal={arXiv preprint arXiv:2510.24208},
+  year={2025}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One number of every method."""
+
+    metric: str  # id for the model-index
+    label: str  # what readers call it
+    values: dict[str, float]  # by method, where measured
+    percent: bool = False  # a share, where more is better; otherwise less is
+    headline: bool = False  # goes into the summary
+
+    def shown(self, method: str, unit: bool = True) -> str:
+        """The value as readers see it; a dash where there is none."""
+        value = self.values.get(method)
+        if value is None:
+            return "-"
+        if self.percent:
+            return f"{100 * value:.1f}" + " %" * unit
+        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+    def behind(self, method: str, other: str) -> bool:
+        """Does ``method`` do visibly worse than ``other``? A diverged value always does."""
+        mine, theirs = self.values.get(method), self.values.get(other)
+        if mine is None or theirs is None or self.shown(method) == self.shown(other):
+            return False
+        return math.isnan(mine) or (mine < theirs if self.percent else mine > theirs)
+
+    def cell(self, method: str, contenders: Sequence[str]) -> str:
+        """The value for the table, bold if no contender is ahead."""
+        shown = self.shown(method, unit=False)
+        best = method in contenders and method in self.values and not any(self.behind(method, c) for c in contenders)
+        return f"**{shown}**" if best else shown
+
+
+def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
+    """Write the model card of a run: YAML metadata and text; what has no data is left out.
+
+    Args:
+        record: content of ``semalign.json``.
+        results: content of ``results.json``.
+
+    Returns:
+        The content of ``README.md``.
+    """
+    measures = _measures(results["metrics"])
+    sections = {
+        "Use": _use(record),
+        "Results": _results(record, results, measures) if measures else "",
+        "Figures": _figures(record, results),
+        "Data": _data(record, results) if record["data"] else "",
+        "Settings": _settings(record),
+        "Cost": _cost(results),
+        "Versions": ", ".join(f"{_text(name)} {_text(version)}" for name, version in record["versions"].items()),
+        "Limits": _limits(record, results, measures),
+        "Citation": CITATION,
+    }
+    blocks = [
+        f"---\n{_metadata(record, results, measures).to_yaml()}\n---",
+        f"# SemAlign: {_text(_public(record['source']))} → {_text(_public(record['target']))}",
+        _summary(record, results, measures),
+        *(f"## {heading}\n\n{body}" for heading, body in sections.items() if body),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
+    """Exact match by skill and its mean, held-out KL, answer loss: those that were measured."""
+    shares = {method: numbers["exact_match"] for method, numbers in metrics.items() if numbers.get("exact_match")}
+    skills = list(dict.fromkeys(skill for by_skill in shares.values() for skill in by_skill))
+    measures = []
+    for skill in skills if len(skills) > 1 else ():
+        values = {method: by_skill[skill] for method, by_skill in shares.items() if skill in by_skill}
+        measures.append(_Measure("exact_match", _line(skill), values, percent=True))
+    if skills:
+        values = {method: sum(by_skill.values()) / len(by_skill) for method, by_skill in shares.items()}
+        measures.append(_Measure("exact_match", "mean exact match", values, percent=True, headline=True))
+    for metric, key, label in (("kl_divergence", "kl", KL_LABEL), ("cross_entropy", "loss", "answer loss")):
+        if values := {method: numbers[key] for method, numbers in metrics.items() if key in numbers}:
+            measures.append(_Measure(metric, label, values, headline=key == "kl"))
+    return measures
+
+
+def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> ModelCardData:
+    source, target, task = _public(record["source"]), _public(record["target"]), _public(results["task"])
+    dataset = results["dataset"] if _on_hub(results["dataset"]) else None
+    rows, adapted = record["data"].get("eval", {}).get("rows"), _on_hub(target)
+    data: dict[str, Any] = {"dataset_type": dataset or task, "dataset_name": f"{task} ({rows} held-out rows)" if rows else task}
+    found = [
+        EvalResult("text-generation", **data, metric_type=measure.metric, metric_name=measure.label, metric_value=value)
+        for measure in measures
+        if math.isfinite(value := round(measure.values.get("semalign", math.nan), 6))
+    ]
+    return ModelCardData(
+        library_name="peft",
+        base_model=target if adapted else None,
+        base_model_relation="adapter" if adapted else None,
+        pipeline_tag="text-generation",
+        datasets=[dataset] if dataset else None,
+        metrics=["exact_match"] if any(measure.percent for measure in measures) else None,
+        tags=[*TAGS, *([f"base_model:adapter:{target}"] if adapted else [])],
+        model_name=f"SemAlign: {source} to {target}" if found else None,
+        eval_results=found or None,
+    )
+
+
+def _summary(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
+    settings, task = record["settings"], _text(_public(results["task"]))
+    losses = [LOSS_TEXTS[settings["layer_loss"]]] * bool(settings["relation_weight"])
+    losses += [f"{KL_LABEL} of the output distributions"] * bool(settings["kl_weight"])
+    changes = [
+        f"{measure.label} from {measure.shown('target')} to {measure.shown('semalign')}"
+        + (f" (source: {measure.shown('source')})" if measure.percent and "source" in measure.values else "")
+        for measure in measures
+        if measure.headline and {"target", "semalign"} <= measure.values.keys()
+    ]
+    return (
+        f"A LoRA adapter that transfers what {_link(record['source'])}, the source, knows about {task} into "
+        f"{_link(record['target'])}, the target. No weights are copied: SemAlign decomposes hidden states of the source into "
+        "vocabulary semantics, recomposes them in the target's space and trains on them, "
+        f"{FRONTIER_TEXTS[settings['frontier']]}. The loss is the {' plus '.join(losses)}."
+    ) + (f"\n\nOn held-out rows this took the target's {' and its '.join(changes)}." if changes else "")
+
+
+def _use(record: dict[str, Any]) -> str:
+    target = _public(record["target"])
+    name = json.dumps(target, ensure_ascii=False)
+    base, extra = (name, "") if _on_hub(target) else (f"{name}  # or the folder that holds it", "")
+    if target.startswith(EMBEDDED):
+        base, extra = f"resolve_model({name})", "from hf_semalign.symbols import resolve_model\n"
+    return f"""In the folder of this card (from elsewhere, put the folder or its Hub id for the dot):
+
+```python
+{extra}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = {base}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")
+```"""
+
+
+def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
+    methods, data = method_order(results["metrics"]), record["data"]
+    rows = f"{data['eval']['rows']:,} held-out rows" if "eval" in data else "held-out rows"
+    contenders = [method for method in methods if method != "source"]
+    table = [["Method", *(_text(measure.label) + " (%)" * measure.percent for measure in measures)]]
+    table += [[_text(METHOD_NAMES.get(m, m)), *(measure.cell(m, contenders) for measure in measures)] for m in methods]
+    text = f"Measured on {rows}, seen neither in training nor in layer attribution. Bold: the best but for the source."
+    if any(measure.percent for measure in measures):
+        text += " Exact match: the greedily decoded answer equals the reference."
+    text += f" {KL_LABEL} and answer loss: nats per token of the reference answers, the lower the better."
+    if len(contenders) > 2:
+        text += f" SemAlign and every baseline took equal steps: {results['steps']:,} optimizer steps on the same rows."
+    return f"{_table(table, '--:')}\n\n{text}"
+
+
+def _figures(record: dict[str, Any], results: dict[str, Any]) -> str:
+    scores = "Attribution scores of the source layers, and the" if record["pairing"]["scores"] else "The"
+    captions = {
+        "layers.png": f"{scores} source layer that supervises each target layer.",
+        "losses.png": "Training losses over the optimizer steps." if results["history"] else "",
+        "comparison.png": "Held-out results of all methods.",
+    }
+    drawn = [name for name, caption in captions.items() if caption and name in results["figures"]]
+    return "\n\n".join(f"![{captions[name]}](figures/{name})\n\n*{captions[name]}*" for name in drawn)
+
+
+def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
+    origin = f", from {_link(results['dataset'], 'datasets/')}" if results["dataset"] else ""
+    table = [["Split", "Used for", "Rows", "Fingerprint"]]
+    for split, facts in record["data"].items():
+        table.append([_text(split), SPLIT_USES.get(split, ""), f"{facts['rows']:,}", _text(facts["fingerprint"])])
+    return f"Task: {_text(_public(results['task']))}{origin}. No prompt is in two splits.\n\n{_table(table)}"
+
+
+def _settings(record: dict[str, Any]) -> str:
+    pairs, used, settings = record["pairing"]["source_layers"], record["map"], dict(record["settings"])
+    settings.pop("num_train_epochs" if settings["max_steps"] > 0 else "max_steps")  # the one without effect
+    text = (
+        f"Layer pairs (source → target, counted from 0): {', '.join(f'{layer} → {k}' for k, layer in enumerate(pairs))}.\n\n"
+        f"Map between the spaces: {used['shape'][1]} → {used['shape'][0]} dimensions, from {used['shared_tokens']:,} shared "
+        f"tokens, condition number {used['condition_number']:.3g}."
+    )
+    if settings["scale"] != "none":
+        text += f" Factors on the mapped states, by pair: {', '.join(f'{scale:.3g}' for scale in used['scales'])}."
+    return f"{text}\n\n{_table([['Setting', 'Value'], *([_text(name), _text(settings[name])] for name in settings)])}"
+
+
+def _cost(results: dict[str, Any]) -> str:
+    facts = {
+        "Seconds": ", ".join(f"{_text(phase)} {seconds:,.1f}" for phase, seconds in results["seconds"].items()),
+        "Peak memory": f"{results['peak_memory_mb']:,.0f} MB" if results["peak_memory_mb"] else "",
+        "Machine": ", ".join(f"{_text(name)} {_text(value)}" for name, value in results["machine"].items()),
+    }
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
+
+
+def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
+    """Where the numbers speak against SemAlign, and what they do not show."""
+    shared, widest, seed = record["map"]["shared_tokens"], max(record["map"]["shape"]), record["settings"]["seed"]
+    others = [method for method in method_order(results["metrics"]) if method not in ("semalign", "source")]
+    items = []
+    for other in others:
+        worse = [measure for measure in measures if measure.behind("semalign", other)]
+        told = ", ".join(f"{_text(m.label)} ({m.shown('semalign')} against {m.shown(other)})" for m in worse)
+        name = _text(METHOD_NAMES.get(other, other))
+        items.append(f"SemAlign against {name}: worse in {told or 'none of the numbers above'}.")
+    if not set(others) - {"target"}:
+        items.append("No baseline was run: nothing here tells SemAlign from ordinary distillation or fine-tuning.")
+    rows, skills = record["data"].get("eval", {}).get("rows"), sum(m.percent and not m.headline for m in measures) or 1
+    if rows and any(measure.percent for measure in measures):
+        error = f"one standard error of an exact match is up to {50 * math.sqrt(skills / rows):.1f} points"
+        items.append(f"With about {rows / skills:.0f} rows a skill, {error}.")
+    items.append(f"One run, with seed {_text(seed)}: the spread over seeds is not known.")
+    task = f"abilities other than {_text(_public(results['task']))}" if measures else "the target's abilities"
+    items.append(f"What the transfer does to {task} was not measured.")
+    if shared < widest:
+        items.append(f"The map rests on {shared:,} shared tokens, fewer than the {widest:,} dimensions of the wider model.")
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _link(name: str, kind: str = "") -> str:
+    name = _public(name)
+    return f"[{_text(name)}](https://huggingface.co/{kind}{name})" if _on_hub(name) else _text(name)
+
+
+def _on_hub(name: str | None) -> bool:
+    """Is this of the form ``owner/name``?"""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None and name.count("/") == 1
+
+
+def _public(name: str) -> str:
+    """A Hub id as it is; of anything that may be a path, the last part."""
+    name = _line(name)
+    return name if _on_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_line, value))
+    value = value.value if isinstance(value, Enum) else value
+    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _text(value: Any) -> str:
+    """Data as Markdown that shows it to the letter, also within a table."""
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(_line(value), quote=False))
+
+
+def _table(rows: Sequence[Sequence[str]], align: str = "---") -> str:
+    lines = [rows[0], ["---", *[align] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,272 @@
+"""Recipes: one YAML file from two models to an adapter with card, figures and results.
+
+    accelerate launch recipes/train.py --config recipes/quickstart/semalign.yaml training.seed=2
+
+is the same as ``semalign train`` with these arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_semalign.baselines import kd
+from hf_semalign.card import render_card
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.evaluation import answer_loss, exact_match
+from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.symbols import resolve_model
+from hf_semalign.tasks import BENCHMARKS, TaskData, load_task
+from hf_semalign.trainer import SemAlignTrainer, timed
+
+BASELINES = {"kd": kd.SETTINGS}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The ``data`` section: a task of :mod:`hf_semalign.tasks`, rows a split, and local files instead of the Hub.
+
+    Attributes:
+        task: ``symbols``, ``gsm8k``, ``mmlu``, ``humaneval``, ``mbpp`` or ``records`` (files of one's own).
+        extract: rows for layer attribution.
+        align: rows for training.
+        eval: held-out rows.
+        files: local files by role, see :func:`hf_semalign.tasks.load_task`.
+        max_length: longer sequences are cut at the end.
+        seed: seed of the draw, apart from the seed of training, so that all seeds see the same splits.
+    """
+
+    task: str
+    extract: int
+    align: int
+    eval: int
+    files: dict[str, str] | None = None
+    max_length: int | None = 1024
+    seed: int = 42
+
+    def load(self) -> TaskData:
+        """The three splits."""
+        return load_task(self.task, extract=self.extract, align=self.align, eval=self.eval, files=self.files, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        source: Hub id, folder, or ``embedded:source``.
+        target: Hub id, folder, or ``embedded:target``.
+        output_dir: the run folder.
+        data: see :class:`DataSettings`.
+        training: fields of :class:`SemAlignConfig`.
+        pad_token: pad token for a tokenizer that has none.
+        baselines: methods that run on the same splits for the same number of steps and stand beside the result.
+    """
+
+    source: str
+    target: str
+    output_dir: str
+    data: DataSettings
+    training: dict[str, Any] = field(default_factory=dict)
+    pad_token: str | None = None
+    baselines: tuple[str, ...] = ()
+
+    def config(self, folder: Path, **changes: Any) -> SemAlignConfig:
+        """The training settings for a run in ``folder``."""
+        settings = {"disable_tqdm": None, **self.training, **changes, "max_length": self.data.max_length}
+        return SemAlignConfig(output_dir=str(folder), **settings)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value``, with dots into sections: ``training.seed=2``; values are YAML.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that does not exist (the message has the nearest one), a missing key or a malformed override.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"The override {override!r} is not of the form key=value, such as training.seed=2.")
+        *sections, name = key.removeprefix("--").split(".")
+        section = content
+        for depth, part in enumerate(sections, start=1):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
+        section[name] = yaml.safe_load(value)
+    _check_keys(content, Recipe, f"recipe {path}")
+    _check_keys(content["data"], DataSettings, f"data section of {path}")
+    training = content.get("training") or {}
+    _check_keys(training, SemAlignConfig, f"training section of {path}")
+    baselines = tuple(content.get("baselines") or ())
+    _check_names(baselines, BASELINES, f"baselines of {path}")
+    return Recipe(**{**content, "data": DataSettings(**content["data"]), "training": training, "baselines": baselines})
+
+
+def _check_keys(section: Any, settings: type, where: str) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"The {where} must hold keys and values, got {section!r}.")
+    _check_names(section, [item.name for item in fields(settings)], where)
+    if settings is SemAlignConfig:
+        return
+    required = {item.name for item in fields(settings) if item.default is item.default_factory}
+    if missing := required - section.keys():
+        raise ValueError(f"The {where} lacks {sorted(missing)}.")
+
+
+def _check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}."
+            raise ValueError(f"Unknown key {name!r} in the {where}: {hint}")
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe: splits, attribution, pairing, map, training, evaluation before and after, baselines, run folder.
+
+    The adapter is saved as soon as it is trained; card, figures and ``results.json`` follow.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    folder = Path(recipe.output_dir)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    with timed("data", seconds):
+        args = recipe.config(folder)
+        data = recipe.data.load()
+        tokenizer = _load_tokenizer(recipe)
+    trainer = _make_trainer(recipe, args, data, tokenizer)
+    seconds |= trainer.seconds
+    metrics: dict[str, dict[str, Any]] = {}
+    with timed("evaluation before", seconds):
+        metrics["target"] = _measure(trainer, trainer.model, data, tokenizer)
+        metrics["source"] = _measure_source(trainer, data, tokenizer)
+    with timed("training", seconds):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+    with timed("evaluation after", seconds):
+        metrics["semalign"] = _measure(trainer, trainer.model, data, tokenizer)
+    for name in recipe.baselines:
+        with timed(f"baseline {name}", seconds):
+            settings = recipe.config(folder / name, **BASELINES[name])
+            baseline = _make_trainer(recipe, settings, data, tokenizer, like=trainer)
+            baseline.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            metrics[name] = _measure(baseline, baseline.model, data, tokenizer)
+    seconds["total"] = round(time.perf_counter() - started, 2)
+    results = {
+        "task": recipe.data.task,
+        "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "history": [entry for entry in trainer.state.log_history if "stage" in entry],
+        "seconds": seconds,
+        "peak_memory_mb": _peak_memory_mb(),
+        "machine": {"device": str(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
+    }
+    if trainer.is_world_process_zero():
+        _write(folder, trainer.record(), results)
+    return results
+
+
+def _write(folder: Path, record: dict[str, Any], results: dict[str, Any]) -> None:
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    drawn = [draw_layers(record, figures), draw_losses(results, record, figures), draw_comparison(results, figures)]
+    results["figures"] = [path.name for path in drawn]
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    (folder / "README.md").write_text(render_card(record, results), encoding="utf-8")
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The result for the terminal: exact match by skill, KL(source || target) and answer loss in nats a token."""
+    skills = list(results["metrics"]["target"].get("exact_match", {}))
+    table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
+    table.add_column("", no_wrap=True)
+    for heading in (*(f"{skill} %" for skill in skills), "KL", "loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for method in method_order(results["metrics"]):
+        values = results["metrics"][method]
+        shares = [f"{100 * values['exact_match'][skill]:.1f}" for skill in skills]
+        table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}", f"{values['loss']:.3f}")
+    return table
+
+
+def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.target))
+    if recipe.pad_token is not None:
+        if recipe.pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token {recipe.pad_token!r} is not in the tokenizer of {recipe.target}: name one of its tokens."
+            )
+        tokenizer.pad_token = recipe.pad_token
+    return tokenizer
+
+
+def _make_trainer(
+    recipe: Recipe,
+    args: SemAlignConfig,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    like: SemAlignTrainer | None = None,
+) -> SemAlignTrainer:
+    """A trainer on the recipe's models; a baseline takes over source, pairs and map of the main run (``like``)."""
+    return SemAlignTrainer(
+        resolve_model(recipe.target),
+        resolve_model(recipe.source) if like is None else like.source,
+        args,
+        data.align,
+        eval_dataset=data.eval,
+        extract_dataset=data.extract,
+        processing_class=tokenizer,
+        pairing=None if like is None else like.pairing,
+        semantic_map=None if like is None else like.semantic_map,
+    )
+
+
+def _measure(trainer: SemAlignTrainer, model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    evaluated = trainer.evaluate()
+    metrics = {"kl": evaluated["eval_kl"], "loss": evaluated["eval_loss"], "relation": evaluated["eval_relation"]}
+    return metrics | _generated(model, data, tokenizer)
+
+
+def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {"kl": 0.0, "loss": answer_loss(trainer.source, trainer.get_eval_dataloader())} | _generated(
+        trainer.source, data, tokenizer
+    )
+
+
+def _generated(model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    # Tasks with a right answer to match; the four benchmarks are scored by lm-eval on the saved adapter.
+    return {"exact_match": exact_match(model, tokenizer, data.eval)} if "skill" in data.eval[0] else {}
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -1,0 +1,211 @@
+"""Figures: the files, the labels in them, and that what is drawn is what was given."""
+
+import math
+
+import pytest
+from matplotlib import colors, rcParams
+from PIL import Image
+
+from hf_semalign.figures import (
+    BLACK,
+    BLUE,
+    GREY,
+    METHOD_NAMES,
+    _comparison_figure,
+    _layers_figure,
+    _losses_figure,
+    draw_comparison,
+    draw_layers,
+    draw_losses,
+    method_order,
+)
+
+SKILLS = ("copy", "sort")
+
+
+def make_record(source_layers=(0, 2, 3, 5), depth=6, scores=True, steps=1600, layer_loss="relation", stages=None):
+    stages = stages or len(source_layers)
+    return {
+        "pairing": {
+            "source_layers": list(source_layers),
+            "num_source_layers": depth,
+            "scores": [0.1 + layer * 0.01 for layer in range(depth)] if scores else None,
+        },
+        "stages": [k * steps // stages for k in range(stages + 1)],
+        "settings": {"layer_loss": layer_loss},
+    }
+
+
+def make_results(methods=("target", "source", "semalign", "kd"), skills=SKILLS):
+    metrics = {}
+    for place, method in enumerate(methods):
+        metrics[method] = {"kl": 0.4 / (place + 1), "loss": 0.1}
+        if skills:
+            metrics[method]["exact_match"] = {skill: 0.1 * place + 0.05 * k for k, skill in enumerate(skills)}
+    history = [
+        {"step": step, "stage": 1 + (step - 1) // 400, "loss": 1.0, "relation": 1 / step, "kl": 10 / step}
+        for step in range(50, 1601, 50)
+    ]
+    return {"metrics": metrics, "history": history}
+
+
+DEEP = {"source_layers": [k * 80 // 32 for k in range(32)], "depth": 80, "steps": 1600}
+
+
+@pytest.mark.parametrize(
+    ("record", "results"),
+    [
+        (make_record(), make_results()),
+        (make_record(**DEEP), make_results(skills=())),
+        (make_record(scores=False, stages=1), make_results(METHOD_NAMES, ["a$b$c", "<x> & |y|", "skill " * 9])),
+        (make_record([0], 1), make_results(["target", "semalign"])),
+        (make_record(range(4), 4), make_results(["target", "semalign", "mine"])),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_files_are_images_of_a_plausible_size(tmp_path, record, results):
+    before = dict(rcParams)
+    paths = [draw_layers(record, tmp_path), draw_losses(results, record, tmp_path), draw_comparison(results, tmp_path)]
+    assert [path.name for path in paths] == ["layers.png", "losses.png", "comparison.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{path.stem}{end}" for path in paths for end in (".png", ".svg")}
+    for path in paths:
+        with Image.open(path) as image:
+            image.verify()
+            width, height = image.size
+        assert 500 <= width <= 2500
+        assert 300 <= height <= 1000
+        assert path.stat().st_size > 2000
+    assert dict(rcParams) == before
+
+
+def test_svg_holds_the_labels_as_text_and_repeats(tmp_path):
+    record, results = make_record(), make_results(skills=("copy", "a$b$c"))
+    texts = []
+    for _ in range(2):
+        draw_layers(record, tmp_path)
+        draw_losses(results, record, tmp_path)
+        draw_comparison(results, tmp_path)
+        texts.append([(tmp_path / f"{name}.svg").read_text() for name in ("layers", "losses", "comparison")])
+    assert texts[0] == texts[1]
+    layers, losses, comparison = texts[0]
+    for label in ("attribution score (nats)", "source layer (from 0)", "6 layers", "4 layers", "paired", "not paired"):
+        assert f">{label}<" in layers
+    for label in ("KL(source ‖ target)", "(nats per token)", "relation loss", "optimizer step", "stage"):
+        assert f">{label}<" in losses
+    for label in ("exact match (%)", "held-out KL(source ‖ target)", "Target before", "Distillation (KL only)", "a$b$c"):
+        assert f">{label}<" in comparison
+
+
+def test_method_order():
+    assert method_order(["target", "source", "semalign", "sft", "kd"]) == ["target", "sft", "kd", "semalign", "source"]
+
+
+@pytest.mark.parametrize("record", [make_record(), make_record(**DEEP)])
+def test_layers_shows_every_score_and_highlights_the_chosen(record):
+    pairing = record["pairing"]
+    left = _layers_figure(record).axes[0]
+    bars = {round(bar.get_y() + bar.get_height() / 2): bar for bar in left.patches}
+    assert [bars[layer].get_width() for layer in range(pairing["num_source_layers"])] == pairing["scores"]
+    for layer, bar in bars.items():
+        assert colors.to_hex(bar.get_facecolor()).upper() == (BLUE if layer in pairing["source_layers"] else GREY)
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["paired", "not paired"]
+    assert left.get_legend().get_window_extent().y0 >= left.get_window_extent().y1 - 1  # above the data
+
+
+@pytest.mark.parametrize("record", [make_record(), make_record(**DEEP), make_record([0, 0, 1], 2, scores=False)])
+def test_layers_draws_every_pair_shallow_at_the_bottom(record):
+    chosen, depth = record["pairing"]["source_layers"], record["pairing"]["num_source_layers"]
+    axes = _layers_figure(record).axes[-1]
+    pairs = [line.get_ydata() for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    assert [pair[0] for pair in pairs] == chosen
+    assert [pair[1] for pair in pairs] == pytest.approx([k * (depth - 1) / (len(chosen) - 1) for k in range(len(chosen))])
+    bottom, top = axes.get_ylim()
+    assert bottom < 0 < depth - 1 < top
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        f"source\n{depth} layers",
+        f"target\n{len(chosen)} layers",
+    ]
+    assert len(axes.get_yticks()) <= 12
+    assert list(axes.get_yticks())[-1] == depth - 1
+
+
+def test_layers_without_scores_has_one_panel():
+    assert len(_layers_figure(make_record(scores=False)).axes) == 1
+    assert len(_layers_figure(make_record()).axes) == 2
+
+
+def test_losses_are_the_history_and_stages_do_not_touch():
+    record, results = make_record(), make_results()
+    kl, relation = _losses_figure(results, record).axes
+    steps = [entry["step"] for entry in results["history"]]
+    (line,) = kl.lines
+    assert list(line.get_xdata()) == steps
+    assert list(line.get_ydata()) == [entry["kl"] for entry in results["history"]]
+    assert len(relation.lines) == 4
+    assert [list(line.get_xdata())[-1] for line in relation.lines] == record["stages"][1:]
+    assert [y for line in relation.lines for y in line.get_ydata()] == [entry["relation"] for entry in results["history"]]
+    assert [(patch.get_x(), patch.get_width()) for patch in kl.patches] == [(400, 400), (1200, 400)]
+    assert kl.get_ylim()[0] == relation.get_ylim()[0] == 0
+    assert relation.get_xlabel() == "optimizer step"
+    assert relation.get_xlim() == (0, 1600)
+
+
+def test_stage_numbers_thin_out():
+    for record, expected in [(make_record(), [1, 2, 3, 4]), (make_record(**DEEP), [1, 6, 11, 16, 21, 26, 32])]:
+        (top,) = _losses_figure(make_results(), record).axes[0].child_axes
+        assert [int(label.get_text()) for label in top.get_xticklabels()] == expected
+        middles = [sum(record["stages"][number - 1 : number + 1]) / 2 for number in expected]
+        assert list(top.get_xticks()) == middles
+
+
+def test_losses_leave_out_what_was_not_logged():
+    record, results = make_record(layer_loss="steering", stages=1), make_results()
+    for entry in results["history"]:
+        del entry["relation"]
+    (kl,) = _losses_figure(results, record).axes
+    assert "KL" in kl.get_ylabel()
+    assert not kl.patches  # one stage: nothing to tell apart
+    for entry in results["history"]:
+        entry["steering"] = entry.pop("kl")
+    (steering,) = _losses_figure(results, record).axes
+    assert steering.get_ylabel().startswith("steering loss")
+    (empty,) = _losses_figure({**results, "history": []}, record).axes
+    assert empty.get_title() == "no losses were logged"
+
+
+def test_comparison_bars_are_the_metrics():
+    results = make_results()
+    order = ["target", "kd", "semalign", "source"]
+    left, right = _comparison_figure(results).axes
+    assert [container.get_label() for container in left.containers] == [METHOD_NAMES[method] for method in order]
+    for method, container in zip(order, left.containers, strict=True):
+        shares = results["metrics"][method]["exact_match"]
+        assert [bar.get_height() for bar in container] == pytest.approx([100 * shares[skill] for skill in SKILLS])
+    assert [label.get_text() for label in left.get_xticklabels()] == list(SKILLS)
+    assert left.get_ylim() == (0, 100)
+    middles = [bar.get_x() + bar.get_width() / 2 for container in left.containers for bar in list(container)[:1]]
+    assert middles == sorted(middles)
+    assert sum(middles) == pytest.approx(0)
+    assert [bar.get_width() for bar in right.patches] == [results["metrics"][method]["kl"] for method in order[:3]]
+    assert [text.get_text() for text in right.texts] == ["0.40", "0.10", "0.13"]
+    assert right.get_ylim()[0] > right.get_ylim()[1]  # the first on top
+    drawn = [colors.to_hex(container[0].get_facecolor()).upper() for container in left.containers]
+    assert drawn[0] == GREY
+    assert drawn[2:] == [BLUE, BLACK]
+    assert len(set(drawn)) == 4
+    assert drawn[:3] == [colors.to_hex(bar.get_facecolor()).upper() for bar in right.patches]
+
+
+def test_comparison_without_exact_match_names_its_bars():
+    (axes,) = _comparison_figure(make_results(skills=())).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["Target before", "Distillation (KL only)", "SemAlign"]
+
+
+def test_comparison_of_a_diverged_run(tmp_path):
+    results = make_results()
+    results["metrics"]["semalign"] |= {"kl": math.nan, "exact_match": {"copy": 0.0}}
+    left, right = _comparison_figure(results).axes
+    assert [bar.get_height() for bar in left.containers[2]] == pytest.approx([0, math.nan], nan_ok=True)
+    assert [text.get_text() for text in right.texts] == ["0.40", "0.10", ""]
+    assert draw_comparison(results, tmp_path).is_file()

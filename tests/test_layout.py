@@ -1,0 +1,37 @@
+"""The package is a list: a module imports only from modules above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_semalign
+
+ORDER = (
+    "symbols", "anatomy", "splits", "hooks", "tasks", "attribution", "pairing", "semantics", "losses", "frontier", "signals",
+    "config", "trainer", "figures", "card", "evaluation", "hub", "baselines", "recipe", "cli",
+)  # fmt: skip
+PACKAGE = Path(hf_semalign.__file__).parent
+FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def imported(tree):
+    """Modules of the package that a file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write `from hf_semalign...`"
+            names = [f"{node.module}.{name.name}" for name in node.names]
+        else:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.split(".")[1] for name in names if name.startswith("hf_semalign."))
+
+
+def test_every_module_has_its_place():
+    assert {path.with_suffix("").parts[0] for path in FILES} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_module_imports_only_from_those_above_it(path):
+    module = path.with_suffix("").parts[0]
+    above = set(ORDER[: ORDER.index(module)]) | ({module} if len(path.parts) > 1 else set())
+    assert set(imported(ast.parse((PACKAGE / path).read_text()))) <= above

@@ -1,0 +1,345 @@
+"""Losses: equal to the float64 reference, blind to what is not valid, and never holding what they must not hold."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_semalign import losses
+from hf_semalign.losses import (
+    output_kl,
+    relation_loss,
+    relation_sequences,
+    sequence_relation_losses,
+    steering_loss,
+    token_cross_entropy,
+    token_kl,
+    token_steering_losses,
+)
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
+SHAPES = [(1, 3, 4), (3, 7, 5), (4, 12, 8)]
+
+
+def hidden_states(shape, seed=0, dtype=torch.float64):
+    """``x, y, y~`` and a random mask of uneven numbers of valid positions, three at least in the first sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y, y_tilde = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    valid = torch.rand(shape[:2], generator=generator) < 0.6
+    valid[0, :3] = True
+    return x, y, y_tilde, valid
+
+
+def rotation(width, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+
+
+def heads(positions=6, vocabulary=23, widths=(5, 7), seed=0, dtype=torch.float64):
+    """``target_hidden, target_weight, source_hidden, source_weight``."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(positions, widths[0]), (vocabulary, widths[0]), (positions, widths[1]), (vocabulary, widths[1])]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the largest tensor that any operation gives, backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+# Relation loss
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_relation_loss_equals_the_reference(shape, seed, dtype):
+    x, y, y_tilde, valid = hidden_states(shape, seed, dtype)
+    loss = relation_loss(x, y, y_tilde, valid)
+    assert loss.dtype == dtype
+    assert loss.item() == pytest.approx(reference.relation(x, y, y_tilde, valid).item(), rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_relation_gradient_equals_autograd_of_the_reference(shape):
+    x, y, y_tilde, valid = hidden_states(shape)
+    ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
+    relation_loss(x, ours, y_tilde, valid).backward()
+    reference.relation(x, theirs, y_tilde, valid).backward()
+    assert theirs.grad.abs().max() > 1e-3
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 512])
+def test_relation_gradient_passes_gradcheck(rows, monkeypatch):
+    monkeypatch.setattr(losses, "RELATION_ROWS", rows)
+    x, y, y_tilde, valid = hidden_states((2, 5, 3))
+    assert torch.autograd.gradcheck(lambda y: relation_loss(x, y, y_tilde, valid), y.requires_grad_())
+
+
+def test_relation_loss_is_zero_on_identical_geometry():
+    x, y, _, valid = hidden_states((3, 8, 6))
+    same_up_to_rotation_scale_and_shift = x + 2.5 * (y - x) @ rotation(6) + 7
+    assert relation_loss(x, y, y, valid).item() == pytest.approx(0, abs=1e-20)
+    assert relation_loss(x, y, same_up_to_rotation_scale_and_shift, valid).item() == pytest.approx(0, abs=1e-20)
+    assert relation_loss(x, y, x - (y - x).flip(1), valid).item() > 0.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x, y, s: (x, y + 3, s), id="outputs shifted alike in all tokens"),
+        pytest.param(lambda x, y, s: (x, y, s - 3), id="supervision shifted alike in all tokens"),
+        pytest.param(lambda x, y, s: (x @ rotation(6), y @ rotation(6), s @ rotation(6)), id="space rotated"),
+        pytest.param(lambda x, y, s: (x, y, x + (s - x) @ rotation(6)), id="supervision residual rotated alone"),
+        pytest.param(lambda x, y, s: (x, x + (y - x) @ rotation(6), s), id="residual rotated alone"),
+        pytest.param(lambda x, y, s: (x, x + 4 * (y - x), x + (s - x) / 4), id="residuals scaled"),
+    ],
+)
+def test_relation_loss_does_not_change_with(change):
+    x, y, supervision, valid = hidden_states((3, 8, 6))
+    before = relation_loss(x, y, supervision, valid)
+    assert before > 0.05
+    torch.testing.assert_close(relation_loss(*change(x, y, supervision), valid), before, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x, y, s: (x, y @ rotation(6), s), id="output, not residual, rotated"),
+        pytest.param(lambda x, y, s: (x, y, s @ rotation(6)), id="supervision, not residual, rotated"),
+        pytest.param(lambda x, y, s: (x, -y, s), id="output turned around"),
+        pytest.param(lambda x, y, s: (x + 2 * s, y, s), id="another input"),
+    ],
+)
+def test_relation_loss_changes_with(change):
+    x, y, supervision, valid = hidden_states((3, 8, 6))
+    before = relation_loss(x, y, supervision, valid)
+    assert (relation_loss(*change(x, y, supervision), valid) - before).abs() > 1e-3
+
+
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
+def test_positions_that_are_not_valid_change_nothing(garbage):
+    x, y, supervision, valid = hidden_states((3, 8, 6), dtype=torch.float32)
+    filled = [torch.where(valid.unsqueeze(-1), states, garbage) for states in (x, y, supervision)]
+    padded = [F.pad(states, (0, 0, 0, 4), value=garbage) for states in filled]
+    longer = F.pad(valid, (0, 4), value=False)
+    outputs = padded[1].requires_grad_()
+    loss = relation_loss(padded[0], outputs, padded[2], longer)
+    loss.backward()
+    clean = y.clone().requires_grad_()
+    expected = relation_loss(x, clean, supervision, valid)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(outputs.grad[:, :8][valid], clean.grad[valid], rtol=1e-4, atol=1e-7)
+    assert torch.count_nonzero(outputs.grad[~longer]) == 0
+    steering = steering_loss(padded[1], padded[2], longer)
+    torch.testing.assert_close(steering, steering_loss(y, supervision, valid), rtol=1e-6, atol=0)
+
+
+def test_sequences_with_fewer_than_two_valid_positions_add_nothing():
+    x, y, supervision, valid = hidden_states((4, 7, 5))
+    valid[0] = valid[2] = True
+    valid[1], valid[3] = False, torch.arange(7) == 4
+    outputs = y.clone().requires_grad_()
+    loss = relation_loss(x, outputs, supervision, valid)
+    loss.backward()
+    kept = [0, 2]
+    torch.testing.assert_close(loss, relation_loss(x[kept], y[kept], supervision[kept], valid[kept]), rtol=1e-12, atol=0)
+    assert relation_sequences(valid).tolist() == [True, False, True, False]
+    assert torch.count_nonzero(outputs.grad[[1, 3]]) == 0 and outputs.grad[kept].abs().max() > 0
+
+
+@pytest.mark.parametrize("valid_positions", [0, 1])
+def test_a_batch_without_relations_gives_zero_and_a_finite_gradient(valid_positions):
+    x, y, supervision, _ = hidden_states((3, 6, 4), dtype=torch.float32)
+    valid = torch.arange(6).expand(3, 6) < valid_positions
+    loss = relation_loss(x, y.requires_grad_(), supervision, valid)
+    loss.backward()
+    assert loss.item() == 0 and torch.count_nonzero(y.grad) == 0
+
+
+def test_sequences_weigh_alike_whatever_their_length():
+    x, y, supervision, valid = hidden_states((3, 9, 5))
+    valid[0], valid[1], valid[2] = torch.arange(9) < 9, torch.arange(9) < 3, torch.arange(9) > 4
+    each = sequence_relation_losses(x, y, supervision, valid)
+    alone = [relation_loss(*(part[b : b + 1] for part in (x, y, supervision, valid))) for b in range(3)]
+    torch.testing.assert_close(each, torch.stack(alone), rtol=1e-12, atol=0)
+    torch.testing.assert_close(relation_loss(x, y, supervision, valid), each.mean(), rtol=1e-12, atol=0)
+
+
+def test_inputs_and_supervision_get_no_gradient():
+    x, y, supervision, valid = hidden_states((2, 6, 4))
+    x, y, supervision = (states.requires_grad_() for states in (x, y, supervision))
+    (relation_loss(x, y, supervision, valid) + steering_loss(y, supervision, valid)).backward()
+    assert x.grad is None and supervision.grad is None and y.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11, 12])
+def test_row_blocks_change_neither_value_nor_gradient(rows, monkeypatch):
+    x, y, supervision, valid = hidden_states((3, 12, 5))
+    results = []
+    for block in (512, rows):
+        monkeypatch.setattr(losses, "RELATION_ROWS", block)
+        outputs = y.clone().requires_grad_()
+        each = sequence_relation_losses(x, outputs, supervision, valid)
+        each.sum().backward()
+        results.append((each.detach(), outputs.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-14)
+
+
+def test_relation_matrices_are_never_whole(monkeypatch):
+    monkeypatch.setattr(losses, "RELATION_ROWS", 4)
+    batch, length = 2, 64
+    x, y, supervision, valid = hidden_states((batch, length, 3))
+    with LargestOutput() as largest:
+        relation_loss(x, y.requires_grad_(), supervision, valid).backward()
+    assert largest.numel == batch * 4 * length
+
+
+def test_bf16_states_are_compared_in_float32():
+    x, y, supervision, valid = hidden_states((3, 8, 6), dtype=torch.bfloat16)
+    outputs = y.clone().requires_grad_()
+    loss = relation_loss(x, outputs, supervision, valid)
+    loss.backward()
+    assert loss.dtype == torch.float32 and outputs.grad.dtype == torch.bfloat16 and outputs.grad.isfinite().all()
+    upcast = [states.float() for states in (x, y, supervision)]
+    torch.testing.assert_close(loss, relation_loss(*upcast, valid), rtol=1e-6, atol=0)
+    torch.testing.assert_close(steering_loss(y, supervision, valid), steering_loss(*upcast[1:], valid), rtol=1e-6, atol=0)
+
+
+# Steering
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steering_loss_equals_the_reference(shape, dtype):
+    _, y, y_tilde, valid = hidden_states(shape, dtype=dtype)
+    expected = reference.steering(y, y_tilde, valid)
+    assert steering_loss(y, y_tilde, valid).item() == pytest.approx(expected.item(), rel=TOLERANCE[dtype])
+    assert token_steering_losses(y[valid], y_tilde[valid]).shape == (int(valid.sum()),)
+
+
+def test_steering_loss_is_0_along_1_across_and_2_against():
+    y = torch.eye(4, dtype=torch.float64)[None, :3]
+    everywhere = torch.ones(1, 3, dtype=torch.bool)
+    for supervision, expected in ((5 * y, 0), (y.roll(1, dims=-1), 1), (-y, 2)):
+        assert steering_loss(y, supervision, everywhere).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_steering_gradient_passes_gradcheck():
+    _, y, y_tilde, valid = hidden_states((2, 4, 3))
+    assert torch.autograd.gradcheck(lambda y: steering_loss(y, y_tilde, valid), y.requires_grad_())
+
+
+def test_steering_loss_without_valid_positions_is_zero_with_a_finite_gradient():
+    _, y, supervision, valid = hidden_states((2, 4, 3))
+    loss = steering_loss(y.requires_grad_(), supervision, torch.zeros_like(valid))
+    loss.backward()
+    assert loss.item() == 0 and torch.count_nonzero(y.grad) == 0
+
+
+# Output KL
+
+
+def full_kl(target_hidden, target_weight, source_hidden, source_weight):
+    target_log = (target_hidden @ target_weight.T).log_softmax(-1)
+    source_log = (source_hidden @ source_weight.T).log_softmax(-1)
+    return F.kl_div(target_log, source_log, reduction="batchmean", log_target=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("elements", [1, 50, 2**24])
+def test_output_kl_and_its_gradient_equal_those_through_full_logits(elements, dtype, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", elements)
+    target_hidden, *rest = heads(dtype=dtype)
+    ours, theirs = target_hidden.clone().requires_grad_(), target_hidden.clone().requires_grad_()
+    loss, expected = output_kl(ours, *rest), full_kl(theirs, *rest)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE[dtype]) and loss > 0.1
+    assert loss.item() == pytest.approx(reference.kl(target_hidden, *rest).item(), rel=TOLERANCE[dtype])
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=5 * TOLERANCE[dtype])
+
+
+def test_output_kl_is_forward_from_source_to_target():
+    target_hidden, target_weight, source_hidden, source_weight = heads(widths=(5, 5))
+    forward = output_kl(target_hidden, target_weight, source_hidden, source_weight)
+    backward = output_kl(source_hidden, source_weight, target_hidden, target_weight)
+    expected = reference.kl(target_hidden, target_weight, source_hidden, source_weight)
+    assert forward.item() == pytest.approx(expected.item(), rel=1e-10) and (forward - backward).abs() > 0.1
+
+
+def test_output_kl_is_zero_for_equal_distributions():
+    hidden, weight, *_ = heads()
+    turn = rotation(5)
+    hidden.requires_grad_()
+    loss = output_kl(hidden, weight, hidden.detach() @ turn, weight @ turn)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-13) and hidden.grad.abs().max() < 1e-13
+
+
+def test_token_kl_gradient_passes_gradcheck_and_reaches_the_target_states_alone():
+    tensors = [tensor.requires_grad_() for tensor in heads(positions=3, vocabulary=6)]
+    assert torch.autograd.gradcheck(lambda hidden: token_kl(hidden, *tensors[1:]), tensors[0])
+    output_kl(*tensors).backward()
+    assert tensors[0].grad is not None and all(tensor.grad is None for tensor in tensors[1:])
+
+
+def test_logits_are_never_whole(monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", 200)
+    positions, vocabulary = 40, 50
+    target_hidden, *rest = heads(positions, vocabulary, widths=(2, 3))
+    with LargestOutput() as largest:
+        output_kl(target_hidden.requires_grad_(), *rest).backward()
+        token_cross_entropy(target_hidden, rest[0], torch.zeros(positions, dtype=torch.long))
+    assert largest.numel == 200
+
+
+def test_output_kl_of_bf16_is_finite_and_near_float32():
+    tensors = heads(positions=8, dtype=torch.bfloat16)
+    exact = [tensor.float() for tensor in tensors]
+    tensors[0].requires_grad_()
+    exact[0].requires_grad_()
+    loss, expected = output_kl(*tensors), output_kl(*exact)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32 and tensors[0].grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(tensors[0].grad.float(), exact[0].grad, rtol=0.05, atol=0.01)
+
+
+def test_output_kl_survives_extreme_logits():
+    target_hidden, target_weight, source_hidden, source_weight = heads(dtype=torch.float32)
+    loss = output_kl((1e3 * target_hidden).requires_grad_(), target_weight, 1e3 * source_hidden, source_weight)
+    assert loss.isfinite() and loss > 0
+
+
+@pytest.mark.parametrize("elements", [1, 50, 2**24])
+def test_token_cross_entropy_equals_that_of_full_logits_and_makes_no_graph(elements, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", elements)
+    hidden, weight, *_ = heads()
+    tokens = torch.arange(6)
+    each = token_cross_entropy(hidden.requires_grad_(), weight, tokens)
+    torch.testing.assert_close(each, F.cross_entropy(hidden.detach() @ weight.T, tokens, reduction="none"))
+    assert not each.requires_grad
+
+
+def test_no_positions_give_no_values():
+    target_hidden, target_weight, source_hidden, source_weight = heads(positions=0)
+    target_hidden.requires_grad_()
+    each = token_kl(target_hidden, target_weight, source_hidden, source_weight)
+    each.sum().backward()
+    assert each.shape == (0,) and target_hidden.grad.shape == (0, 5)
+    assert token_cross_entropy(target_hidden, target_weight, torch.zeros(0, dtype=torch.long)).shape == (0,)

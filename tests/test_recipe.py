@@ -1,0 +1,167 @@
+"""Recipes: keys are checked, overrides apply, and a run leaves a folder that anyone can load."""
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_semalign import load_transfer
+from hf_semalign.cli import main
+from hf_semalign.evaluation import exact_match
+from hf_semalign.recipe import load_recipe, results_table, run_recipe
+from hf_semalign.symbols import resolve_model
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart" / "semalign.yaml"
+RECIPES = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.output_dir == f"runs/{path.parent.name}" + ("" if path == QUICKSTART else f"/{path.stem}")
+
+
+def test_overrides_reach_their_section():
+    recipe = load_recipe(QUICKSTART, ["training.seed=7", "--data.eval=3", "training.pairing=[0, 1, 2, 5]", "baselines=[]"])
+    assert (recipe.training["seed"], recipe.data.eval, recipe.training["pairing"], recipe.baselines) == (7, 3, [0, 1, 2, 5], ())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sourc=x", "Unknown key 'sourc' in the recipe .*did you mean 'source'"),
+        ("data.extracts=3", "Unknown key 'extracts' in the data section .*did you mean 'extract'"),
+        ("training.relation_wieght=1", "did you mean 'relation_weight'"),
+        ("baselines=[kdd]", "did you mean 'kd'"),
+        ("training.seed", "not of the form key=value"),
+        ("data=7", "must hold keys and values"),
+        ("training.seed.value=7", "'training.seed' is no section"),
+    ],
+)
+def test_bad_keys_are_refused_with_the_nearest_one(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(QUICKSTART, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "not keys and values"),
+        ("source: a\ntarget: b\noutput_dir: c", r"lacks \['data'\]"),
+        ("source: a\ntarget: b\noutput_dir: c\ndata: {task: symbols, extract: 1, align: 1}", r"lacks \['eval'\]"),
+    ],
+)
+def test_incomplete_recipes_are_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_missing_recipe():
+    with pytest.raises(FileNotFoundError, match=r"No recipe 'nowhere.yaml'"):
+        load_recipe("nowhere.yaml")
+
+
+def test_embedded_model_that_does_not_exist(tmp_path):
+    recipe = load_recipe(QUICKSTART, ["source=embedded:teacher", f"output_dir={tmp_path}", "data.align=8", "data.eval=8"])
+    with pytest.raises(ValueError, match="use embedded:source or embedded:target"):
+        run_recipe(recipe)
+
+
+def test_pad_token_must_be_a_token(tmp_path):
+    recipe = load_recipe(QUICKSTART, ["pad_token=<fill>", f"output_dir={tmp_path}", "data.align=8", "data.eval=8"])
+    with pytest.raises(ValueError, match="pad_token '<fill>' is not in the tokenizer"):
+        run_recipe(recipe)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    small = [
+        "training.max_steps=150",
+        "training.frontier=joint",
+        "training.logging_steps=10",
+        "data.align=2048",
+        "data.eval=80",
+        "data.extract=16",
+    ]
+    recipe = load_recipe(QUICKSTART, [*small, f"output_dir={folder}"])
+    return recipe, run_recipe(recipe), folder
+
+
+def test_run_folder_is_complete(run):
+    _, results, folder = run
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parts[-2] != "kd"}
+    expected = {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors"}
+    expected |= {f"figures/{name}.{kind}" for name in ("layers", "losses", "comparison") for kind in ("png", "svg")}
+    assert files == expected
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert ModelCard.load(folder / "README.md").data.library_name == "peft"
+    for name in ("README.md", "results.json", "semalign.json", "adapter_config.json"):
+        assert str(folder.parent) not in (folder / name).read_text()
+        assert str(ROOT) not in (folder / name).read_text()
+
+
+def test_results_tell_what_was_run(run):
+    _, results, _ = run
+    assert results["steps"] == 150
+    assert list(results["metrics"]) == ["target", "source", "semalign", "kd"]
+    assert {entry["stage"] for entry in results["history"]} >= {1}
+    assert results["metrics"]["source"]["kl"] == 0.0
+    assert results["metrics"]["semalign"]["kl"] < results["metrics"]["target"]["kl"]
+    assert {"data", "loading models", "attribution", "semantic map", "training", "baseline kd", "total"} <= set(
+        results["seconds"]
+    )
+    assert results["peak_memory_mb"] > 100
+
+
+def test_table_shows_every_method(run):
+    shown = StringIO()
+    Console(width=80, file=shown).print(results_table(run[1]))
+    text = shown.getvalue()
+    for row in ("Target before", "Distillation (KL only)", "SemAlign", "Source", "reverse %"):
+        assert row in text
+
+
+def test_plain_peft_loads_the_run_folder_and_reproduces_the_result(run):
+    recipe, results, folder = run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:target"))
+    adapted = PeftModel.from_pretrained(base, folder)
+    again, record = load_transfer(folder)
+    inputs = tokenizer("sort c a b z =", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        assert torch.equal(adapted(**inputs).logits, again(**inputs).logits)
+    assert record["source"] == "embedded:source"
+    assert exact_match(again, tokenizer, recipe.data.load().eval) == results["metrics"]["semalign"]["exact_match"]
+
+
+def test_folder_without_a_record_is_no_transfer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="it is not a run folder"):
+        load_transfer(tmp_path)
+
+
+def test_command_line_reports_a_bad_recipe_in_one_line(capsys, caplog):
+    assert main(["train", "--config", str(QUICKSTART), "training.relation_wieght=1"]) == 2
+    assert "did you mean 'relation_weight'" in caplog.text
+
+
+def test_help_needs_no_torch():
+    code = "import sys, hf_semalign.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_importable():
+    code = "from hf_semalign import *; import hf_semalign; [getattr(hf_semalign, name) for name in hf_semalign.__all__]"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,6 +17,7 @@ CHOICES = {
     "layer_loss": ("relation", "steering"),
     "stage_budget": BUDGETS,
     "frontier": FRONTIERS,
+    "signals": ("cached", "online"),
 }
 
 
@@ -53,6 +54,12 @@ class SemAlignConfig(TrainingArguments):
     )
     frontier: str = field(
         default="single", metadata={"help": "single (the paper), cumulative (layers up to k train) or joint (all layers)."}
+    )
+    signals: str = field(
+        default="cached", metadata={"help": "cached: one pass of the source, kept on disk; online: it runs on every batch."}
+    )
+    signals_dir: str | None = field(
+        default=None, metadata={"help": "Where cached signals go, also for several runs; by default output_dir/signals."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})

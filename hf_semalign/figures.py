@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 #: What readers call the methods; the order of the baselines is that of the run.
 METHOD_NAMES = {
@@ -101,7 +102,7 @@ def _layers_figure(record: dict[str, Any]) -> Figure:
                 left.barh(list(layers), [scores[layer] for layer in layers], color=colour, height=0.8, label=name)
         left.set(xlabel="attribution score (nats)", ylabel="source layer (from 0)")
         left.set(ylim=(-0.6, depth - 0.4), yticks=_thinned(depth))
-        left.locator_params(axis="x", **FEW_TICKS)
+        left.xaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=1, borderaxespad=0.2)
     else:
         right = figure.subplots()
@@ -153,7 +154,7 @@ def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
             style = "o-" if len(steps) < 40 else "-"
             axes.plot(steps, values, style, color=BLUE, linewidth=1.5, markersize=3, clip_on=False)
         axes.set(ylabel=names[term], ylim=(0, None))
-        axes.locator_params(axis="y", **FEW_TICKS)
+        axes.yaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")
     if len(record["stages"]) > 2:
         _mark_stages(panels, record["stages"])
     panels[-1].set(xlabel="optimizer step", xlim=(0, record["stages"][-1]))
@@ -186,7 +187,6 @@ def _comparison_figure(results: dict[str, Any]) -> Figure:
         _draw_kl(axes := figure.subplots(), kl, colours)
         axes.set_yticks(range(len(kl)), [METHOD_NAMES.get(method, method) for method in kl])
         return figure
-
     skills = list(dict.fromkeys(skill for values in shares.values() for skill in values))
     wider = min(2.5, max(1.0, len(skills) * len(shares) / 30))
     figure = Figure(figsize=(WIDTH * wider, 3.8), layout="constrained")
@@ -216,4 +216,4 @@ def _draw_kl(axes: Axes, kl: dict[str, float], colours: dict[str, str]) -> None:
     axes.bar_label(bars, [f"{value:#.2g}".rstrip(".") for value in kl.values()], fontsize=11, padding=3)
     axes.set(xlabel=f"held-out {KL_LABEL}\n(nats per token)", xmargin=0.25, yticks=[], ylim=(len(kl) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", **FEW_TICKS)
+    axes.xaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")

@@ -21,13 +21,16 @@ from typing import Any
 import torch
 import yaml
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_semalign.baselines import kd
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.semantics import shared_token_ids
+from hf_semalign.splits import Collator, encode
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TaskData, load_task
 from hf_semalign.trainer import SemAlignTrainer, timed
@@ -161,23 +164,25 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         args = recipe.config(folder)
         data = recipe.data.load()
         tokenizer = _load_tokenizer(recipe)
-    trainer = _make_trainer(recipe, args, data, tokenizer)
+    with timed("loading models", seconds):
+        source = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.source), dtype="auto")
+    with timed("evaluation of the source", seconds):
+        metrics: dict[str, dict[str, Any]] = {"source": _measure_source(source, data, tokenizer, args)}
+    trainer = _make_trainer(recipe, source, args, data, tokenizer)
     seconds |= trainer.seconds
-    metrics: dict[str, dict[str, Any]] = {}
     with timed("evaluation before", seconds):
-        metrics["target"] = _measure(trainer, trainer.model, data, tokenizer)
-        metrics["source"] = _measure_source(trainer, data, tokenizer)
+        metrics["target"] = _measure(trainer, data, tokenizer)
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
     with timed("evaluation after", seconds):
-        metrics["semalign"] = _measure(trainer, trainer.model, data, tokenizer)
+        metrics["semalign"] = _measure(trainer, data, tokenizer)
     for name in recipe.baselines:
         with timed(f"baseline {name}", seconds):
-            settings = recipe.config(folder / name, **BASELINES[name])
-            baseline = _make_trainer(recipe, settings, data, tokenizer, like=trainer)
+            settings = recipe.config(folder / name, signals_dir=args.signals_dir or str(folder / "signals"), **BASELINES[name])
+            baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
             baseline.train(resume_from_checkpoint=args.resume_from_checkpoint)
-            metrics[name] = _measure(baseline, baseline.model, data, tokenizer)
+            metrics[name] = _measure(baseline, data, tokenizer)
     seconds["total"] = round(time.perf_counter() - started, 2)
     results = {
         "task": recipe.data.task,
@@ -225,20 +230,25 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 f"pad_token {recipe.pad_token!r} is not in the tokenizer of {recipe.target}: name one of its tokens."
             )
         tokenizer.pad_token = recipe.pad_token
+    theirs = AutoTokenizer.from_pretrained(resolve_model(recipe.source))
+    shared_token_ids(
+        theirs, tokenizer, len(theirs), len(tokenizer)
+    )  # refuses a pair of two tokenizers before weights are loaded
     return tokenizer
 
 
 def _make_trainer(
     recipe: Recipe,
+    source: PreTrainedModel,
     args: SemAlignConfig,
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     like: SemAlignTrainer | None = None,
 ) -> SemAlignTrainer:
-    """A trainer on the recipe's models; a baseline takes over source, pairs and map of the main run (``like``)."""
+    """A trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
     return SemAlignTrainer(
         resolve_model(recipe.target),
-        resolve_model(recipe.source) if like is None else like.source,
+        source,
         args,
         data.align,
         eval_dataset=data.eval,
@@ -249,16 +259,19 @@ def _make_trainer(
     )
 
 
-def _measure(trainer: SemAlignTrainer, model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _measure(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     evaluated = trainer.evaluate()
     metrics = {"kl": evaluated["eval_kl"], "loss": evaluated["eval_loss"], "relation": evaluated["eval_relation"]}
-    return metrics | _generated(model, data, tokenizer)
+    return metrics | _generated(trainer.model, data, tokenizer)
 
 
-def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {"kl": 0.0, "loss": answer_loss(trainer.source, trainer.get_eval_dataloader())} | _generated(
-        trainer.source, data, tokenizer
-    )
+def _measure_source(
+    source: PreTrainedModel, data: TaskData, tokenizer: PreTrainedTokenizerBase, args: SemAlignConfig
+) -> dict[str, Any]:
+    source.to(args.device)  # type: ignore[arg-type]
+    rows = encode(data.eval, tokenizer, split="eval", max_length=args.max_length)
+    batches = DataLoader(rows, batch_size=args.per_device_eval_batch_size, collate_fn=Collator(tokenizer.pad_token_id or 0))
+    return {"kl": 0.0, "loss": answer_loss(source, batches)} | _generated(source, data, tokenizer)
 
 
 def _generated(model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

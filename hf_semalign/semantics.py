@@ -148,7 +148,7 @@ class SemanticMap(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
         record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number", "fingerprint")}
-        record["checksum"] = _checksum(self.matrix)
+        record["checksum"] = checksum(self.matrix)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
@@ -163,7 +163,7 @@ class SemanticMap(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
-            if record.pop("checksum") != _checksum(matrix):
+            if record.pop("checksum") != checksum(matrix):
                 raise ValueError("its checksum does not fit")
             return cls(matrix, **record)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -296,11 +296,12 @@ def _inverse(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
 def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:
     digest = hashlib.sha256(kind.encode())
     for weight in (source_weight, target_weight):
-        digest.update(_checksum(weight).encode())
+        digest.update(checksum(weight).encode())
     return digest.hexdigest()
 
 
-def _checksum(tensor: torch.Tensor) -> str:
+def checksum(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's shape, dtype and bytes."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

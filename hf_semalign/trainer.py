@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -44,7 +44,7 @@ from hf_semalign.losses import (
 )
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.semantics import SemanticMap, match_scales, select_rows, shared_token_ids
-from hf_semalign.signals import OnlineSignals
+from hf_semalign.signals import OnlineSignals, SourceSignals
 from hf_semalign.splits import Collator, Record, check_disjoint, encode, prompt_of, valid_positions
 from hf_semalign.symbols import public_name
 
@@ -108,7 +108,6 @@ class SemAlignTrainer(Trainer):
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
-        source: the source model.
         seconds: wall time of the phases before training.
 
     Raises:
@@ -209,8 +208,8 @@ class SemAlignTrainer(Trainer):
             self.scales: tuple[float, ...] = (1.0,) * target_width
             if args.scale == "match":
                 self.scales = match_scales(source, adapted, self.pairing, self.semantic_map, self._batches(extract))
-        self.source = source
-        self.signals = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
+        online = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
+        self.signals: OnlineSignals | SourceSignals = online if args.signals == "online" else self._cache(online, encoded)
         self.data_record = {name: {"rows": len(rows), "fingerprint": _data_fingerprint(rows)} for name, rows in encoded.items()}
 
         self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers)
@@ -264,6 +263,24 @@ class SemAlignTrainer(Trainer):
 
     def _batches(self, dataset: Dataset) -> DataLoader:
         return DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+
+    def _cache(self, online: OnlineSignals, encoded: dict[str, Dataset]) -> SourceSignals:
+        """One pass of the source over training and evaluation data; afterwards the source leaves the device."""
+        args = self.args
+        rows = concatenate_datasets([encoded[name] for name in ("align", "eval") if name in encoded])
+        with timed("source signals", self.seconds), args.main_process_first(), self.accelerator.autocast():
+            signals = SourceSignals.prepare(
+                online,
+                rows,
+                self.data_collator,
+                Path(args.signals_dir or Path(str(args.output_dir)) / "signals"),
+                device=args.device,
+                batch_size=args.per_device_eval_batch_size,
+                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+                progress=not args.disable_tqdm,
+            )
+        online.source.to("cpu")
+        return signals
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""

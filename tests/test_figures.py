@@ -129,6 +129,17 @@ def test_layers_draws_every_pair_shallow_at_the_bottom(record):
     assert list(axes.get_yticks())[-1] == depth - 1
 
 
+def test_small_scores_keep_short_ticks():
+    record = make_record()
+    record["pairing"]["scores"] = [1e-4, 8e-5, 6e-5, 5e-5, 3e-5, 1e-11]
+    figure = _layers_figure(record)
+    figure.draw_without_rendering()
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert "5e\N{MINUS SIGN}05" in ticks
+    assert max(map(len, ticks)) <= 7
+    assert not figure.axes[0].xaxis.get_offset_text().get_text()
+
+
 def test_layers_without_scores_has_one_panel():
     assert len(_layers_figure(make_record(scores=False)).axes) == 1
     assert len(_layers_figure(make_record()).axes) == 2
@@ -164,7 +175,7 @@ def test_losses_leave_out_what_was_not_logged():
         del entry["relation"]
     (kl,) = _losses_figure(results, record).axes
     assert "KL" in kl.get_ylabel()
-    assert not kl.patches  # one stage: nothing to tell apart
+    assert not kl.patches and not kl.child_axes  # one stage: nothing to tell apart
     for entry in results["history"]:
         entry["steering"] = entry.pop("kl")
     (steering,) = _losses_figure(results, record).axes

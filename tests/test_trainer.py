@@ -37,15 +37,18 @@ def make_trainer(tmp_path, *, train=ROWS[:16], evaluation=ROWS[16:27], callbacks
         "use_cpu": True,
         **settings,
     }
-    return SemAlignTrainer(
+    source = tiny_llama(SOURCE_LAYERS, 24, seed=2, pad_token_id=0)
+    trainer = SemAlignTrainer(
         tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0),
-        tiny_llama(SOURCE_LAYERS, 24, seed=2, pad_token_id=0),
+        source,
         SemAlignConfig(output_dir=str(tmp_path / "run"), **settings),
         train,
         eval_dataset=evaluation,
         extract_dataset=ROWS[27:33],
         callbacks=callbacks,
     )
+    trainer.source = source  # for the tests alone: with cached signals the trainer needs it no more
+    return trainer
 
 
 def lora_state(trainer) -> list[list[torch.Tensor]]:
@@ -130,7 +133,7 @@ def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
     settings = {"relation_weight": 0.3, "kl_weight": 0.7, "layer_loss": layer_loss, "scale": "match", "pairing": "uniform"}
     trainer = make_trainer(tmp_path, **settings)
     trainer.state.global_step = 2 * stage
-    batch = trainer.data_collator(ROWS[:5])
+    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
     layer_term, kl = expected_loss(trainer, batch, stage, layer_loss)
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     torch.testing.assert_close(loss, 0.3 * layer_term + 0.7 * kl)
@@ -139,7 +142,7 @@ def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
 
 def test_joint_loss_averages_the_layers(tmp_path):
     trainer = make_trainer(tmp_path, frontier="joint", relation_weight=0.5)
-    batch = trainer.data_collator(ROWS[:5])
+    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
     terms = [expected_loss(trainer, batch, stage) for stage in range(TARGET_LAYERS)]
     mean = sum(layer_term for layer_term, _ in terms) / TARGET_LAYERS
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), 0.5 * mean + terms[0][1])
@@ -269,7 +272,7 @@ def test_adapter_folder_holds_lora_alone_and_no_local_path(tmp_path):
     )
     trainer.save_model()
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "semantic_map.safetensors"}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "semantic_map.safetensors", "signals"}
     assert all("lora_" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
     for name in ("adapter_config.json", "semalign.json"):
         assert str(tmp_path) not in (tmp_path / "run" / name).read_text()

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
     grid = cells()
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = {
             (name, seed): pool.submit(run_cell, settings, seed, options.runs / f"{index:02d}-{seed}")
             for seed in SEEDS

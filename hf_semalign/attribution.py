@@ -70,6 +70,9 @@ def attribute_layers(
     ``score_l`` is the mean over examples, and within an example over its valid positions, of ``|<dL/dh_l, h_l>|``, with
     ``h_l`` the layer's output and ``L`` the example's mean answer cross-entropy; the batch size changes nothing.
 
+    Under a final RMSNorm or LayerNorm the loss does not depend on the length of the last state, so ``dot`` and ``signed`` give
+    the last layer zero, whatever it does; ``l1`` and ``l2`` do not.
+
     Args:
         source: the source model; needs no gradient on its weights and gets none.
         batches: dicts of ``input_ids, attention_mask, labels``, ``[B, T]`` each.

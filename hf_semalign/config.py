@@ -83,6 +83,8 @@ class SemAlignConfig(TrainingArguments):
             raise ValueError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: both must be positive.")
         if self.label_smoothing_factor != 0:
             raise ValueError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
+        if self.push_to_hub:
+            raise ValueError("push_to_hub is not supported yet: train, then upload the run folder with HfApi().upload_folder.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         super().__post_init__()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ import yaml
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_semalign.baselines import kd
 from hf_semalign.card import render_card
@@ -89,7 +91,7 @@ class Recipe:
 
     def config(self, folder: Path, **changes: Any) -> SemAlignConfig:
         """The training settings for a run in ``folder``."""
-        settings = {"disable_tqdm": None, **self.training, **changes, "max_length": self.data.max_length}
+        settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, "max_length": self.data.max_length}
         return SemAlignConfig(output_dir=str(folder), **settings)
 
 
@@ -173,7 +175,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     with timed("evaluation before", seconds):
         metrics["target"] = _measure(trainer, data, tokenizer)
     with timed("training", seconds):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=_checkpoint(args))
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics["semalign"] = _measure(trainer, data, tokenizer)
@@ -181,7 +183,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         with timed(f"baseline {name}", seconds):
             settings = recipe.config(folder / name, signals_dir=args.signals_dir or str(folder / "signals"), **BASELINES[name])
             baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
-            baseline.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            baseline.train(resume_from_checkpoint=_checkpoint(settings) if args.resume_from_checkpoint is True else None)
             metrics[name] = _measure(baseline, data, tokenizer)
     seconds["total"] = round(time.perf_counter() - started, 2)
     results = {
@@ -197,6 +199,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _write(folder, trainer.record(), results)
     return results
+
+
+def _checkpoint(args: SemAlignConfig) -> str | None:
+    """Where to go on: ``resume_from_checkpoint: true`` means the last checkpoint of the run folder, if there is one."""
+    wanted = args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if wanted is True else wanted
 
 
 def _write(folder: Path, record: dict[str, Any], results: dict[str, Any]) -> None:

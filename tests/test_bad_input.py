@@ -42,6 +42,8 @@ SETTINGS = [
     ({"relation_weight": 0.0, "kl_weight": 0.0}, "nor both zero"),
     ({"lora_r": 0}, "lora_r is 0"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+    ({"push_to_hub": True}, "push_to_hub is not supported yet"),
+    ({"signals": "disk"}, "signals is 'disk'"),
     ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
     ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant must be"),
 ]

@@ -408,6 +408,54 @@ def test_text_rows_and_model_folders_with_tokenizers(tmp_path):
     assert trainer.semantic_map.shared_tokens == 97
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_padded_heads_of_one_tokenizer_share_its_rows(tmp_path, loaded):
+    """As Qwen2.5 0.5B and 7B: 151,936 and 152,064 rows over one tokenizer."""
+    tokenizer = word_tokenizer([f"w{i}" for i in range(94)])
+    target, source = tiny_llama(TARGET_LAYERS, WIDTH, vocab=100), tiny_llama(SOURCE_LAYERS, 24, vocab=104)
+    for name, model in (("target", target), ("source", source)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    models = [str(tmp_path / "target"), str(tmp_path / "source")]
+    if not loaded:
+        models = [LlamaForCausalLM.from_pretrained(model) for model in models]
+    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, pairing="last")
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(12)]
+    trainer = SemAlignTrainer(*models, args, rows, processing_class=tokenizer)
+    assert trainer.semantic_map.shared_tokens == 97
+    expected = torch.linalg.pinv(target.lm_head.weight[:97].double()) @ source.lm_head.weight[:97].double()
+    torch.testing.assert_close(trainer.semantic_map.matrix, expected.float())
+    batch = trainer.data_collator(list(trainer.train_dataset)[:4])
+    valid = valid_positions(batch["labels"])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    source_logits, target_logits = source(**inputs).logits[valid][:, :97], target(**inputs).logits[valid][:, :97]
+    log_probabilities = target_logits.log_softmax(-1), source_logits.log_softmax(-1)
+    kl = torch.nn.functional.kl_div(*log_probabilities, log_target=True, reduction="batchmean")
+    trainer.args.relation_weight = 0.0
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), kl)
+
+
+def test_report_integrations_get_both_terms_and_the_stage(tmp_path):
+    logged = []
+
+    class Report(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    make_trainer(tmp_path, max_steps=3, callbacks=[Report()]).train()
+    assert [(logs["stage"], {"kl", "relation", "learning_rate"} <= logs.keys()) for logs in logged[:3]] == [
+        (1, True), (2, True), (3, True),
+    ]  # fmt: skip
+
+
+def test_the_optimizer_knows_every_lora_parameter_and_nothing_else(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert known == {id(p) for layer in trainer.lora_layers for p in layer}
+    assert {id(p) for name, p in trainer.model.named_parameters() if "lora_" in name} == known
+
+
 DDP = """
 import json, sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, get_scheduler
+from transformers import ProgressCallback, TrainerCallback, get_scheduler
 
 FRONTIERS = ("single", "cumulative", "joint")
 BUDGETS = ("split", "per_stage")
@@ -157,3 +157,18 @@ class FrontierCallback(TrainerCallback):
         if stage != self.stage:
             train_only(self.layers, self.frontier.trained(stage))
             self.stage = stage
+
+
+class StageProgress(ProgressCallback):
+    """transformers' progress bar with the stage in front."""
+
+    def __init__(self, frontier: FrontierCallback) -> None:
+        super().__init__()
+        self.frontier = frontier
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Advance the bar and name the stage."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None and self.frontier.stage is not None:
+            stage = f"stage {self.frontier.stage + 1}/{self.frontier.schedule.num_stages}"
+            self.training_bar.set_description(stage, refresh=False)

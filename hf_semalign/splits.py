@@ -7,6 +7,7 @@ the method is computed on valid positions only.
 from __future__ import annotations
 
 import hashlib
+import logging
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+HELD_OUT = 20  # the size that LaTen's extract splits have
+logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 
@@ -179,6 +182,33 @@ def _tokenize_chat(
         end = len(render(messages[: turn + 1], opening=False)) if turn + 1 < len(messages) else len(ids)
         labels[prefix:end] = ids[prefix:end]
     return ids, labels
+
+
+def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Take an extract split out of the training data: the last rows, up to 20 and a fifth, and all that share their prompts.
+
+    Args:
+        rows: the training rows.
+
+    Returns:
+        The rows that stay, and those held out.
+
+    Raises:
+        ValueError: fewer than five rows.
+    """
+    count = min(HELD_OUT, len(rows) // 5)
+    if count == 0:
+        raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
+    held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
+    train = [record for record in rows if prompt_of(record) not in held]
+    extract = [record for record in rows if prompt_of(record) in held]
+    logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
+    return train, extract
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Digest of an encoded split, in its order."""
+    return hashlib.sha256(repr(list(rows["example_id"])).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import logging
@@ -33,7 +32,14 @@ from transformers import (
 from hf_semalign.anatomy import base_model, dissect, lora_targets
 from hf_semalign.attribution import attribute_layers
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.frontier import Frontier, FrontierCallback, FrontierSchedule, stage_learning_rate, train_only
+from hf_semalign.frontier import (
+    Frontier,
+    FrontierCallback,
+    FrontierSchedule,
+    StageProgress,
+    stage_learning_rate,
+    train_only,
+)
 from hf_semalign.hooks import capture
 from hf_semalign.losses import (
     relation_sequences,
@@ -45,12 +51,11 @@ from hf_semalign.losses import (
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.semantics import SemanticMap, match_scales, select_rows, shared_token_ids
 from hf_semalign.signals import OnlineSignals, SourceSignals
-from hf_semalign.splits import Collator, Record, check_disjoint, encode, prompt_of, valid_positions
+from hf_semalign.splits import Collator, Record, check_disjoint, encode, fingerprint, hold_out, valid_positions
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 RECORD_NAME = "semalign.json"
-HELD_OUT = 20  # extract rows taken from the training data when none are given: the size that LaTen's splits use
 SETTINGS = ("pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier")
 LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_targets")
 TRAINING_SETTINGS = (
@@ -66,21 +71,6 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 2)
-
-
-class StageProgress(ProgressCallback):
-    """transformers' progress bar with the stage in front."""
-
-    def __init__(self, frontier: FrontierCallback) -> None:
-        super().__init__()
-        self.frontier = frontier
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Advance the bar and name the stage."""
-        super().on_step_end(args, state, control, **kwargs)
-        if self.training_bar is not None and self.frontier.stage is not None:
-            stage = f"stage {self.frontier.stage + 1}/{self.frontier.schedule.num_stages}"
-            self.training_bar.set_description(stage, refresh=False)
 
 
 class SemAlignTrainer(Trainer):
@@ -139,7 +129,7 @@ class SemAlignTrainer(Trainer):
         self.seconds: dict[str, float] = {}
         needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
         if extract_dataset is None and needs_extract:
-            train_dataset, extract_dataset = _hold_out(train_dataset)
+            train_dataset, extract_dataset = hold_out(train_dataset)
         given = {"extract": extract_dataset, "align": train_dataset, "eval": eval_dataset}
         splits = {name: rows for name, rows in given.items() if rows is not None}
         check_disjoint(splits)
@@ -210,7 +200,7 @@ class SemAlignTrainer(Trainer):
                 self.scales = match_scales(source, adapted, self.pairing, self.semantic_map, self._batches(extract))
         online = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
         self.signals: OnlineSignals | SourceSignals = online if args.signals == "online" else self._cache(online, encoded)
-        self.data_record = {name: {"rows": len(rows), "fingerprint": _data_fingerprint(rows)} for name, rows in encoded.items()}
+        self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in encoded.items()}
 
         self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers)
         self.add_callback(self._frontier_callback)
@@ -473,21 +463,5 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedMo
     return pad
 
 
-def _hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Take the last few distinct prompts out of the training data for the extract split."""
-    count = min(HELD_OUT, len(rows) // 5)
-    if count == 0:
-        raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
-    held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
-    train = [record for record in rows if prompt_of(record) not in held]
-    extract = [record for record in rows if prompt_of(record) in held]
-    logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
-    return train, extract
-
-
 def _forward_parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
-
-
-def _data_fingerprint(rows: Dataset) -> str:
-    return hashlib.sha256(repr(list(rows["example_id"])).encode()).hexdigest()[:16]

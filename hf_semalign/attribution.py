@@ -111,7 +111,7 @@ def attribute_layers(
             for product in products:
                 product = (product if isinstance(product, torch.Tensor) else product[0]).detach().float()
                 columns.append((AGGREGATES[aggregate](product) * valid).sum(1) / valid.sum(1))
-            rows.append(torch.stack(columns, dim=1).double().cpu())  # [B, L_src]
+            rows.append(torch.stack(columns, dim=1).cpu().double())  # [B, L_src]
     finally:
         source.train(was_training)
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):

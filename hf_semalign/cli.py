@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def _train(config: str, overrides: Sequence[str]) -> int:
     logging.getLogger("hf_semalign").setLevel(logging.INFO)
     try:
         recipe = load_recipe(config, overrides)
+        recipe.config(Path(recipe.output_dir))  # refuses bad settings
     except (ValueError, FileNotFoundError) as error:
         logging.getLogger("hf_semalign").error("error: %s", error)
         return 2

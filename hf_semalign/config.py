@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,15 @@ CHOICES = {
     "frontier": FRONTIERS,
     "signals": ("cached", "online"),
 }
+REFUSED = {
+    "push_to_hub": "train, then upload the run folder without checkpoints and signals",
+    "auto_find_batch_size": "another batch size would move the stages; choose per_device_train_batch_size",
+    "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
+    "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
+    "torch_compile": "frames would be reused when the frontier moves",
+    "fsdp": "use one process or DDP",
+    "deepspeed": "use one process or DDP",
+}
 
 
 @dataclass
@@ -35,9 +46,9 @@ class SemAlignConfig(TrainingArguments):
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of every stage."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Budget in epochs, dealt out to the stages."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a device and forward pass."})
-    pairing: str | list[int] = field(
+    pairing: str = field(
         default="attribution",
-        metadata={"help": f"Strategy ({', '.join(STRATEGIES)}) or the 0-based source layer of each target layer."},
+        metadata={"help": f"Strategy ({', '.join(STRATEGIES)}) or a list: the 0-based source layer of each target layer."},
     )
     map_kind: str = field(default="readout", metadata={"help": f"Map between the spaces: {', '.join(KINDS)}."})
     scale: str = field(
@@ -59,7 +70,7 @@ class SemAlignConfig(TrainingArguments):
         default="cached", metadata={"help": "cached: one pass of the source, kept on disk; online: it runs on every batch."}
     )
     signals_dir: str | None = field(
-        default=None, metadata={"help": "Where cached signals go, also for several runs; by default output_dir/signals."}
+        default=None, metadata={"help": "Where cached signals go, also for several runs; by default output_dir/_signals."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
@@ -73,6 +84,8 @@ class SemAlignConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
+        if isinstance(self.pairing, str) and self.pairing.startswith("["):
+            self.pairing = json.loads(self.pairing)
         if isinstance(self.pairing, str) and self.pairing not in STRATEGIES:
             raise ValueError(f"pairing is {self.pairing!r}: expected one of {STRATEGIES} or a list of source layers.")
         if self.relation_weight < 0 or self.kl_weight < 0 or self.relation_weight + self.kl_weight == 0:
@@ -83,11 +96,22 @@ class SemAlignConfig(TrainingArguments):
             raise ValueError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: both must be positive.")
         if self.label_smoothing_factor != 0:
             raise ValueError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
-        if self.push_to_hub:
-            raise ValueError("push_to_hub is not supported yet: train, then upload the run folder with HfApi().upload_folder.")
+        for name, reason in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {reason}.")
+        if self.ddp_find_unused_parameters is False and self.frontier != "joint":
+            raise ValueError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         super().__post_init__()
         kwargs: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
             raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")
+
+    def planned_steps(self, num_examples: int) -> int:
+        """Optimizer steps of ``max_steps``, or of ``num_train_epochs`` over so many examples; a stage's under ``per_stage``."""
+        if self.max_steps > 0:
+            return self.max_steps
+        rounded = math.floor if self.dataloader_drop_last else math.ceil
+        batches = rounded(num_examples / (self.train_batch_size * self.world_size))
+        return math.ceil(self.num_train_epochs * max(1, math.ceil(batches / self.gradient_accumulation_steps)))

@@ -83,13 +83,18 @@ class FrontierSchedule:
 
 
 def stage_learning_rate(
-    schedule: FrontierSchedule, name: str, warmup_steps: Callable[[int], int], specific: dict[str, Any] | None = None
+    schedule: FrontierSchedule,
+    name: str,
+    learning_rate: float,
+    warmup_steps: Callable[[int], int],
+    specific: dict[str, Any] | None = None,
 ) -> Callable[[int], float]:
     """Learning-rate factor by global step: the named transformers schedule, warmup and decay, anew in every stage.
 
     Args:
         schedule: the stages.
         name: a transformers ``lr_scheduler_type``.
+        learning_rate: peak learning rate, which floors such as ``min_lr`` refer to.
         warmup_steps: warmup steps of a stage of so many steps.
         specific: ``lr_scheduler_kwargs``.
 
@@ -98,7 +103,7 @@ def stage_learning_rate(
     """
     factors: dict[int, Callable[[int], float]] = {}
     for length in {schedule.steps(stage) for stage in range(schedule.num_stages)}:
-        throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        throwaway = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
         if not isinstance(within, torch.optim.lr_scheduler.LambdaLR):
             raise ValueError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")

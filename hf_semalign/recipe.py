@@ -22,8 +22,7 @@ from typing import Any
 import torch
 import yaml
 from rich.table import Table
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_semalign.baselines import kd
@@ -31,11 +30,9 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.semantics import shared_token_ids
-from hf_semalign.splits import Collator, encode
 from hf_semalign.symbols import resolve_model
-from hf_semalign.tasks import BENCHMARKS, TaskData, load_task
-from hf_semalign.trainer import SemAlignTrainer, timed
+from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
+from hf_semalign.trainer import SemAlignTrainer, check_tokenizers, load_model, timed
 
 BASELINES = {"kd": kd.SETTINGS}
 
@@ -126,6 +123,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_keys(content["data"], DataSettings, f"data section of {path}")
     training = content.get("training") or {}
     _check_keys(training, SemAlignConfig, f"training section of {path}")
+    for name, home in (("output_dir", "output_dir"), ("max_length", "data.max_length")):
+        if name in training:
+            raise ValueError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
+    numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
+    for name in numbers & training.keys():
+        training[name] = float(training[name])  # YAML reads 1e-4, without a dot, as text
+    _check_names([content["data"]["task"]], TASKS, f"data section of {path}")
     baselines = tuple(content.get("baselines") or ())
     _check_names(baselines, BASELINES, f"baselines of {path}")
     return Recipe(**{**content, "data": DataSettings(**content["data"]), "training": training, "baselines": baselines})
@@ -154,38 +158,32 @@ def _check_names(names: Iterable[str], known: Iterable[str], where: str) -> None
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe: splits, attribution, pairing, map, training, evaluation before and after, baselines, run folder.
 
-    The adapter is saved as soon as it is trained; card, figures and ``results.json`` follow.
+    The adapter is saved as soon as it is trained; ``results.json``, figures and card are written after the main run, and
+    again after each baseline.
 
     Returns:
         What ``results.json`` holds.
     """
     folder = Path(recipe.output_dir)
     seconds: dict[str, float] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
+    args = recipe.config(folder)
     with timed("data", seconds):
-        args = recipe.config(folder)
         data = recipe.data.load()
         tokenizer = _load_tokenizer(recipe)
-    with timed("loading models", seconds):
-        source = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.source), dtype="auto")
-    with timed("evaluation of the source", seconds):
-        metrics: dict[str, dict[str, Any]] = {"source": _measure_source(source, data, tokenizer, args)}
+    with timed("loading the source", seconds):
+        source = load_model(resolve_model(recipe.source), args)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     seconds |= trainer.seconds
     with timed("evaluation before", seconds):
         metrics["target"] = _measure(trainer, data, tokenizer)
+        metrics["source"] = _measure_source(source, trainer, data, tokenizer)
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=_checkpoint(args))
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics["semalign"] = _measure(trainer, data, tokenizer)
-    for name in recipe.baselines:
-        with timed(f"baseline {name}", seconds):
-            settings = recipe.config(folder / name, signals_dir=args.signals_dir or str(folder / "signals"), **BASELINES[name])
-            baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
-            baseline.train(resume_from_checkpoint=_checkpoint(settings) if args.resume_from_checkpoint is True else None)
-            metrics[name] = _measure(baseline, data, tokenizer)
-    seconds["total"] = round(time.perf_counter() - started, 2)
     results = {
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
@@ -193,11 +191,17 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         "metrics": metrics,
         "history": [entry for entry in trainer.state.log_history if "stage" in entry],
         "seconds": seconds,
-        "peak_memory_mb": _peak_memory_mb(),
         "machine": {"device": str(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
     }
-    if trainer.is_world_process_zero():
-        _write(folder, trainer.record(), results)
+    _write(folder, trainer, results, started)
+    for name in recipe.baselines:
+        with timed(f"baseline {name}", seconds):
+            signals = args.signals_dir or str(folder / "_signals")
+            settings = recipe.config(folder / name, signals_dir=signals, **BASELINES[name])
+            baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
+            baseline.train(resume_from_checkpoint=_checkpoint(settings) if args.resume_from_checkpoint is True else None)
+            metrics[name] = _measure(baseline, data, tokenizer)
+        _write(folder, trainer, results, started)
     return results
 
 
@@ -207,8 +211,13 @@ def _checkpoint(args: SemAlignConfig) -> str | None:
     return get_last_checkpoint(args.output_dir) if wanted is True else wanted
 
 
-def _write(folder: Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    figures = folder / "figures"
+def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
+    """Results, figures and card of what has run so far; the main process alone writes."""
+    results["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    results["peak_memory_mb"] = _peak_memory_mb()
+    if not trainer.is_world_process_zero():
+        return
+    record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_layers(record, figures), draw_losses(results, record, figures), draw_comparison(results, figures)]
     results["figures"] = [path.name for path in drawn]
@@ -238,10 +247,7 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 f"pad_token {recipe.pad_token!r} is not in the tokenizer of {recipe.target}: name one of its tokens."
             )
         tokenizer.pad_token = recipe.pad_token
-    theirs = AutoTokenizer.from_pretrained(resolve_model(recipe.source))
-    shared_token_ids(
-        theirs, tokenizer, len(theirs), len(tokenizer)
-    )  # refuses a pair of two tokenizers before weights are loaded
+    check_tokenizers(tokenizer, resolve_model(recipe.source))
     return tokenizer
 
 
@@ -274,12 +280,10 @@ def _measure(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedToke
 
 
 def _measure_source(
-    source: PreTrainedModel, data: TaskData, tokenizer: PreTrainedTokenizerBase, args: SemAlignConfig
+    source: PreTrainedModel, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    source.to(args.device)  # type: ignore[arg-type]
-    rows = encode(data.eval, tokenizer, split="eval", max_length=args.max_length)
-    batches = DataLoader(rows, batch_size=args.per_device_eval_batch_size, collate_fn=Collator(tokenizer.pad_token_id or 0))
-    return {"kl": 0.0, "loss": answer_loss(source, batches)} | _generated(source, data, tokenizer)
+    source.to(trainer.args.device)  # type: ignore[arg-type]
+    return {"kl": 0.0, "loss": answer_loss(source, trainer.get_eval_dataloader())} | _generated(source, data, tokenizer)
 
 
 def _generated(model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

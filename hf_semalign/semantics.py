@@ -70,10 +70,11 @@ class SemanticMap(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
-        states = hidden.to(self.matrix.dtype)
-        if self.kind == "cosine":
-            states = F.normalize(states, dim=-1)
-        return F.linear(states, self.matrix).to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden.to(self.matrix.dtype)
+            if self.kind == "cosine":
+                states = F.normalize(states, dim=-1)
+            return F.linear(states, self.matrix).to(hidden.dtype)
 
     @classmethod
     def from_heads(cls, source_weight: torch.Tensor, target_weight: torch.Tensor, *, kind: str = "readout") -> SemanticMap:
@@ -303,5 +304,5 @@ def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Te
 def checksum(tensor: torch.Tensor) -> str:
     """Digest of a tensor's shape, dtype and bytes."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

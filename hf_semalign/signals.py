@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]
 MANIFEST = "manifest.json"
 SHARD_EXAMPLES = 4096
+SHARD_BYTES = 2**29  # a shard is held in memory while it is made, and is what an interrupted pass can lose
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,11 @@ class SourceSignals:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "writing.lock"):
             shards = _whole_shards(folder)
-            starts = range(0, len(rows), SHARD_EXAMPLES)
-            names = {
-                f"shard-{start // SHARD_EXAMPLES:05d}.safetensors": rows[start : start + SHARD_EXAMPLES] for start in starts
-            }
+            width = _bytes_per_position(online, dtype)
+            names = {f"shard-{index:05d}.safetensors": members for index, members in enumerate(_cut(rows, width))}
             missing = {name: members for name, members in names.items() if name not in shards}
             if missing:
-                _check_space(online, missing.values(), folder, dtype)
+                _check_space(width * sum(_valid_count(row) for members in missing.values() for row in members), folder)
             bar = tqdm(
                 total=sum(map(len, missing.values())), desc="source signals", unit="ex", disable=not (progress and missing)
             )
@@ -264,12 +263,28 @@ def _whole_shards(folder: Path) -> dict[str, str]:
     return whole
 
 
-def _check_space(online: OnlineSignals, shards: Any, folder: Path, dtype: torch.dtype) -> None:
-    layers, (target_width, source_width) = len(online.pairing.source_layers), online.semantic_map.matrix.shape
-    positions = sum(_valid_count(row) for rows in shards for row in rows)
-    needed = positions * (layers * target_width + source_width) * dtype.itemsize
+def _bytes_per_position(online: OnlineSignals, dtype: torch.dtype) -> int:
+    target_width, source_width = online.semantic_map.matrix.shape
+    return (len(online.pairing.source_layers) * target_width + source_width) * dtype.itemsize
+
+
+def _cut(rows: Sequence[dict], width: int) -> list[list[dict]]:
+    """Rows by shard, at most ``SHARD_EXAMPLES`` and about ``SHARD_BYTES`` each."""
+    shards: list[list[dict]] = []
+    size = 0
+    for row in rows:
+        count = width * _valid_count(row)
+        if not shards or len(shards[-1]) == SHARD_EXAMPLES or size + count > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += count
+    return shards
+
+
+def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    logger.info("Source signals of %d positions: %.1f MB in %s (%.0f MB free)", positions, needed / 1e6, folder, free / 1e6)
+    logger.info("Source signals: %.1f MB in %s (%.0f MB free)", needed / 1e6, folder, free / 1e6)
     if needed > free:
         raise OSError(
             f"The source signals need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: set signals_dir "

@@ -111,24 +111,33 @@ def encode(
     Raises:
         ValueError: unknown columns, no rows, no tokenizer, or rows without a valid position.
     """
+    _check_sized(records, split)
     if len(records) == 0:
         raise ValueError(f"The {split} split has no rows.")
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "example_id": []}
-    empty = []
+    empty, cut = [], 0
     for row, record in enumerate(records):
         ids, labels = _tokenize(record, tokenizer, f"{split}[{row}]")
+        cut += max_length is not None and len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORED for label in labels[1:]):
             empty.append(row)
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
         columns["example_id"].append(_digest(ids, labels))
+    if cut:
+        logger.warning("%d of %d rows of the %s split are cut at max_length %d.", cut, len(records), split, max_length)
     if empty:
         raise ValueError(
             f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
             f"token is left to supervise. Give these rows an answer, or raise max_length (now {max_length})."
         )
     return Dataset.from_dict(columns)
+
+
+def _check_sized(rows: Any, split: str) -> None:
+    if not hasattr(rows, "__len__"):
+        raise ValueError(f"The {split} split is a {type(rows).__name__} without a length: pass a Dataset or a list of rows.")
 
 
 def _digest(ids: Sequence[int], labels: Sequence[int]) -> int:
@@ -142,10 +151,10 @@ def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: 
     if tokenizer is None:
         raise ValueError(f"{where} holds text: pass its tokenizer as processing_class.")
     if "messages" in record:
-        return _tokenize_chat(record["messages"], 0, tokenizer)
+        return _tokenize_chat(record["messages"], 0, tokenizer, where)
     prompt, completion = record["prompt"], record["completion"]
     if not isinstance(prompt, str):
-        return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer)
+        return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer, where)
     ids = tokenizer(prompt + completion)["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -161,7 +170,7 @@ def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 
 def _tokenize_chat(
-    messages: Sequence[Mapping[str, str]], first_answer: int, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Mapping[str, str]], first_answer: int, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -175,12 +184,21 @@ def _tokenize_chat(
 
     ids = render(messages, opening=False)
     labels = [IGNORED] * len(ids)
+
+    def shared(prefix: list[int]) -> int:
+        count = _mask_prompt(prefix, ids).count(IGNORED)
+        if count < len(prefix) - 1:  # one token may have merged over the seam
+            raise ValueError(
+                f"{where}: the chat template writes earlier turns differently once later ones follow, so that its answers "
+                "cannot be told from the rest. Give single-turn messages, or prompt and completion."
+            )
+        return count
+
     for turn, message in enumerate(messages):
         if turn < first_answer or message["role"] != "assistant":
             continue
-        prefix = _mask_prompt(render(messages[:turn], opening=True), ids).count(IGNORED)
-        end = len(render(messages[: turn + 1], opening=False)) if turn + 1 < len(messages) else len(ids)
-        labels[prefix:end] = ids[prefix:end]
+        start, end = (shared(render(messages[:turn], opening=True)), shared(render(messages[: turn + 1], opening=False)))
+        labels[start:end] = ids[start:end]
     return ids, labels
 
 
@@ -196,6 +214,7 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Recor
     Raises:
         ValueError: fewer than five rows.
     """
+    _check_sized(rows, "align")
     count = min(HELD_OUT, len(rows) // 5)
     if count == 0:
         raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")

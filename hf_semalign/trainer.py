@@ -6,20 +6,24 @@ import copy
 import inspect
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -31,7 +35,7 @@ from transformers import (
 
 from hf_semalign.anatomy import base_model, dissect, lora_targets
 from hf_semalign.attribution import attribute_layers
-from hf_semalign.config import SemAlignConfig
+from hf_semalign.config import REFUSED, SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
     FrontierCallback,
@@ -86,7 +90,7 @@ class SemAlignTrainer(Trainer):
         args: a :class:`SemAlignConfig`.
         train_dataset: the align split: rows with ``prompt`` and ``completion``, with ``messages``, or with ``input_ids`` and
             ``labels``.
-        eval_dataset: the eval split, of the same form.
+        eval_dataset: the eval split, of the same form, or several by name.
         extract_dataset: the split for attribution and ``scale: match``. Where one of them needs it and none is given, up to
             20 rows (at most a fifth) are taken out of ``train_dataset``, and the log says so.
         processing_class: the target's tokenizer; loaded with the model when that is an id. Not needed for token ids.
@@ -115,7 +119,7 @@ class SemAlignTrainer(Trainer):
         source_model: PreTrainedModel | str,
         args: SemAlignConfig,
         train_dataset: Dataset | Sequence[Record],
-        eval_dataset: Dataset | Sequence[Record] | None = None,
+        eval_dataset: Dataset | Sequence[Record] | dict[str, Any] | None = None,
         extract_dataset: Dataset | Sequence[Record] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         pairing: LayerPairing | None = None,
@@ -123,41 +127,51 @@ class SemAlignTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         _check_engine(args)
+        self.seconds: dict[str, float] = {}
         if processing_class is None and isinstance(model, str):
             processing_class = AutoTokenizer.from_pretrained(model)
-        source_tokenizer = AutoTokenizer.from_pretrained(source_model) if isinstance(source_model, str) else None
-        self.seconds: dict[str, float] = {}
+        if processing_class is not None:
+            check_tokenizers(processing_class, source_model)
         needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
         if extract_dataset is None and needs_extract:
             train_dataset, extract_dataset = hold_out(train_dataset)
-        given = {"extract": extract_dataset, "align": train_dataset, "eval": eval_dataset}
+        evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
+        given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
         splits = {name: rows for name, rows in given.items() if rows is not None}
+        self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
+        encoded = {name: self._encode(rows, split=name) for name, rows in splits.items()}
         check_disjoint(splits)
-        encoded = {
-            name: encode(rows, processing_class, split=name, max_length=args.max_length) for name, rows in splits.items()
-        }
 
         with timed("loading models", self.seconds):
-            target, source = _load(model), _load(source_model)
+            target, source = load_model(model, args), load_model(source_model, args)
         self.source_id, self.target_id = public_name(str(source.name_or_path)), public_name(str(target.name_or_path))
         collator = Collator(_pad_token_id(processing_class, target))
-        self.source_anatomy, self.target_anatomy = dissect(source), dissect(target)
-        target_width, source_width = len(self.target_anatomy.layers), len(self.source_anatomy.layers)
+        source_anatomy, self.target_anatomy = dissect(source), dissect(target)
+        depths = len(source_anatomy.layers), len(self.target_anatomy.layers)
         if pairing is None and args.pairing not in NEEDS_SCORES:
-            pairing = pair_layers(source_width, target_width, args.pairing)
+            pairing = pair_layers(*depths, args.pairing)
         elif pairing is None:
-            pair_layers([0.0] * source_width, target_width, args.pairing)  # refuses what no score could pair
-        elif len(pairing.source_layers) != target_width or pairing.num_source_layers != source_width:
+            pair_layers([0.0] * depths[0], depths[1], args.pairing)  # refuses what no score could pair
+        elif (pairing.num_source_layers, len(pairing.source_layers)) != depths:
             raise ValueError(
                 f"The pairing is for {pairing.num_source_layers} source and {len(pairing.source_layers)} target layers; these "
-                f"models have {source_width} and {target_width}."
+                f"models have {depths[0]} and {depths[1]}."
             )
-        heads = self.source_anatomy.head_weight(), self.target_anatomy.head_weight()
-        if source_tokenizer is None and len(heads[0]) != len(heads[1]):
-            source_tokenizer = AutoTokenizer.from_pretrained(source.name_or_path)
-        tokenizers = (source_tokenizer, processing_class) if source_tokenizer is not None else (None, None)
-        token_ids = shared_token_ids(tokenizers[0], tokenizers[1], len(heads[0]), len(heads[1]))
-        self.frontier = Frontier(args.frontier, target_width)
+        widths = source_anatomy.head_weight().shape[1], self.target_anatomy.head_weight().shape[1]
+        if semantic_map is not None and tuple(semantic_map.matrix.shape) != widths[::-1]:
+            raise ValueError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {widths[::-1]}.")
+        theirs = _tokenizer_of(source) if processing_class is not None else None
+        heads = len(source_anatomy.head_weight()), len(self.target_anatomy.head_weight())
+        token_ids = shared_token_ids(theirs, processing_class, *heads)
+        self.frontier = Frontier(args.frontier, depths[1])
+        self.schedule = FrontierSchedule(self.frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
+        self._learning_rate_factor = stage_learning_rate(
+            self.schedule,
+            args.lr_scheduler_type,
+            args.learning_rate,
+            args.get_warmup_steps,
+            cast(dict, args.lr_scheduler_kwargs),
+        )
         self._lora_targets = lora_targets(self.target_anatomy.layers, args.lora_targets)
         adapted = _add_lora(target, args, self._lora_targets)
         self.lora_layers = [
@@ -169,35 +183,34 @@ class SemAlignTrainer(Trainer):
             args=args,
             data_collator=collator,
             train_dataset=encoded["align"],
-            eval_dataset=encoded.get("eval"),
+            eval_dataset={name.removeprefix("eval_"): encoded[name] for name in evals} if evals else encoded.get("eval"),
             processing_class=processing_class,
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
         self._keeps_logits = "logits_to_keep" in _forward_parameters(target)
-        self.schedule = self._make_schedule()
-        self._learning_rate_factor = stage_learning_rate(
-            self.schedule, args.lr_scheduler_type, args.get_warmup_steps, cast(dict, args.lr_scheduler_kwargs)
-        )
 
         source.to(args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
-        self._source_head = select_rows(self.source_anatomy.head_weight(), token_ids)
+        self._source_head = select_rows(source_anatomy.head_weight(), token_ids)
         extract = encoded.get("extract")
         if pairing is None:
             with timed("attribution", self.seconds):
-                pairing = pair_layers(attribute_layers(source, self._batches(extract)), target_width, args.pairing)
-        self.pairing = pairing.named(self.source_id, self.target_id)
+                # One example at a time: the activations of all layers are kept, and scores do not depend on the batch.
+                pairing = pair_layers(attribute_layers(source, self._batches(extract, 1)), depths[1], args.pairing)
         with timed("semantic map", self.seconds):
             cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
             self.semantic_map = semantic_map or SemanticMap.from_models(
-                source, target, *tokenizers, kind=args.map_kind, cache=cache
+                source, target, theirs, processing_class, kind=args.map_kind, cache=cache
             )
             self.semantic_map.to(args.device, torch.float32)
-            self.scales: tuple[float, ...] = (1.0,) * target_width
+            self.scales: tuple[float, ...] = (1.0,) * depths[1]
             if args.scale == "match":
-                self.scales = match_scales(source, adapted, self.pairing, self.semantic_map, self._batches(extract))
+                self.scales = match_scales(source, adapted, pairing, self.semantic_map, self._batches(extract))
+        # Backward kernels may differ in the last bits between ranks; all must train on the same pairs.
+        pairing, self.scales = broadcast_object_list([pairing, self.scales])
+        self.pairing = pairing.named(self.source_id, self.target_id)
         online = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
         self.signals: OnlineSignals | SourceSignals = online if args.signals == "online" else self._cache(online, encoded)
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in encoded.items()}
@@ -213,16 +226,11 @@ class SemAlignTrainer(Trainer):
 
     # Schedule and optimizer
 
-    def _make_schedule(self) -> FrontierSchedule:
-        total = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        return FrontierSchedule(self.frontier.num_stages, total)
-
     def set_initial_training_values(self, args, dataloader):
         """The Trainer's count of epochs and steps; under ``per_stage`` the budget is every stage's."""
         if args.stage_budget == "per_stage":
             args = copy.copy(args)
-            args.num_train_epochs *= self.frontier.num_stages
-            args.max_steps *= self.frontier.num_stages if args.max_steps > 0 else 1
+            args.max_steps = self.schedule.total_steps
         return super().set_initial_training_values(args, dataloader)
 
     def create_optimizer(self, model=None):
@@ -232,6 +240,11 @@ class SemAlignTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """A learning rate whose warmup and decay restart with each stage."""
+        if num_training_steps != self.schedule.total_steps:
+            raise ValueError(
+                f"The run has {num_training_steps} steps, but its stages were planned for {self.schedule.total_steps}: set the "
+                "budget before the trainer is made."
+            )
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or cast(Optimizer, self.optimizer), self._learning_rate_factor)
             self._created_lr_scheduler = True
@@ -251,22 +264,29 @@ class SemAlignTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["input_ids", "labels", "example_id"]
 
-    def _batches(self, dataset: Dataset) -> DataLoader:
-        return DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+    def _batches(self, dataset: Dataset, size: int | None = None) -> DataLoader:
+        return DataLoader(dataset, size or self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Also of rows of text, which are encoded as the eval split is."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and "example_id" not in eval_dataset[0]:
+            eval_dataset = self._encode(eval_dataset, split="eval")
+        return super().get_eval_dataloader(eval_dataset)
 
     def _cache(self, online: OnlineSignals, encoded: dict[str, Dataset]) -> SourceSignals:
         """One pass of the source over training and evaluation data; afterwards the source leaves the device."""
         args = self.args
-        rows = concatenate_datasets([encoded[name] for name in ("align", "eval") if name in encoded])
+        rows = concatenate_datasets([split for name, split in encoded.items() if name != "extract"])
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         with timed("source signals", self.seconds), args.main_process_first(), self.accelerator.autocast():
             signals = SourceSignals.prepare(
                 online,
                 rows,
                 self.data_collator,
-                Path(args.signals_dir or Path(str(args.output_dir)) / "signals"),
+                Path(args.signals_dir or Path(str(args.output_dir)) / "_signals"),  # Trainer.push_to_hub leaves out _*
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
-                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+                dtype=dtypes.get(str(self.accelerator.mixed_precision), torch.float32),
                 progress=not args.disable_tqdm,
             )
         online.source.to("cpu")
@@ -404,11 +424,19 @@ class SemAlignTrainer(Trainer):
         adapted = self.accelerator.unwrap_model(self.model)
         adapted.peft_config["default"].base_model_name_or_path = self.target_id  # a local path stays here
         # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
+        card = folder / "README.md"
+        kept = card.read_bytes() if card.is_file() else None
         adapted.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's placeholder card, which names the local path
+        card.unlink(missing_ok=True)  # peft's placeholder card, which names the local path
+        if kept is not None:
+            card.write_bytes(kept)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         (folder / RECORD_NAME).write_text(json.dumps(self.record(), indent=2))
+
+    def push_to_hub(self, *args, **kwargs):
+        """Refused: the Trainer's upload would replace the card and take along what is not meant for the Hub."""
+        raise NotImplementedError("push_to_hub is not supported yet: upload adapter, semalign.json, README.md and figures.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
@@ -437,15 +465,45 @@ def _check_engine(args: SemAlignConfig) -> None:
         raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     if args.n_gpu > 1:
         raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
-    if args.fsdp or args.deepspeed or args.torch_compile:
-        raise ValueError("fsdp, deepspeed and torch_compile are not supported yet: use one process or DDP.")
+    wanted = {
+        "ACCELERATE_USE_FSDP": "fsdp",
+        "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+        "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
+    }
+    for variable, name in wanted.items():
+        if os.environ.get(variable, "no").lower() not in ("no", "false", "0", ""):
+            raise ValueError(f"The accelerate config asks for {name} ({variable}): {REFUSED[name]}.")
 
 
-def _load(model: PreTrainedModel | str) -> PreTrainedModel:
+def check_tokenizers(tokenizer: PreTrainedTokenizerBase, source_model: PreTrainedModel | str) -> None:
+    """Refuse a tokenizer without padding, and a source of another vocabulary, before weights are loaded."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
+    theirs = AutoTokenizer.from_pretrained(source_model) if isinstance(source_model, str) else None
+    if theirs is not None:
+        shared_token_ids(theirs, tokenizer, len(theirs), len(tokenizer))
+
+
+def _tokenizer_of(source: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    if source.name_or_path:
+        return AutoTokenizer.from_pretrained(source.name_or_path)
+    logger.warning("The source was made in memory: that its vocabulary is the target's cannot be checked.")
+    return None
+
+
+def load_model(model: PreTrainedModel | str, args: SemAlignConfig) -> PreTrainedModel:
+    """The model of an id or folder, in its own dtype; of float16 weights under bf16 in bfloat16, lest layers give out float32.
+
+    Raises:
+        ValueError: a model that carries LoRA already, or quantised weights.
+    """
     if isinstance(model, str):
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if isinstance(model, PeftModel):
-        raise ValueError("The model is a PeftModel already: pass the base model; SemAlignTrainer adds its own LoRA.")
+        half = args.bf16 and AutoConfig.from_pretrained(model).dtype == torch.float16
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half else "auto")
+    if isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is quantised, which is not supported yet: load it in bfloat16.")
     return model
 
 
@@ -458,8 +516,7 @@ def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
     pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
     if pad is None:
-        owner = "The tokenizer" if tokenizer is not None else "The model's config (no tokenizer was given)"
-        raise ValueError(f"{owner} has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
+        raise ValueError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
     return pad
 
 

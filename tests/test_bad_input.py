@@ -5,6 +5,7 @@ import torch
 from conftest import random_rows, tiny_llama, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.pairing import pair_layers
@@ -42,7 +43,11 @@ SETTINGS = [
     ({"relation_weight": 0.0, "kl_weight": 0.0}, "nor both zero"),
     ({"lora_r": 0}, "lora_r is 0"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
-    ({"push_to_hub": True}, "push_to_hub is not supported yet"),
+    ({"push_to_hub": True}, "push_to_hub is not supported: train, then upload"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: another batch size would move the stages"),
+    ({"bf16_full_eval": True}, "bf16_full_eval is not supported: the target must keep one dtype"),
+    ({"torch_compile": True}, "torch_compile is not supported"),
+    ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters must not be False"),
     ({"signals": "disk"}, "signals is 'disk'"),
     ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
     ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant must be"),
@@ -165,8 +170,50 @@ def test_too_few_rows_to_hold_an_extract_split_out(tmp_path):
 
 def test_peft_model_as_target(tmp_path):
     adapted = get_peft_model(target(), LoraConfig(target_modules=["v_proj"]))
-    with pytest.raises(ValueError, match="PeftModel already: pass the base model"):
+    with pytest.raises(ValueError, match="carries LoRA already: pass a base model"):
         build(tmp_path, model=adapted)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND"])
+def test_engines_of_the_accelerate_config_that_are_not_supported(tmp_path, monkeypatch, variable):
+    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    monkeypatch.setenv(variable, "inductor" if "DYNAMO" in variable else "true")
+    with pytest.raises(ValueError, match=f"The accelerate config asks for .* \\({variable}\\)"):
+        SemAlignTrainer(target(), tiny_llama(5, 24), args, ROWS)
+
+
+def test_budget_changed_after_the_stages_were_planned(tmp_path):
+    trainer = build(tmp_path)
+    trainer.args.max_steps = 6
+    with pytest.raises(ValueError, match="The run has 6 steps, but its stages were planned for 3"):
+        trainer.train()
+
+
+def test_map_of_other_models(tmp_path):
+    other = build(tmp_path / "a", model=tiny_llama(3, 8, pad_token_id=0)).semantic_map
+    with pytest.raises(ValueError, match=r"The map is of shape \(8, 24\); these models need \(16, 24\)"):
+        build(tmp_path / "b", given={"semantic_map": other})
+
+
+def test_stream_of_rows(tmp_path):
+    with pytest.raises(ValueError, match="generator without a length: pass a Dataset or a list"):
+        build(tmp_path, train=(row for row in ROWS))
+
+
+def test_a_refused_budget_leaves_the_model_usable(tmp_path):
+    model = target()
+    with pytest.raises(ValueError, match="2 optimizer steps for 3 stages"):
+        build(tmp_path, model=model, settings={"max_steps": 2})
+    build(tmp_path, model=model).train()
+    with pytest.raises(ValueError, match="carries LoRA already"):
+        build(tmp_path, model=model)
+
+
+def test_loaded_models_with_tokenizers_of_their_own_are_compared(tmp_path):
+    folders = [save(tmp_path / "target", target(), WORDS), save(tmp_path / "source", tiny_llama(5, 24), WORDS[::-1])]
+    models = [LlamaForCausalLM.from_pretrained(folder) for folder in folders]
+    with pytest.raises(ValueError, match="94 of them under different ids"):
+        build(tmp_path, model=models[0], source=models[1], given={"processing_class": word_tokenizer(WORDS)})
 
 
 def test_plain_training_arguments():

@@ -89,7 +89,7 @@ def test_layers_that_each_stage_trains_and_supervises(kind, stages, trained, sup
 )
 def test_learning_rate_is_the_transformers_schedule_anew_in_each_stage(name, transformers_schedule, warmup):
     schedule = FrontierSchedule(3, 20)  # 6, 7 and 7 steps
-    factor = stage_learning_rate(schedule, name, lambda steps: warmup)
+    factor = stage_learning_rate(schedule, name, 1.0, lambda steps: warmup)
     expected = []
     for stage in range(3):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -103,20 +103,26 @@ def test_learning_rate_is_the_transformers_schedule_anew_in_each_stage(name, tra
 
 
 def test_warmup_is_asked_for_the_steps_of_a_stage():
-    factor = stage_learning_rate(FrontierSchedule(3, 20), "constant_with_warmup", lambda steps: steps // 2)
+    factor = stage_learning_rate(FrontierSchedule(3, 20), "constant_with_warmup", 1.0, lambda steps: steps // 2)
     assert [factor(step) for step in range(20)] == pytest.approx(
         [*(0, 1 / 3, 2 / 3, 1, 1, 1), *(0, 1 / 3, 2 / 3, 1, 1, 1, 1), *(0, 1 / 3, 2 / 3, 1, 1, 1, 1)]
     )
 
 
 def test_schedule_arguments_reach_the_schedule():
-    factor = stage_learning_rate(FrontierSchedule(2, 8), "polynomial", lambda steps: 0, {"power": 2.0, "lr_end": 0.0})
+    factor = stage_learning_rate(FrontierSchedule(2, 8), "polynomial", 1.0, lambda steps: 0, {"power": 2.0, "lr_end": 0.0})
     assert [factor(step) for step in range(8)] == pytest.approx([1, 9 / 16, 1 / 4, 1 / 16] * 2)
+
+
+def test_floors_refer_to_the_learning_rate():
+    factor = stage_learning_rate(FrontierSchedule(2, 40), "cosine_with_min_lr", 1e-2, lambda steps: 0, {"min_lr": 5e-3})
+    assert 1e-2 * factor(0) == pytest.approx(1e-2)
+    assert min(1e-2 * factor(step) for step in range(40)) == pytest.approx(5e-3, rel=0.02)
 
 
 def test_a_schedule_that_is_no_function_of_the_step_is_refused():
     with pytest.raises(ValueError, match="'reduce_lr_on_plateau' cannot restart with each stage"):
-        stage_learning_rate(FrontierSchedule(2, 4), "reduce_lr_on_plateau", lambda steps: 0)
+        stage_learning_rate(FrontierSchedule(2, 4), "reduce_lr_on_plateau", 1.0, lambda steps: 0)
 
 
 # Freezing

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_semalign import load_transfer
 from hf_semalign.cli import main
 from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import load_recipe, results_table, run_recipe
+from hf_semalign.recipe import BASELINES, load_recipe, results_table, run_recipe
 from hf_semalign.symbols import resolve_model
+from hf_semalign.trainer import SemAlignTrainer
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "semalign.yaml"
@@ -45,11 +46,18 @@ def test_overrides_reach_their_section():
         ("training.seed", "not of the form key=value"),
         ("data=7", "must hold keys and values"),
         ("training.seed.value=7", "'training.seed' is no section"),
+        ("training.max_length=7", "Set data.max_length, not training.max_length"),
+        ("training.output_dir=x", "Set output_dir, not training.output_dir"),
+        ("data.task=symbolz", "did you mean 'symbols'"),
     ],
 )
 def test_bad_keys_are_refused_with_the_nearest_one(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(QUICKSTART, [override])
+
+
+def test_numbers_without_a_dot_are_numbers():
+    assert load_recipe(QUICKSTART, ["training.learning_rate=3e-4"]).training["learning_rate"] == 3e-4
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ def run(tmp_path_factory):
 def test_run_folder_is_complete(run):
     _, results, folder = run
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    files = {name for name in files if not name.startswith(("kd/", "signals/"))}
+    files = {name for name in files if not name.startswith(("kd/", "_signals/"))}
     expected = {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json"}
     expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors"}
     expected |= {f"figures/{name}.{kind}" for name in ("layers", "losses", "comparison") for kind in ("png", "svg")}
@@ -153,6 +161,21 @@ def test_plain_peft_loads_the_run_folder_and_reproduces_the_result(run):
         assert torch.equal(adapted(**inputs).logits, again(**inputs).logits)
     assert record["source"] == "embedded:source"
     assert exact_match(again, tokenizer, recipe.data.load().eval) == results["metrics"]["semalign"]["exact_match"]
+
+
+def test_a_baseline_that_fails_costs_nothing_of_the_main_run(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise MemoryError("simulated")
+
+    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", f"output_dir={tmp_path}"]
+    recipe = load_recipe(QUICKSTART, small)
+    monkeypatch.setitem(BASELINES, "kd", {**BASELINES["kd"], "seed": 7})
+    train = SemAlignTrainer.train
+    monkeypatch.setattr(SemAlignTrainer, "train", lambda self, **kw: (fail if self.args.seed == 7 else train)(self, **kw))
+    with pytest.raises(MemoryError):
+        run_recipe(recipe)
+    assert set(json.loads((tmp_path / "results.json").read_text())["metrics"]) == {"target", "source", "semalign"}
+    assert {"README.md", "adapter_model.safetensors", "figures"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_folder_without_a_record_is_no_transfer(tmp_path):

@@ -165,6 +165,14 @@ def test_an_interrupted_pass_goes_on_after_its_last_whole_shard(online, data, tm
     assert len(passes) == 3
 
 
+def test_shards_are_cut_by_bytes(online, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals_module, "SHARD_BYTES", 4 * (3 * 16 + 24) * 6)  # six positions
+    cached = prepare(online, data, tmp_path)
+    assert all(len(shard["final"]) <= 6 for shard in cached._shards)
+    batch = COLLATE([data[i] for i in range(11)])
+    torch.testing.assert_close(cached(batch, []).final, online(batch, []).final, rtol=1e-5, atol=1e-5)
+
+
 def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(OSError, match=r"The source signals need 0.0 GB in .* set signals_dir to a larger disk"):

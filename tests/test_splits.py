@@ -354,3 +354,24 @@ def test_padding_with_a_real_token_is_still_masked():
     batch = Collator(pad_token_id=2)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert valid_positions(batch["labels"]).int().tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+REWRITING_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> "
+    "{% if message.role == 'assistant' and loop.last %}bye {% endif %}{{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(chat_tokenizer):
+    """As Qwen3's, whose think block stands in the last turn only: the seam of the first answer cannot be found."""
+    chat_tokenizer.chat_template = REWRITING_TEMPLATE
+    single = encode([{"messages": DIALOGUE[:2]}], chat_tokenizer, split="align")[0]
+    assert [token for token in single["labels"] if token != -100] == single["input_ids"][4:]
+    with pytest.raises(ValueError, match=r"align\[1\]: the chat template writes earlier turns differently"):
+        encode([{"messages": DIALOGUE[:2]}, {"messages": DIALOGUE}], chat_tokenizer, split="align")
+
+
+def test_rows_cut_at_max_length_are_counted(tokenizer, caplog):
+    encode([PAIR, {"prompt": "a =", "completion": " b"}], tokenizer, split="align", max_length=5)
+    assert "1 of 2 rows of the align split are cut at max_length 5" in caplog.text

@@ -11,7 +11,7 @@ import torch
 from conftest import random_rows, tiny_llama, word_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.hooks import capture
@@ -272,7 +272,13 @@ def test_adapter_folder_holds_lora_alone_and_no_local_path(tmp_path):
     )
     trainer.save_model()
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "semantic_map.safetensors", "signals"}
+    assert files == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "semalign.json",
+        "semantic_map.safetensors",
+        "_signals",
+    }
     assert all("lora_" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
     for name in ("adapter_config.json", "semalign.json"):
         assert str(tmp_path) not in (tmp_path / "run" / name).read_text()
@@ -454,6 +460,44 @@ def test_the_optimizer_knows_every_lora_parameter_and_nothing_else(tmp_path):
     known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert known == {id(p) for layer in trainer.lora_layers for p in layer}
     assert {id(p) for name, p in trainer.model.named_parameters() if "lora_" in name} == known
+
+
+def test_several_eval_sets_and_rows_of_text(tmp_path):
+    tokenizer = word_tokenizer([f"w{i}" for i in range(94)])
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(20)]
+    args = SemAlignConfig(
+        output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, pairing="last", signals="online"
+    )
+    trainer = SemAlignTrainer(
+        tiny_llama(TARGET_LAYERS, WIDTH),
+        tiny_llama(SOURCE_LAYERS, 24),
+        args,
+        rows[:12],
+        eval_dataset={"one": rows[12:15], "two": rows[15:]},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_one_kl", "eval_two_kl"} <= metrics.keys()
+    assert trainer.evaluate(rows[15:])["eval_kl"] == pytest.approx(metrics["eval_two_kl"])
+
+
+def test_saving_leaves_a_card_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "run" / "README.md").write_text("my own notes")
+    trainer.save_model()
+    assert (tmp_path / "run" / "README.md").read_text() == "my own notes"
+
+
+def test_pairing_may_come_from_a_command_line(tmp_path):
+    (args,) = HfArgumentParser(SemAlignConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--pairing", "[0, 2, 4]", "--frontier", "joint"]
+    )
+    assert args.pairing == [0, 2, 4]
+
+
+def test_pushing_is_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="push_to_hub is not supported yet"):
+        make_trainer(tmp_path).push_to_hub()
 
 
 DDP = """

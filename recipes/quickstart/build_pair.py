@@ -25,58 +25,63 @@ MODELS = {
 }
 
 
-def main() -> None:
-    """Train, evaluate and save both models."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=PAIR_FOLDER)
-    output = parser.parse_args().output
-    torch.set_num_threads(1)
+def build(role: str, output: Path) -> dict[str, float]:
+    """Train one model and save it with its tokenizer; returns its exact match by skill on the quickstart's eval split."""
+    settings = dict(MODELS[role])
+    steps, seed = settings.pop("steps"), settings.pop("seed")
     tokenizer = build_tokenizer()
     splits = load_recipe(Path(__file__).parent / "semalign.yaml").data.load()
     reserved = {record["prompt"] for split in (splits.extract, splits.align, splits.eval) for record in split}
+    records = make_records(BATCH * steps, seed=1_000_000 + seed, exclude=reserved)
     collator = Collator(tokenizer.pad_token_id)
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         return {key: value for key, value in collator(rows).items() if key != "example_id"}
 
-    for role, settings in MODELS.items():
-        steps, seed = settings.pop("steps"), settings.pop("seed")
-        records = make_records(BATCH * steps, seed=1_000_000 + seed, exclude=reserved)
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                tie_word_embeddings=False,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **settings,
-            )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
         )
-        args = TrainingArguments(
-            output_dir="runs/build_pair",
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
-            adam_beta2=0.98,
-            seed=seed,
-            use_cpu=True,
-            save_strategy="no",
-            logging_steps=250,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-        data = encode(records, tokenizer, split=role)
-        Trainer(model, args, train_dataset=data, data_collator=collate).train()
-        print(role, exact_match(model, tokenizer, splits.eval))
-        model.save_pretrained(output / role)
-        tokenizer.save_pretrained(output / role)
+    )
+    args = TrainingArguments(
+        output_dir="runs/build_pair",
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=250,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    Trainer(model, args, train_dataset=encode(records, tokenizer, split=role), data_collator=collate).train()
+    model.save_pretrained(output / role)
+    tokenizer.save_pretrained(output / role)
+    return exact_match(model, tokenizer, splits.eval)
+
+
+def main() -> None:
+    """Build both models."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=PAIR_FOLDER)
+    output = parser.parse_args().output
+    torch.set_num_threads(1)
+    for role in MODELS:
+        print(role, build(role, output))
 
 
 if __name__ == "__main__":

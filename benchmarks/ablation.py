@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ablation.py --jobs 2
 
-Each cell is one run of the quickstart's recipe with a few settings changed. A cell whose ``results.json`` exists is not run
+Each cell is one run of the quickstart's recipe, for 2,400 steps, with a few settings changed. A cell whose ``results.json`` exists is not run
 again. Prints a Markdown table, and writes it with all numbers to ``benchmarks/results/ablation.{md,json}``.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "semalign.yaml"
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
+STEPS = 2400
 PAIRINGS = ("attribution", "banded", "proportional", "uniform", "last")
 
 
@@ -43,7 +44,14 @@ def run_cell(settings: dict, seed: int, folder: Path) -> dict:
         from hf_semalign.recipe import load_recipe, run_recipe
 
         logging.disable(logging.WARNING)
-        changes = {**settings, "seed": seed, "disable_tqdm": True, "logging_steps": 400, "log_level": "error"}
+        changes = {
+            **settings,
+            "seed": seed,
+            "max_steps": STEPS,
+            "disable_tqdm": True,
+            "logging_steps": 400,
+            "log_level": "error",
+        }
         overrides = [f"training.{key}={json.dumps(value)}" for key, value in changes.items()]
         run_recipe(load_recipe(RECIPE, [*overrides, "baselines=[]", f"output_dir={folder}"]))
     return json.loads(results.read_text())

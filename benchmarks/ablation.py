@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ablation.py --jobs 2
 
-Each cell is one run of the quickstart's recipe, for 2,400 steps, with a few settings changed. A cell whose ``results.json`` exists is not run
-again. Prints a Markdown table, and writes it with all numbers to ``benchmarks/results/ablation.{md,json}``.
+Each cell is one run of the quickstart's recipe, for 2,400 steps, with a few settings changed. A cell whose ``results.json``
+exists is not run again. Prints a Markdown table, and writes it with all numbers to ``benchmarks/results/ablation.{md,json}``.
 """
 
 import argparse

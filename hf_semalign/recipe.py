@@ -226,16 +226,16 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The result for the terminal: exact match by skill, KL(source || target) and answer loss in nats a token."""
+    """The result for the terminal: exact match by skill, and KL(source || target) in nats a token."""
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*(f"{skill} %" for skill in skills), "KL", "loss"):
+    for heading in (*(f"{skill} %" for skill in skills), "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
         shares = [f"{100 * values['exact_match'][skill]:.1f}" for skill in skills]
-        table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}", f"{values['loss']:.3f}")
+        table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
 
 

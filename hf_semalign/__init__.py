@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from hf_semalign.attribution import LayerScores, attribute_layers
     from hf_semalign.config import SemAlignConfig
     from hf_semalign.frontier import FrontierCallback, FrontierSchedule
-    from hf_semalign.hub import load_transfer
+    from hf_semalign.hub import load_transfer, push_transfer
     from hf_semalign.losses import output_kl, relation_loss, steering_loss
     from hf_semalign.pairing import LayerPairing, pair_layers
     from hf_semalign.semantics import SemanticMap, semantic_bases
+    from hf_semalign.signals import SourceSignals
     from hf_semalign.trainer import SemAlignTrainer
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "SemAlignConfig",
     "SemAlignTrainer",
     "SemanticMap",
+    "SourceSignals",
     "attribute_layers",
     "load_transfer",
     "output_kl",
     "pair_layers",
+    "push_transfer",
     "relation_loss",
     "semantic_bases",
     "steering_loss",
@@ -38,10 +41,11 @@ _MODULES = {
     "attribution": ("LayerScores", "attribute_layers"),
     "config": ("SemAlignConfig",),
     "frontier": ("FrontierCallback", "FrontierSchedule"),
-    "hub": ("load_transfer",),
+    "hub": ("load_transfer", "push_transfer"),
     "losses": ("output_kl", "relation_loss", "steering_loss"),
     "pairing": ("LayerPairing", "pair_layers"),
     "semantics": ("SemanticMap", "semantic_bases"),
+    "signals": ("SourceSignals",),
     "trainer": ("SemAlignTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

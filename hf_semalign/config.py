@@ -22,7 +22,7 @@ CHOICES = {
     "signals": ("cached", "online"),
 }
 REFUSED = {
-    "push_to_hub": "train, then upload the run folder without checkpoints and signals",
+    "push_to_hub": "train, then publish the run folder with push_transfer",
     "auto_find_batch_size": "another batch size would move the stages; choose per_device_train_batch_size",
     "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",

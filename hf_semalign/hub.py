@@ -1,4 +1,4 @@
-"""Loading a transfer back: the adapter on its target, with the record of how it was made."""
+"""The Hub: publishing a run folder, and loading a transfer back with the record of how it was made."""
 
 from __future__ import annotations
 
@@ -6,12 +6,49 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_semalign.symbols import resolve_model
 from hf_semalign.trainer import RECORD_NAME
+
+NEEDED = ("adapter_model.safetensors", "adapter_config.json", RECORD_NAME, "README.md")
+PUBLISHED = [
+    *NEEDED,
+    "results.json",
+    "figures/*.png",
+    "figures/*.svg",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+def push_transfer(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Publish a run folder: adapter, record, card, results, figures and tokenizer, and nothing else that lies there.
+
+    Args:
+        folder: a run folder.
+        repo_id: ``owner/name``; made if it does not exist.
+        token: Hub token; by default the one that is logged in.
+        private: of a new repository.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        FileNotFoundError: a folder that lacks one of ``NEEDED``, before anything is sent.
+    """
+    missing = [name for name in NEEDED if not (Path(folder) / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=PUBLISHED, commit_message="SemAlign transfer"
+    )
+    return str(commit.commit_url)
 
 
 def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -> tuple[PeftModel, dict[str, Any]]:

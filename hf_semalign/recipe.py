@@ -213,6 +213,7 @@ def _checkpoint(args: SemAlignConfig) -> str | None:
 
 def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
     """Results, figures and card of what has run so far; the main process alone writes."""
+    results["seconds"].pop("total", None)  # it stands last
     results["seconds"]["total"] = round(time.perf_counter() - started, 2)
     results["peak_memory_mb"] = _peak_memory_mb()
     if not trainer.is_world_process_zero():

@@ -436,7 +436,7 @@ class SemAlignTrainer(Trainer):
 
     def push_to_hub(self, *args, **kwargs):
         """Refused: the Trainer's upload would replace the card and take along what is not meant for the Hub."""
-        raise NotImplementedError("push_to_hub is not supported yet: upload adapter, semalign.json, README.md and figures.")
+        raise NotImplementedError("push_to_hub is not supported yet: publish the run folder with push_transfer.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""

@@ -43,7 +43,7 @@ SETTINGS = [
     ({"relation_weight": 0.0, "kl_weight": 0.0}, "nor both zero"),
     ({"lora_r": 0}, "lora_r is 0"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
-    ({"push_to_hub": True}, "push_to_hub is not supported: train, then upload"),
+    ({"push_to_hub": True}, "push_to_hub is not supported: train, then publish"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: another batch size would move the stages"),
     ({"bf16_full_eval": True}, "bf16_full_eval is not supported: the target must keep one dtype"),
     ({"torch_compile": True}, "torch_compile is not supported"),

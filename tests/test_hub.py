@@ -14,7 +14,8 @@ PUBLIC = {
 }  # fmt: skip
 PRIVATE = {
     "_signals/abc/shard-00000.safetensors", "_signals/abc/manifest.json", "checkpoint-5/optimizer.pt", "training_args.bin",
-    "checkpoint-5/adapter_model.safetensors", "checkpoint-5/README.md", "checkpoint-5/chat_template.jinja", "kd/semantic_map.safetensors", "notes.txt",
+    "checkpoint-5/adapter_model.safetensors", "checkpoint-5/README.md", "checkpoint-5/chat_template.jinja",
+    "kd/semantic_map.safetensors", "notes.txt",
 }  # fmt: skip
 
 

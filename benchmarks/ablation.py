@@ -34,6 +34,10 @@ def cells() -> dict[str, dict]:
             "distillation (joint, no layer loss)" if (frontier, weight) == ("joint", 0.0) else f"{frontier}, weight {weight:g}"
         )
         grid[name] = {"frontier": frontier, "pairing": "banded", "scale": "match", "relation_weight": weight}
+    for weight in (0.1, 1.0):
+        grid[f"joint, last, scale none, weight {weight:g}"] = {
+            "frontier": "joint", "pairing": "last", "scale": "none", "relation_weight": weight,
+        }  # fmt: skip
     return grid
 
 

@@ -31,7 +31,10 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_semalign.anatomy import base_model, dissect, lora_targets
 from hf_semalign.attribution import attribute_layers
@@ -129,7 +132,7 @@ class SemAlignTrainer(Trainer):
         _check_engine(args)
         self.seconds: dict[str, float] = {}
         if processing_class is None and isinstance(model, str):
-            processing_class = AutoTokenizer.from_pretrained(model)
+            processing_class = _find_tokenizer(model)
         if processing_class is not None:
             check_tokenizers(processing_class, source_model)
         needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
@@ -160,7 +163,7 @@ class SemAlignTrainer(Trainer):
         widths = source_anatomy.head_weight().shape[1], self.target_anatomy.head_weight().shape[1]
         if semantic_map is not None and tuple(semantic_map.matrix.shape) != widths[::-1]:
             raise ValueError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {widths[::-1]}.")
-        theirs = _tokenizer_of(source) if processing_class is not None else None
+        theirs = _find_tokenizer(str(source.name_or_path)) if processing_class is not None else None
         heads = len(source_anatomy.head_weight()), len(self.target_anatomy.head_weight())
         token_ids = shared_token_ids(theirs, processing_class, *heads)
         self.frontier = Frontier(args.frontier, depths[1])
@@ -395,6 +398,17 @@ class SemAlignTrainer(Trainer):
 
     # Saving and resuming
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; a run that is resumed from its last step is over, where the Trainer would take one step more."""
+        path = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if path:
+            state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
+            if state.global_step >= self.schedule.total_steps:
+                self._load_from_checkpoint(path)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
         settings = {name: getattr(self.args, name) for name in (*SETTINGS, *LORA_SETTINGS, *TRAINING_SETTINGS)}
@@ -479,15 +493,20 @@ def check_tokenizers(tokenizer: PreTrainedTokenizerBase, source_model: PreTraine
     """Refuse a tokenizer without padding, and a source of another vocabulary, before weights are loaded."""
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
-    theirs = AutoTokenizer.from_pretrained(source_model) if isinstance(source_model, str) else None
+    theirs = _find_tokenizer(source_model) if isinstance(source_model, str) else None
     if theirs is not None:
         shared_token_ids(theirs, tokenizer, len(theirs), len(tokenizer))
 
 
-def _tokenizer_of(source: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    if source.name_or_path:
-        return AutoTokenizer.from_pretrained(source.name_or_path)
-    logger.warning("The source was made in memory: that its vocabulary is the target's cannot be checked.")
+def _find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
+    try:
+        if name_or_path:
+            return AutoTokenizer.from_pretrained(name_or_path)
+        reason = "it was made in memory"
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name_or_path, reason)
     return None
 
 

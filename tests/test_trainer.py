@@ -232,6 +232,17 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, stop, accu
     torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("resume", [True, "path"])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, resume):
+    settings = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    again = make_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=resume if resume is True else str(tmp_path / "run" / "checkpoint-6"))
+    assert again.state.global_step == 6
+    assert torch.equal(adapter(again), adapter(whole))
+
+
 @pytest.mark.parametrize("change", [{"relation_weight": 0.5}, {"pairing": "last"}, {"train": ROWS[1:16]}, {"max_steps": 7}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
@@ -479,6 +490,24 @@ def test_several_eval_sets_and_rows_of_text(tmp_path):
     metrics = trainer.evaluate()
     assert {"eval_one_kl", "eval_two_kl"} <= metrics.keys()
     assert trainer.evaluate(rows[15:])["eval_kl"] == pytest.approx(metrics["eval_two_kl"])
+
+
+@pytest.mark.parametrize("given", ["folders", "models"])
+def test_folders_without_a_tokenizer_serve_for_token_ids(tmp_path, given, caplog):
+    for name, model in (
+        ("target", tiny_llama(TARGET_LAYERS, WIDTH, pad_token_id=0)),
+        ("source", tiny_llama(SOURCE_LAYERS, 24)),
+    ):
+        model.save_pretrained(tmp_path / name)
+    models = [str(tmp_path / "target"), str(tmp_path / "source")]
+    if given == "models":
+        models = [LlamaForCausalLM.from_pretrained(model) for model in models]
+    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, pairing="last")
+    tokenizer = None if given == "folders" else word_tokenizer([f"w{i}" for i in range(94)])
+    trainer = SemAlignTrainer(*models, args, ROWS[:16], processing_class=tokenizer)
+    trainer.train()
+    assert trainer.semantic_map.shared_tokens == 97
+    assert "No tokenizer was found with the model" in caplog.text
 
 
 def test_saving_leaves_a_card_alone(tmp_path):

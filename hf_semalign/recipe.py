@@ -30,9 +30,10 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.loading import check_tokenizers, load_model
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
-from hf_semalign.trainer import SemAlignTrainer, check_tokenizers, load_model, timed
+from hf_semalign.trainer import SemAlignTrainer, timed
 
 BASELINES = {"kd": kd.SETTINGS}
 

@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -38,7 +34,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_semalign.anatomy import base_model, dissect, lora_targets
 from hf_semalign.attribution import attribute_layers
-from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
     FrontierCallback,
@@ -48,6 +44,7 @@ from hf_semalign.frontier import (
     train_only,
 )
 from hf_semalign.hooks import capture
+from hf_semalign.loading import check_engine, check_tokenizers, find_tokenizer, load_model, pad_token_id
 from hf_semalign.losses import (
     relation_sequences,
     sequence_relation_losses,
@@ -129,10 +126,10 @@ class SemAlignTrainer(Trainer):
         semantic_map: SemanticMap | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        _check_engine(args)
+        check_engine(args)
         self.seconds: dict[str, float] = {}
         if processing_class is None and isinstance(model, str):
-            processing_class = _find_tokenizer(model)
+            processing_class = find_tokenizer(model)
         if processing_class is not None:
             check_tokenizers(processing_class, source_model)
         needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
@@ -148,7 +145,7 @@ class SemAlignTrainer(Trainer):
         with timed("loading models", self.seconds):
             target, source = load_model(model, args), load_model(source_model, args)
         self.source_id, self.target_id = public_name(str(source.name_or_path)), public_name(str(target.name_or_path))
-        collator = Collator(_pad_token_id(processing_class, target))
+        collator = Collator(pad_token_id(processing_class, target))
         source_anatomy, self.target_anatomy = dissect(source), dissect(target)
         depths = len(source_anatomy.layers), len(self.target_anatomy.layers)
         if pairing is None and args.pairing not in NEEDS_SCORES:
@@ -163,7 +160,7 @@ class SemAlignTrainer(Trainer):
         widths = source_anatomy.head_weight().shape[1], self.target_anatomy.head_weight().shape[1]
         if semantic_map is not None and tuple(semantic_map.matrix.shape) != widths[::-1]:
             raise ValueError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {widths[::-1]}.")
-        theirs = _find_tokenizer(str(source.name_or_path)) if processing_class is not None else None
+        theirs = find_tokenizer(str(source.name_or_path)) if processing_class is not None else None
         heads = len(source_anatomy.head_weight()), len(self.target_anatomy.head_weight())
         token_ids = shared_token_ids(theirs, processing_class, *heads)
         self.frontier = Frontier(args.frontier, depths[1])
@@ -474,69 +471,10 @@ class SemAlignTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-def _check_engine(args: SemAlignConfig) -> None:
-    if not isinstance(args, SemAlignConfig):
-        raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
-    if args.n_gpu > 1:
-        raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
-    wanted = {
-        "ACCELERATE_USE_FSDP": "fsdp",
-        "ACCELERATE_USE_DEEPSPEED": "deepspeed",
-        "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
-    }
-    for variable, name in wanted.items():
-        if os.environ.get(variable, "no").lower() not in ("no", "false", "0", ""):
-            raise ValueError(f"The accelerate config asks for {name} ({variable}): {REFUSED[name]}.")
-
-
-def check_tokenizers(tokenizer: PreTrainedTokenizerBase, source_model: PreTrainedModel | str) -> None:
-    """Refuse a tokenizer without padding, and a source of another vocabulary, before weights are loaded."""
-    if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
-    theirs = _find_tokenizer(source_model) if isinstance(source_model, str) else None
-    if theirs is not None:
-        shared_token_ids(theirs, tokenizer, len(theirs), len(tokenizer))
-
-
-def _find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
-    try:
-        if name_or_path:
-            return AutoTokenizer.from_pretrained(name_or_path)
-        reason = "it was made in memory"
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name_or_path, reason)
-    return None
-
-
-def load_model(model: PreTrainedModel | str, args: SemAlignConfig) -> PreTrainedModel:
-    """The model of an id or folder, in its own dtype; of float16 weights under bf16 in bfloat16, lest layers give out float32.
-
-    Raises:
-        ValueError: a model that carries LoRA already, or quantised weights.
-    """
-    if isinstance(model, str):
-        half = args.bf16 and AutoConfig.from_pretrained(model).dtype == torch.float16
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half else "auto")
-    if isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{type(model).__name__} is quantised, which is not supported yet: load it in bfloat16.")
-    return model
-
-
 def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -> PeftModel:
     torch.manual_seed(args.seed)
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
     return get_peft_model(target, config)
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
-    pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
-    if pad is None:
-        raise ValueError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
-    return pad
 
 
 def _forward_parameters(model: PreTrainedModel) -> set[str]:

@@ -81,7 +81,7 @@ def test_missing_recipe():
 
 
 def test_embedded_model_that_does_not_exist(tmp_path):
-    recipe = load_recipe(QUICKSTART, ["source=embedded:teacher", f"output_dir={tmp_path}", "data.align=8", "data.eval=8"])
+    recipe = load_recipe(QUICKSTART, ["source=embedded:other", f"output_dir={tmp_path}", "data.align=8", "data.eval=8"])
     with pytest.raises(ValueError, match="use embedded:source or embedded:target"):
         run_recipe(recipe)
 

@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from rich.table import Table
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -284,8 +285,12 @@ def _measure(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedToke
 def _measure_source(
     source: PreTrainedModel, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    source.to(trainer.args.device)  # type: ignore[arg-type]
-    return {"kl": 0.0, "loss": answer_loss(source, trainer.get_eval_dataloader())} | _generated(source, data, tokenizer)
+    home, args = source.device, trainer.args  # with cached signals the source has left the device, and leaves it again
+    batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    source.to(args.device)  # type: ignore[arg-type]
+    metrics = {"kl": 0.0, "loss": answer_loss(source, batches)} | _generated(source, data, tokenizer)
+    source.to(home)  # type: ignore[arg-type]
+    return metrics
 
 
 def _generated(model: Any, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

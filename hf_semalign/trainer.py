@@ -60,9 +60,9 @@ from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 RECORD_NAME = "semalign.json"
-SETTINGS = ("pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier")
-LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_targets")
-TRAINING_SETTINGS = (
+SETTINGS = (
+    "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier",
+    "lora_r", "lora_alpha", "lora_targets",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
 )  # fmt: skip
@@ -108,8 +108,6 @@ class SemAlignTrainer(Trainer):
         ValueError: bad settings, data, models or tokenizers, before any long work.
     """
 
-    _tag_names = ["hf-semalign", "knowledge-transfer"]
-    _name = "SemAlign"
     loss_is_scaled_for_ga = True
     args: SemAlignConfig
 
@@ -189,7 +187,7 @@ class SemAlignTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
-        self._keeps_logits = "logits_to_keep" in _forward_parameters(target)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(target.forward).parameters
 
         source.to(args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
@@ -408,7 +406,7 @@ class SemAlignTrainer(Trainer):
 
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
-        settings = {name: getattr(self.args, name) for name in (*SETTINGS, *LORA_SETTINGS, *TRAINING_SETTINGS)}
+        settings = {name: getattr(self.args, name) for name in SETTINGS}
         settings["lora_targets"] = self._lora_targets
         return {
             "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
@@ -434,9 +432,9 @@ class SemAlignTrainer(Trainer):
             return
         adapted = self.accelerator.unwrap_model(self.model)
         adapted.peft_config["default"].base_model_name_or_path = self.target_id  # a local path stays here
-        # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
         card = folder / "README.md"
         kept = card.read_bytes() if card.is_file() else None
+        # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
         adapted.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         card.unlink(missing_ok=True)  # peft's placeholder card, which names the local path
         if kept is not None:
@@ -475,7 +473,3 @@ def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -
     torch.manual_seed(args.seed)
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
     return get_peft_model(target, config)
-
-
-def _forward_parameters(model: PreTrainedModel) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import load_transfer
+from hf_semalign import recipe as recipe_module
 from hf_semalign.cli import main
 from hf_semalign.evaluation import exact_match
 from hf_semalign.recipe import BASELINES, load_recipe, results_table, run_recipe
@@ -176,6 +177,21 @@ def test_a_baseline_that_fails_costs_nothing_of_the_main_run(tmp_path, monkeypat
         run_recipe(recipe)
     assert set(json.loads((tmp_path / "results.json").read_text())["metrics"]) == {"target", "source", "semalign"}
     assert {"README.md", "adapter_model.safetensors", "figures"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_source_goes_back_where_it_was_after_its_evaluation(tmp_path, monkeypatch):
+    """With cached signals it has left the device, which training needs for the target."""
+    moves = []
+
+    def watch(source, *args):
+        monkeypatch.setattr(source, "to", lambda device: moves.append(str(device)))
+        return measure(source, *args)
+
+    measure = recipe_module._measure_source
+    monkeypatch.setattr(recipe_module, "_measure_source", watch)
+    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", "baselines=[]"]
+    run_recipe(load_recipe(QUICKSTART, [*small, f"output_dir={tmp_path}"]))
+    assert moves == ["cpu", "cpu"]  # there and back; both are the CPU here
 
 
 def test_folder_without_a_record_is_no_transfer(tmp_path):

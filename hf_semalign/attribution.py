@@ -58,7 +58,11 @@ class LayerScores:
     @classmethod
     def from_json(cls, path: str | Path) -> LayerScores:
         """Read what :meth:`to_json` wrote."""
-        record = json.loads(Path(path).read_text())
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    @classmethod
+    def from_dict(cls, record: dict) -> LayerScores:
+        """Rebuild from plain values, also after JSON."""
         return cls(**{**record, "values": tuple(record["values"]), "deviations": tuple(record["deviations"])})
 
 

@@ -7,29 +7,39 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_semalign.recipe import Recipe
+
+COMMANDS = {
+    "train": (
+        "run a recipe",
+        "Run a recipe: two models to an adapter with card, figures and results.",
+        "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
+    ),
+    "signals": (
+        "let the source say what a recipe will need of it",
+        "Run the source over a recipe's data and keep what it says, so that training, here or elsewhere, never loads it.",
+        "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="semalign", description="Knowledge transfer between language models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train",
-        help="run a recipe",
-        description="Run a recipe: two models to an adapter with card, figures and results.",
-        epilog="Example: semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
-    )
-    train.add_argument("--config", required=True, help="YAML file of the recipe")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as training.seed=2")
+    for name, (short, description, example) in COMMANDS.items():
+        command = commands.add_parser(name, help=short, description=description, epilog=f"Example: {example}")
+        command.add_argument("--config", required=True, help="YAML file of the recipe")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as training.seed=2")
     options = parser.parse_args(arguments)
-    return _train(options.config, options.overrides)
+    return _run(options.command, options.config, options.overrides)
 
 
-def _train(config: str, overrides: Sequence[str]) -> int:
-    from accelerate import PartialState
-    from rich.console import Console
-
-    from hf_semalign.recipe import load_recipe, results_table, run_recipe
+def _run(command: str, config: str, overrides: Sequence[str]) -> int:
+    from hf_semalign.recipe import load_recipe
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_semalign").setLevel(logging.INFO)
@@ -39,12 +49,32 @@ def _train(config: str, overrides: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         logging.getLogger("hf_semalign").error("error: %s", error)
         return 2
+    (_signals if command == "signals" else _train)(recipe)
+    return 0
+
+
+def _train(recipe: Recipe) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from hf_semalign.recipe import results_table, run_recipe
+
     results = run_recipe(recipe)
     if PartialState().is_main_process:
         console = Console()
         console.print(results_table(results))
         console.print(f"Run folder: {recipe.output_dir} (adapter, README.md as its card, figures, results.json)")
-    return 0
+
+
+def _signals(recipe: Recipe) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from hf_semalign.recipe import run_signals
+
+    folder = run_signals(recipe)
+    if PartialState().is_main_process:
+        Console(soft_wrap=True).print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ CHOICES = {
     "stage_budget": BUDGETS,
     "frontier": FRONTIERS,
     "signals": ("cached", "online"),
+    "source_memory": ("resident", "stream"),
 }
 REFUSED = {
     "push_to_hub": "train, then publish the run folder with push_transfer",
@@ -67,10 +68,15 @@ class SemAlignConfig(TrainingArguments):
         default="single", metadata={"help": "single (the paper), cumulative (layers up to k train) or joint (all layers)."}
     )
     signals: str = field(
-        default="cached", metadata={"help": "cached: one pass of the source, kept on disk; online: it runs on every batch."}
+        default="cached",
+        metadata={"help": "cached: what is frozen is computed once, and kept on disk; online: it runs on every batch."},
     )
     signals_dir: str | None = field(
         default=None, metadata={"help": "Where cached signals go, also for several runs; by default output_dir/_signals."}
+    )
+    source_memory: str = field(
+        default="resident",
+        metadata={"help": "resident: the source runs whole; stream: one of its layers at a time, whatever its size."},
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
@@ -94,6 +100,8 @@ class SemAlignConfig(TrainingArguments):
             )
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise ValueError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: both must be positive.")
+        if self.source_memory == "stream" and self.signals == "online":
+            raise ValueError("source_memory 'stream' makes cached signals: with signals='online' the source must be resident.")
         if self.label_smoothing_factor != 0:
             raise ValueError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
         for name, reason in REFUSED.items():

@@ -140,12 +140,20 @@ class FrontierCallback(TrainerCallback):
         frontier: which layers train.
         schedule: gives the stage.
         layers: LoRA parameters by target layer.
+        entered: called with the stage when one begins, after the others are frozen.
     """
 
-    def __init__(self, frontier: Frontier, schedule: FrontierSchedule, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        frontier: Frontier,
+        schedule: FrontierSchedule,
+        layers: Sequence[Sequence[nn.Parameter]],
+        entered: Callable[[int], None] | None = None,
+    ) -> None:
         self.frontier = frontier
         self.schedule = schedule
         self.layers = layers
+        self.entered = entered
         self.stage: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -162,6 +170,8 @@ class FrontierCallback(TrainerCallback):
         if stage != self.stage:
             train_only(self.layers, self.frontier.trained(stage))
             self.stage = stage
+            if self.entered is not None:
+                self.entered(stage)
 
 
 class StageProgress(ProgressCallback):

@@ -48,3 +48,67 @@ def capture(modules: Iterable[nn.Module]) -> Iterator[list[Capture]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Reached(Exception):
+    """Carries a forward pass out of the model once it has gone far enough."""
+
+
+@contextmanager
+def stop_after(module: nn.Module) -> Iterator[None]:
+    """End a forward pass inside the block as soon as a module has given its output."""
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def gives_tuples(decoder: nn.Module, first: nn.Module) -> bool:
+    """Whether a decoder's layers give a tuple (older families) or a tensor: seen on the first layer, with one token."""
+    outputs: list[Any] = []
+    handle = first.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with stop_after(first):
+            device = next(first.parameters()).device
+            decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        handle.remove()
+    return not isinstance(outputs[0], torch.Tensor)
+
+
+@contextmanager
+def bypass(layers: Iterable[nn.Module], states: torch.Tensor, *, as_tuples: bool) -> Iterator[None]:
+    """Take some lower layers out of a model's forward: they do nothing, and the next layer's input is ``states``.
+
+    The states come in as the last layer's output and not by a hook on the next layer's input, so that activation
+    checkpointing keeps them, and finds them again when it recomputes that layer after the block.
+
+    Args:
+        layers: the first decoder layers, down to the bottom.
+        states: input of the layer above them, ``[B, T, D]``.
+        as_tuples: see :func:`gives_tuples`.
+    """
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return (states, None) if as_tuples else states
+
+    layers = list(layers)
+    kept = [layer.__dict__.get("forward") for layer in layers]  # accelerate's own patches are instance attributes as well
+    for layer in layers:
+        layer.forward = stand_in
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, kept, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

@@ -10,7 +10,6 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_semalign.config import REFUSED, SemAlignConfig
-from hf_semalign.semantics import shared_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +30,6 @@ def check_engine(args: SemAlignConfig) -> None:
             raise ValueError(f"The accelerate config asks for {name} ({variable}): {REFUSED[name]}.")
 
 
-def check_tokenizers(tokenizer: PreTrainedTokenizerBase, source_model: PreTrainedModel | str) -> None:
-    """Refuse a tokenizer without padding, and a source of another vocabulary, before weights are loaded."""
-    if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
-    theirs = find_tokenizer(source_model) if isinstance(source_model, str) else None
-    if theirs is not None:
-        shared_token_ids(theirs, tokenizer, len(theirs), len(tokenizer))
-
-
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
     try:
@@ -52,15 +42,27 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def load_model(model: PreTrainedModel | str, args: SemAlignConfig) -> PreTrainedModel:
-    """The model of an id or folder, in its own dtype; of float16 weights under bf16 in bfloat16, lest layers give out float32.
+def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
+    """The dtype to load a model in: its own; of float16 weights under bf16 bfloat16, lest layers give out float32."""
+    own = AutoConfig.from_pretrained(name_or_path).dtype or torch.float32
+    return torch.bfloat16 if bf16 and own == torch.float16 else own
+
+
+def skeleton(name_or_path: str) -> PreTrainedModel:
+    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_model(model: PreTrainedModel | str, *, bf16: bool = False) -> PreTrainedModel:
+    """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
     Raises:
         ValueError: a model that carries LoRA already, or quantised weights.
     """
     if isinstance(model, str):
-        half = args.bf16 and AutoConfig.from_pretrained(model).dtype == torch.float16
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half else "auto")
+        return AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
     if isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     if getattr(model, "is_quantized", False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import platform
 import resource
@@ -23,7 +24,7 @@ import torch
 import yaml
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_semalign.baselines import kd
@@ -31,11 +32,13 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.loading import check_tokenizers, load_model
+from hf_semalign.source import Source
+from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
-from hf_semalign.trainer import SemAlignTrainer, timed
+from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 
+logger = logging.getLogger(__name__)
 BASELINES = {"kd": kd.SETTINGS}
 
 
@@ -174,13 +177,14 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = _load_tokenizer(recipe)
-    with timed("loading the source", seconds):
-        source = load_model(resolve_model(recipe.source), args)
+    source = Source(resolve_model(recipe.source), bf16=args.bf16)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     seconds |= trainer.seconds
     with timed("evaluation before", seconds):
         metrics["target"] = _measure(trainer, data, tokenizer)
-        metrics["source"] = _measure_source(source, trainer, data, tokenizer)
+        metrics["source"] = _measure_source(trainer, data, tokenizer)
+    if args.signals == "cached":
+        source.release()
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=_checkpoint(args))
         trainer.save_model()
@@ -198,13 +202,32 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     _write(folder, trainer, results, started)
     for name in recipe.baselines:
         with timed(f"baseline {name}", seconds):
-            signals = args.signals_dir or str(folder / "_signals")
-            settings = recipe.config(folder / name, signals_dir=signals, **BASELINES[name])
+            settings = recipe.config(folder / name, signals_dir=str(signals_root(args)), **BASELINES[name])
             baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
             baseline.train(resume_from_checkpoint=_checkpoint(settings) if args.resume_from_checkpoint is True else None)
             metrics[name] = _measure(baseline, data, tokenizer)
         _write(folder, trainer, results, started)
     return results
+
+
+def run_signals(recipe: Recipe) -> Path:
+    """Have the source say all that a recipe's run will need of it, and keep it under ``signals_dir``.
+
+    Returns:
+        The folder of what it said. A run finds it there by itself, also under another ``signals_dir`` that it was copied into;
+        on a machine without the source it is named as the recipe's ``source``.
+
+    Raises:
+        ValueError: a recipe with ``signals: online``.
+    """
+    args = recipe.config(Path(recipe.output_dir))
+    if args.signals != "cached":
+        raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
+    data, tokenizer = recipe.data.load(), _load_tokenizer(recipe)
+    source = Source(resolve_model(recipe.source), bf16=args.bf16)
+    trainer = _make_trainer(recipe, source, args, data, tokenizer)
+    _measure_source(trainer, data, tokenizer)
+    return source.folder(signals_root(args))
 
 
 def _checkpoint(args: SemAlignConfig) -> str | None:
@@ -250,13 +273,12 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 f"pad_token {recipe.pad_token!r} is not in the tokenizer of {recipe.target}: name one of its tokens."
             )
         tokenizer.pad_token = recipe.pad_token
-    check_tokenizers(tokenizer, resolve_model(recipe.source))
     return tokenizer
 
 
 def _make_trainer(
     recipe: Recipe,
-    source: PreTrainedModel,
+    source: Source,
     args: SemAlignConfig,
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
@@ -282,14 +304,24 @@ def _measure(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedToke
     return metrics | _generated(trainer.model, data, tokenizer)
 
 
-def _measure_source(
-    source: PreTrainedModel, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    home, args = source.device, trainer.args  # with cached signals the source has left the device, and leaves it again
+def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The source's own figures, kept with its signals, so that a second run need not load it."""
+    args, source = trainer.args, trainer.source
+    root = None if args.signals == "online" else signals_root(args)
+    name = f"evaluation-{digest([trainer.data_record['eval'], args.source_memory])[:16]}"
+    known = None if root is None else source.recall(root, name)
+    if known is not None:
+        return known
+    if args.source_memory == "stream":
+        logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
+        return {"kl": 0.0}
     batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-    source.to(args.device)  # type: ignore[arg-type]
-    metrics = {"kl": 0.0, "loss": answer_loss(source, batches)} | _generated(source, data, tokenizer)
-    source.to(home)  # type: ignore[arg-type]
+    model = source.model(args.device)
+    metrics = {"kl": 0.0, "loss": answer_loss(model, batches)} | _generated(model, data, tokenizer)
+    if root is not None:
+        source.rest()
+        if trainer.is_world_process_zero():
+            source.keep(root, name, metrics)
     return metrics
 
 

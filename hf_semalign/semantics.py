@@ -10,20 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM, dissect
-from hf_semalign.hooks import capture
-from hf_semalign.pairing import LayerPairing
-from hf_semalign.splits import valid_positions
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
@@ -77,13 +74,21 @@ class SemanticMap(nn.Module):
             return F.linear(states, self.matrix).to(hidden.dtype)
 
     @classmethod
-    def from_heads(cls, source_weight: torch.Tensor, target_weight: torch.Tensor, *, kind: str = "readout") -> SemanticMap:
+    def from_heads(
+        cls,
+        source_weight: torch.Tensor,
+        target_weight: torch.Tensor,
+        *,
+        kind: str = "readout",
+        cache: str | Path | None = None,
+    ) -> SemanticMap:
         """Build the map from two heads over one vocabulary.
 
         Args:
             source_weight: ``[V, D_src]``.
             target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token.
             kind: see the class.
+            cache: file that keeps the map; used again while both heads are the same.
 
         Raises:
             ValueError: an unknown kind, or heads with different numbers of rows.
@@ -95,6 +100,10 @@ class SemanticMap(nn.Module):
                 f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
                 "SemanticMap.from_models with both tokenizers."
             )
+        fingerprint = _fingerprint(kind, source_weight, target_weight)
+        known = cls.load(cache) if cache is not None else None
+        if known is not None and known.fingerprint == fingerprint:
+            return known.to(source_weight.device)
         target_inverse, condition = _inverse(_gram(target_weight, target_weight))
         if kind == "readout":
             matrix = target_inverse @ _gram(target_weight, source_weight)
@@ -102,13 +111,10 @@ class SemanticMap(nn.Module):
             source_inverse, _ = _inverse(_gram(source_weight, source_weight))
             norms = _basis_norms(source_weight, source_inverse) if kind == "cosine" else None
             matrix = target_inverse @ _gram(target_weight, source_weight, norms) @ source_inverse
-        return cls(
-            matrix,
-            kind=kind,
-            shared_tokens=len(source_weight),
-            condition_number=condition,
-            fingerprint=_fingerprint(kind, source_weight, target_weight),
-        )
+        built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
+        if cache is not None:
+            built.save(cache)
+        return built
 
     @classmethod
     def from_models(
@@ -129,22 +135,14 @@ class SemanticMap(nn.Module):
             source_tokenizer: without tokenizers both heads must have the same rows.
             target_tokenizer: as above.
             kind: see the class.
-            cache: file that keeps the map; used again while both heads are the same.
+            cache: see :meth:`from_heads`.
 
         Raises:
             ValueError: see :func:`shared_token_ids` and :meth:`from_heads`.
         """
         source_weight, target_weight = dissect(source).head_weight(), dissect(target).head_weight()
         ids = shared_token_ids(source_tokenizer, target_tokenizer, len(source_weight), len(target_weight))
-        source_weight, target_weight = select_rows(source_weight, ids), select_rows(target_weight, ids)
-        if cache is None:
-            return cls.from_heads(source_weight, target_weight, kind=kind)
-        known = cls.load(cache)
-        if known is not None and known.fingerprint == _fingerprint(kind, source_weight, target_weight):
-            return known.to(source_weight.device)
-        built = cls.from_heads(source_weight, target_weight, kind=kind)
-        built.save(cache)
-        return built
+        return cls.from_heads(select_rows(source_weight, ids), select_rows(target_weight, ids), kind=kind, cache=cache)
 
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
@@ -219,47 +217,6 @@ def shared_token_ids(
     return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
 
 
-@torch.no_grad()
-def match_scales(
-    source: CausalLM,
-    target: CausalLM,
-    pairing: LayerPairing,
-    semantic_map: SemanticMap,
-    batches: Iterable[Mapping[str, torch.Tensor]],
-) -> tuple[float, ...]:
-    """``scale: match``: one factor a pair that gives the mapped states the mean norm of the target layer's outputs.
-
-    Args:
-        source: the source model.
-        target: the target model, before training.
-        pairing: the pairs.
-        semantic_map: the map.
-        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]`` of the extract split.
-    """
-    source_layers, target_layers = dissect(source).layers, dissect(target).layers
-    wanted = [source_layers[layer] for layer in pairing.source_layers]
-    device = next(target.parameters()).device
-    mapped_norms = torch.zeros(len(wanted), dtype=torch.float64)
-    target_norms = torch.zeros(len(wanted), dtype=torch.float64)
-    modes = source.training, target.training
-    source.eval()
-    target.eval()
-    for batch in batches:
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-        valid = valid_positions(batch["labels"].to(device))
-        with capture(wanted) as theirs, capture(target_layers) as ours:
-            dissect(source).decoder(**inputs, use_cache=False)
-            dissect(target).decoder(**inputs, use_cache=False)
-        for k, (source_state, target_state) in enumerate(zip(theirs, ours, strict=True)):
-            mapped_norms[k] += semantic_map(source_state.output[valid].float()).norm(dim=-1).sum().cpu()
-            target_norms[k] += target_state.output[valid].float().norm(dim=-1).sum().cpu()
-    source.train(modes[0])
-    target.train(modes[1])
-    if not mapped_norms.all():
-        raise ValueError(f"scale 'match' needs mapped states to measure, got mean norms {mapped_norms.tolist()}.")
-    return tuple((target_norms / mapped_norms).tolist())
-
-
 def _gram(left: torch.Tensor, right: torch.Tensor, row_norms: torch.Tensor | None = None) -> torch.Tensor:
     """``left^T diag(1 / row_norms) right`` in float64, ``[D_left, D_right]``, over chunks of rows."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
@@ -302,7 +259,7 @@ def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Te
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's shape, dtype and bytes."""
-    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    """Digest of a tensor's shape, dtype and bytes, by xxh3: it guards against damage, not attack, and is as fast as a disk."""
+    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

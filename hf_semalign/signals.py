@@ -7,35 +7,29 @@ its signals are computed once (:class:`SourceSignals`); :class:`OnlineSignals` r
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_semalign.anatomy import dissect
+from hf_semalign.anatomy import Anatomy, CausalLM, dissect
 from hf_semalign.hooks import capture
 from hf_semalign.pairing import LayerPairing
-from hf_semalign.semantics import SemanticMap, checksum
+from hf_semalign.semantics import SemanticMap
+from hf_semalign.source import Source
 from hf_semalign.splits import valid_positions
+from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, layer_pass, spread
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]
-MANIFEST = "manifest.json"
-SHARD_EXAMPLES = 4096
-SHARD_BYTES = 2**29  # a shard is held in memory while it is made, and is what an interrupted pass can lose
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class OnlineSignals:
         source: the source model; put into evaluation mode, without gradients.
         pairing: which source layer goes with which target layer.
         semantic_map: map between the spaces.
-        scales: one factor on the mapped states for each pair.
+        scales: one factor on the mapped states for each pair; all 1 by default.
     """
 
     def __init__(
@@ -67,12 +61,12 @@ class OnlineSignals:
         source: PreTrainedModel,
         pairing: LayerPairing,
         semantic_map: SemanticMap,
-        scales: Sequence[float],
+        scales: Sequence[float] | None = None,
     ) -> None:
         self.source = source.eval().requires_grad_(False)
         self.pairing = pairing
         self.semantic_map = semantic_map
-        self.scales = scales
+        self.scales = scales or (1.0,) * len(pairing.source_layers)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
@@ -90,38 +84,72 @@ class OnlineSignals:
         ]
         return BatchSignals(supervision, final[valid_positions(batch["labels"])])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """All that the signals of an example depend on, but for the example: every weight of the source among it."""
-        weights = hashlib.sha256()
-        for name, tensor in self.source.state_dict().items():
-            weights.update(f"{name} {checksum(tensor)}".encode())
-        return {
-            "source_weights": weights.hexdigest(),
-            "source_layers": list(self.pairing.source_layers),
-            "map": self.semantic_map.fingerprint,
-            "scales": list(self.scales),
-            "hf_semalign": version("hf_semalign"),
-        }
-
 
 class SourceSignals:
-    """Source signals of a data set on disk, memory-mapped and found by example id; reading them needs no source.
+    """Source signals of one data set on disk, found by example id; reading them needs no source.
+
+    One column of states (:class:`hf_semalign.states.StateFolder`) for each paired source layer, mapped but not scaled, so
+    that runs with other pairs, scales or weights share what they have in common, and one for the final state. All are in the
+    dtype of the source's weights, which is that of its states: rounding them further would show in training.
 
     Args:
-        folder: a folder that :meth:`prepare` has completed.
+        source: the source; it is loaded by :meth:`prepare` alone, and only when something is missing.
+        pairing: which source layer goes with which target layer.
+        semantic_map: map between the spaces, on the device that the source runs on.
+        dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content are computed once.
+        root: the folder of all sources, see :meth:`Source.folder`.
+        collate: rows to a batch.
+        scales: one factor on the mapped states for each pair; all 1 by default.
+        tokenizer: fingerprint of the tokenizer that made the ids, for the record and for telling folders apart.
+        precision: mixed precision that the source runs in, which the signals depend on; the caller holds its autocast context.
+        device: where the source runs.
+        batch_size: examples a forward pass.
+        stream: hold one decoder layer of the source at a time, and roll the states of all examples through it; each weight
+            is read once, and the size of the source does not matter.
+        progress: show progress bars.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        manifest = json.loads((folder / MANIFEST).read_text())
-        self._shards: list[dict[str, torch.Tensor]] = []
-        self._spans: dict[int, tuple[int, int, int]] = {}  # example id: shard, first and last valid position
-        for index, name in enumerate(manifest["shards"]):
-            with safe_open(folder / name, framework="pt") as file:
-                shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            self._shards.append(shard)
-            ids, offsets = shard["example_id"].tolist(), shard["offsets"].tolist()
-            self._spans |= {key: (index, offsets[row], offsets[row + 1]) for row, key in enumerate(ids)}
+    def __init__(
+        self,
+        source: Source,
+        pairing: LayerPairing,
+        semantic_map: SemanticMap,
+        dataset: Dataset,
+        root: Path,
+        collate: Collate,
+        *,
+        scales: Sequence[float] | None = None,
+        tokenizer: str | None = None,
+        precision: str = "no",
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        stream: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.source = source
+        self.pairing = pairing
+        self.semantic_map = semantic_map
+        self.scales = scales or (1.0,) * len(pairing.source_layers)
+        self._collate, self._device, self._batch_size, self._stream = collate, device, batch_size, stream
+        self._progress = progress
+        facts = {
+            "source": source.identity,
+            "tokenizer": tokenizer,
+            "dtype": str(source.dtype),
+            "precision": precision,
+            "hf_semalign": version("hf_semalign"),
+        }
+        self._states = StateFolder(source.folder(root), facts, Examples(dataset))
+        self.folder = self._states.path
+        self._final = Column("final", source.width, source.dtype)
+
+    @property
+    def examples(self) -> Examples:
+        """The distinct examples."""
+        return self._states.examples
+
+    def __contains__(self, example_id: int) -> bool:
+        return example_id in self._states.examples.index
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch, on the device of its labels.
@@ -131,177 +159,233 @@ class SourceSignals:
             target_layers: target layers whose supervision is wanted.
 
         Raises:
-            ValueError: an example whose signals were not computed.
+            KeyError: an example of another data set.
         """
-        labels = batch["labels"]
-        valid = valid_positions(labels)
-        spans = [self._span(key) for key in batch["example_id"].tolist()]
+        valid = valid_positions(batch["labels"])
+        places = [self._states.examples.index[key] for key in batch["example_id"].tolist()]
+        supervision = [
+            spread(self._states.read(self._mapped(layer), places), valid).float() * self.scales[layer]
+            for layer in target_layers
+        ]
+        return BatchSignals(supervision, self._states.read(self._final, places).to(valid.device))
 
-        supervision = []
-        for layer in target_layers:
-            states = torch.cat([self._shards[shard]["states"][layer, first:last] for shard, first, last in spans])
-            supervision.append(states.new_zeros(*labels.shape, states.shape[-1], device=labels.device))
-            supervision[-1][valid] = states.to(labels.device)
-        final = torch.cat([self._shards[shard]["final"][first:last] for shard, first, last in spans])
-        return BatchSignals(supervision, final.to(labels.device))
+    def prepare(self, target_layers: Sequence[int], *, in_groups: bool = False) -> None:
+        """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
+        prepare_signals([Request(self, target_layers, in_groups)])
 
-    def _span(self, example_id: int) -> tuple[int, int, int]:
-        if example_id not in self._spans:
-            raise ValueError(
-                f"No source signals for example {example_id} in {self.folder}: they cover the training and evaluation data "
-                "that the trainer was made with. Make it with these data, or set signals='online'."
-            )
-        return self._spans[example_id]
+    def _plan(self, target_layers: Sequence[int], in_groups: bool) -> _Plan | None:
+        """What is missing; nothing, where that is so."""
+        states, last, free = self._states, self.source.num_layers - 1, shutil.disk_usage(self.folder).free
+        columns = [self._final, *(self._mapped(k) for k in target_layers[: 1 if in_groups else None])]
+        if not states.bytes_missing(columns):
+            return None
+        layers = list(target_layers)
+        if in_groups and self._size(layers, roll=False) > free:
+            for column in {self._mapped(k) for k in range(layers[0])} - {self._mapped(k) for k in layers}:
+                states.drop(column)
+            while len(layers) > 1 and self._size(layers, roll=True) > shutil.disk_usage(self.folder).free:
+                layers.pop()
+            logger.info(
+                "The disk holds the signals of %d of %d target layers: the others follow when the frontier is there.",
+                len(layers), len(target_layers),
+            )  # fmt: skip
+        roll = len(layers) < len(target_layers)
+        states.check_space(self._size(layers, roll=roll))
+        outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
+        depths = [last if output.layer is None else output.layer for output in outputs]
+        stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None
+        if stop is not None and stop <= last:
+            outputs.append(Output(self._hidden(stop), stop - 1))
+        start = max((k for k in range(1, min(depths) + 1) if self._is_kept(k)), default=0)
+        return _Plan(self, outputs, start, max(depths), stop)
 
-    @classmethod
-    def prepare(
-        cls,
-        online: OnlineSignals,
-        dataset: Dataset,
-        collate: Callable[[list[dict]], dict[str, torch.Tensor]],
-        root: Path,
-        *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 16,
-        dtype: torch.dtype = torch.float32,
-        progress: bool = True,
-    ) -> SourceSignals:
-        """Open the signals of a data set, after one pass of the source over what is missing.
+    def _tidy(self, kept: set[int | None]) -> None:
+        """Delete the source's own states but for some generations."""
+        for k in range(1, self.source.num_layers):
+            if k not in kept and (self.folder / self._hidden(k).name).is_dir():
+                self._states.drop(self._hidden(k))
 
-        The folder's name under ``root`` is a fingerprint of source weights, pairs, map, scales, data, dtype and library
-        version, so that stale signals are never found. Shards appear whole, with a checksum in the manifest: an interrupted
-        pass goes on after its last whole shard, and a damaged shard is computed again. Runs may share a root.
+    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, label: str) -> None:
+        layer_pass(
+            anatomy,
+            self._states,
+            outputs,
+            self._collate,
+            start=start,
+            entering=partial(self._states.read, self._hidden(start)) if start else None,
+            as_tuples=bool(start) and self.source.as_tuples,
+            batch_size=self._batch_size,
+            device=self._device,
+            progress=label if self._progress else None,
+        )
 
-        Args:
-            online: computes the signals.
-            dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content are computed once.
-            collate: rows to a batch.
-            root: where the folder goes.
-            device: where the source is.
-            batch_size: examples a forward pass.
-            dtype: of the signals on disk.
-            progress: show a progress bar.
+    def _outputs(self, target_layers: Sequence[int]) -> list[Output]:
+        mapped = {self._mapped(k): self.pairing.source_layers[k] for k in target_layers}
+        return [
+            *(Output(column, layer, lambda states: self.semantic_map(states.float())) for column, layer in mapped.items()),
+            Output(self._final, None),
+        ]
+
+    def _size(self, target_layers: Sequence[int], *, roll: bool) -> int:
+        """Bytes that a run would add at its largest: what is missing, and generations of the source's own states."""
+        missing = self._states.bytes_missing([output.column for output in self._outputs(target_layers)])
+        generations = int(roll)
+        if self._stream:  # one is read and one is written, beside the one that is kept on the way to the final state
+            generations = 2 + (roll and bool(self._states.missing(self._final)))
+            generations -= any((self.folder / self._hidden(k).name).is_dir() for k in range(1, self.source.num_layers))
+        return missing + generations * self._hidden(0).size(self._states.examples) if missing else 0
+
+    def _mapped(self, target_layer: int) -> Column:
+        name = f"layer-{self.pairing.source_layers[target_layer]:03d}-{self.semantic_map.fingerprint[:16]}"
+        return Column(name, self.semantic_map.matrix.shape[0], self.source.dtype)
+
+    def _hidden(self, layer: int) -> Column:
+        """Inputs of a source layer at all positions, in the dtype that they have there."""
+        return Column(f"hidden-{layer:03d}", self.source.width, self.source.dtype, everywhere=True)
+
+    def _is_kept(self, layer: int) -> bool:
+        column = self._hidden(layer)
+        return (self.folder / column.name).is_dir() and not self._states.missing(column)
+
+
+class CachedSignals:
+    """Source signals of all splits of a run.
+
+    Args:
+        splits: signals by split.
+        training: the split that training reads, layer by layer; the others are read at all layers.
+    """
+
+    def __init__(self, splits: dict[str, SourceSignals], training: str) -> None:
+        self.splits = splits
+        self.training = splits[training]
+
+    @property
+    def scales(self) -> Sequence[float]:
+        """One factor on the mapped states for each pair."""
+        return self.training.scales
+
+    @scales.setter
+    def scales(self, scales: Sequence[float]) -> None:
+        for signals in self.splits.values():
+            signals.scales = scales
+
+    def prepare(self, target_layers: Sequence[int], *, in_groups: bool) -> None:
+        """Have what training still needs on disk, see :class:`Request`, and everything of the other splits."""
+        everything = range(len(self.scales))
+        prepare_signals(
+            [
+                Request(signals, target_layers, in_groups) if signals is self.training else Request(signals, everything)
+                for signals in self.splits.values()
+            ]
+        )
+
+    def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
+        """Signals of a batch of one split.
 
         Raises:
-            OSError: the disk has too little space, with both figures.
+            ValueError: an example whose signals were not computed.
         """
-        rows = list({row["example_id"]: row for row in dataset}.values())
-        facts = {**online.fingerprint(), "dtype": str(dtype), "examples": _digest([row["example_id"] for row in rows])}
-        folder = root / _digest(facts)[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "writing.lock"):
-            shards = _whole_shards(folder)
-            width = _bytes_per_position(online, dtype)
-            names = {f"shard-{index:05d}.safetensors": members for index, members in enumerate(_cut(rows, width))}
-            missing = {name: members for name, members in names.items() if name not in shards}
-            if missing:
-                _check_space(width * sum(_valid_count(row) for members in missing.values() for row in members), folder)
-            bar = tqdm(
-                total=sum(map(len, missing.values())), desc="source signals", unit="ex", disable=not (progress and missing)
-            )
-            for name, members in missing.items():
-                tensors = _shard(_signals_of(online, members, collate, batch_size, device, dtype, bar), members)
-                unfinished = folder / f"{name}.unfinished"
-                save_file(tensors, unfinished)
-                shards[name] = _file_digest(unfinished)
-                unfinished.replace(folder / name)
-                _write_manifest(folder, {"fingerprint": facts, "shards": dict(sorted(shards.items()))})
-            bar.close()
-        return cls(folder)
-
-
-def _signals_of(
-    online: OnlineSignals,
-    rows: Sequence[dict],
-    collate: Callable[[list[dict]], dict[str, torch.Tensor]],
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    bar: tqdm,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """States ``[L_tgt, N, D_tgt]`` and final states ``[N, D_src]`` of one batch after another, at valid positions."""
-    for start in range(0, len(rows), batch_size):
-        members = list(rows[start : start + batch_size])
-        batch = {key: tensor.to(device) for key, tensor in collate(members).items()}
-        signals = online(batch, range(len(online.pairing.source_layers)))
-        valid = valid_positions(batch["labels"])
-        states = torch.stack([state[valid] for state in signals.supervision])
-        yield states.to("cpu", dtype), signals.final.to("cpu", dtype)
-        bar.update(len(members))
-
-
-def _shard(signals: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    states, final = zip(*signals, strict=True)
-    counts = torch.tensor([0, *(_valid_count(row) for row in rows)])
-    return {
-        "states": torch.cat(states, dim=1),
-        "final": torch.cat(final),
-        "example_id": torch.tensor([row["example_id"] for row in rows]),
-        "offsets": counts.cumsum(0),
-    }
-
-
-def _valid_count(row: Mapping[str, Any]) -> int:
-    return int(valid_positions(torch.tensor([row["labels"]])).sum())
-
-
-def _whole_shards(folder: Path) -> dict[str, str]:
-    """Digest by name of the shards that are as they were written; what is not is named and left out."""
-    try:
-        recorded = dict(json.loads((folder / MANIFEST).read_text())["shards"])
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%r): all source signals are computed again.", folder / MANIFEST, error)
-        return {}
-    whole = {}
-    for name, digest in recorded.items():
-        if (folder / name).is_file() and _file_digest(folder / name) == digest:
-            whole[name] = digest
-        else:
-            logger.warning("%s is missing or damaged, and is computed again.", folder / name)
-    return whole
-
-
-def _bytes_per_position(online: OnlineSignals, dtype: torch.dtype) -> int:
-    target_width, source_width = online.semantic_map.matrix.shape
-    return (len(online.pairing.source_layers) * target_width + source_width) * dtype.itemsize
-
-
-def _cut(rows: Sequence[dict], width: int) -> list[list[dict]]:
-    """Rows by shard, at most ``SHARD_EXAMPLES`` and about ``SHARD_BYTES`` each."""
-    shards: list[list[dict]] = []
-    size = 0
-    for row in rows:
-        count = width * _valid_count(row)
-        if not shards or len(shards[-1]) == SHARD_EXAMPLES or size + count > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(row)
-        size += count
-    return shards
-
-
-def _check_space(needed: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    logger.info("Source signals: %.1f MB in %s (%.0f MB free)", needed / 1e6, folder, free / 1e6)
-    if needed > free:
-        raise OSError(
-            f"The source signals need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: set signals_dir "
-            "to a larger disk, or signals='online'."
+        example = int(batch["example_id"][0])
+        for signals in self.splits.values():
+            if example in signals:
+                return signals(batch, target_layers)
+        raise ValueError(
+            f"No source signals for example {example}: they cover the training and evaluation data that the trainer was made "
+            "with. Make it with these data, or set signals='online'."
         )
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(manifest, indent=1))
-    unfinished.replace(folder / MANIFEST)
+@dataclass(frozen=True)
+class Request:
+    """What a run needs of the signals of one data set.
+
+    Attributes:
+        signals: the data set's.
+        target_layers: layers whose supervision is needed, in the order in which training needs them.
+        in_groups: where the disk cannot hold all of them, take as many of the first as it can, and keep the source's own
+            states where it stopped; asked again for what training still needs, go on from there and delete what is over.
+    """
+
+    signals: SourceSignals
+    target_layers: Sequence[int]
+    in_groups: bool = False
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True)
+class _Plan:
+    """A run of the source over one data set: from layer ``start`` to ``depth``; its states stay as inputs of ``kept``."""
+
+    signals: SourceSignals
+    outputs: list[Output]
+    start: int
+    depth: int
+    kept: int | None
+
+    def layer(self, k: int, last: int) -> list[Output]:
+        """What one layer gives: wanted outputs, and the inputs of the next."""
+        here = [output for output in self.outputs if output.layer == k or (output.layer is None and k == last)]
+        following = self.signals._hidden(k + 1)
+        if k < self.depth and all(output.column != following for output in here):
+            here.append(Output(following, k))
+        return here
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def prepare_signals(requests: Sequence[Request]) -> None:
+    """Have signals of one source for several data sets on disk; the source runs over what is missing, and only then is loaded.
+
+    Whole, or with one layer at a time and all data sets through it, so that each weight is read once.
+
+    Raises:
+        OSError: too little space on a disk, before the source runs.
+        ValueError: the source has no weights, see :class:`Source`.
+    """
+    with ExitStack() as stack:
+        for request in requests:
+            stack.enter_context(request.signals._states.lock)
+        plans = [plan for request in requests if (plan := request.signals._plan(request.target_layers, request.in_groups))]
+        if not plans:
+            return
+        first = plans[0].signals
+        source, last = first.source, first.source.num_layers - 1
+        if first._stream:
+            for k in range(min(plan.start for plan in plans), max(plan.depth for plan in plans) + 1):
+                with source.layer(k, first._device) as anatomy:
+                    for plan in plans:
+                        if plan.start <= k <= plan.depth:
+                            plan.signals._pass(anatomy, plan.layer(k, last), k, f"source layer {k + 1}/{last + 1}")
+                            plan.signals._tidy({k + 1, plan.kept})
+        else:
+            anatomy = dissect(source.model(first._device))
+            for plan in plans:
+                plan.signals._pass(anatomy, plan.outputs, plan.start, "source signals")
+        for plan in plans:
+            plan.signals._tidy({plan.kept})
+
+
+@torch.no_grad()
+def match_scales(
+    signals: OnlineSignals | SourceSignals | CachedSignals, target: CausalLM, batches: Iterable[dict[str, torch.Tensor]]
+) -> tuple[float, ...]:
+    """``scale: match``: one factor a pair that gives the mapped states the mean norm of the target layer's outputs.
+
+    Args:
+        signals: signals of the extract split, not scaled.
+        target: the target model before training; its mode is restored.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]`` of the extract split.
+    """
+    anatomy, was_training = dissect(target), target.training
+    target.eval()
+    norms = torch.zeros(2, len(anatomy.layers), dtype=torch.float64)  # of the target's outputs, of the mapped states
+    for batch in batches:
+        batch = {key: tensor.to(anatomy.device) for key, tensor in batch.items()}
+        valid = valid_positions(batch["labels"])
+        with capture(anatomy.layers) as ours:
+            anatomy.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for k, mapped in enumerate(signals(batch, range(len(ours))).supervision):
+            norms[0, k] += ours[k].output[valid].float().norm(dim=-1).sum().cpu()
+            norms[1, k] += mapped[valid].norm(dim=-1).sum().cpu()
+    target.train(was_training)
+    if not norms[1].all():
+        raise ValueError(f"scale 'match' needs mapped states to measure, got mean norms {norms[1].tolist()}.")
+    return tuple((norms[0] / norms[1]).tolist())

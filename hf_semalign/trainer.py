@@ -8,7 +8,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_semalign.anatomy import base_model, dissect, lora_targets
-from hf_semalign.attribution import attribute_layers
+from hf_semalign.attribution import LayerScores, attribute_layers
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
@@ -44,7 +45,7 @@ from hf_semalign.frontier import (
     train_only,
 )
 from hf_semalign.hooks import capture
-from hf_semalign.loading import check_engine, check_tokenizers, find_tokenizer, load_model, pad_token_id
+from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
     relation_sequences,
     sequence_relation_losses,
@@ -53,13 +54,18 @@ from hf_semalign.losses import (
     token_steering_losses,
 )
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
-from hf_semalign.semantics import SemanticMap, match_scales, select_rows, shared_token_ids
-from hf_semalign.signals import OnlineSignals, SourceSignals
+from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.semantics import SemanticMap, select_rows, shared_token_ids
+from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
+from hf_semalign.source import Source
 from hf_semalign.splits import Collator, Record, check_disjoint, encode, fingerprint, hold_out, valid_positions
+from hf_semalign.states import digest
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 RECORD_NAME = "semalign.json"
+PREFIX = "_prefix"  # in the run folder; Trainer.push_to_hub leaves out _*
+PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier",
     "lora_r", "lora_alpha", "lora_targets",
@@ -75,6 +81,11 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def signals_root(args: SemAlignConfig) -> Path:
+    """Where cached signals go: ``signals_dir``, or a folder of the run."""
+    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")  # Trainer.push_to_hub leaves out _*
 
 
 class SemAlignTrainer(Trainer):
@@ -114,7 +125,7 @@ class SemAlignTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        source_model: PreTrainedModel | str,
+        source_model: PreTrainedModel | str | Source,
         args: SemAlignConfig,
         train_dataset: Dataset | Sequence[Record],
         eval_dataset: Dataset | Sequence[Record] | dict[str, Any] | None = None,
@@ -128,10 +139,10 @@ class SemAlignTrainer(Trainer):
         self.seconds: dict[str, float] = {}
         if processing_class is None and isinstance(model, str):
             processing_class = find_tokenizer(model)
-        if processing_class is not None:
-            check_tokenizers(processing_class, source_model)
-        needs_extract = args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
-        if extract_dataset is None and needs_extract:
+        if processing_class is not None and processing_class.pad_token_id is None:
+            raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
+        needs_scores = pairing is None and args.pairing in NEEDS_SCORES
+        if extract_dataset is None and (args.scale == "match" or needs_scores):
             train_dataset, extract_dataset = hold_out(train_dataset)
         evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
         given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
@@ -140,13 +151,13 @@ class SemAlignTrainer(Trainer):
         encoded = {name: self._encode(rows, split=name) for name, rows in splits.items()}
         check_disjoint(splits)
 
-        with timed("loading models", self.seconds):
-            target, source = load_model(model, args), load_model(source_model, args)
-        self.source_id, self.target_id = public_name(str(source.name_or_path)), public_name(str(target.name_or_path))
-        collator = Collator(pad_token_id(processing_class, target))
-        source_anatomy, self.target_anatomy = dissect(source), dissect(target)
-        depths = len(source_anatomy.layers), len(self.target_anatomy.layers)
-        if pairing is None and args.pairing not in NEEDS_SCORES:
+        # What can be refused by shape alone is refused before any weight is loaded.
+        self.source = source_model if isinstance(source_model, Source) else Source(source_model, bf16=args.bf16)
+        shape = skeleton(model) if isinstance(model, str) else load_model(model)
+        anatomy = dissect(shape)
+        self.source_id, self.target_id = self.source.name, public_name(str(shape.name_or_path))
+        depths = self.source.num_layers, len(anatomy.layers)
+        if pairing is None and not needs_scores:
             pairing = pair_layers(*depths, args.pairing)
         elif pairing is None:
             pair_layers([0.0] * depths[0], depths[1], args.pairing)  # refuses what no score could pair
@@ -155,12 +166,14 @@ class SemAlignTrainer(Trainer):
                 f"The pairing is for {pairing.num_source_layers} source and {len(pairing.source_layers)} target layers; these "
                 f"models have {depths[0]} and {depths[1]}."
             )
-        widths = source_anatomy.head_weight().shape[1], self.target_anatomy.head_weight().shape[1]
-        if semantic_map is not None and tuple(semantic_map.matrix.shape) != widths[::-1]:
-            raise ValueError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {widths[::-1]}.")
-        theirs = find_tokenizer(str(source.name_or_path)) if processing_class is not None else None
-        heads = len(source_anatomy.head_weight()), len(self.target_anatomy.head_weight())
-        token_ids = shared_token_ids(theirs, processing_class, *heads)
+        rows, width = anatomy.head_weight().shape
+        if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, self.source.width):
+            raise ValueError(
+                f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, self.source.width)}."
+            )
+        theirs = self.source.tokenizer if processing_class is not None else None
+        token_ids = shared_token_ids(theirs, processing_class, self.source.head_rows, rows)
+        collator = Collator(pad_token_id(processing_class, shape))
         self.frontier = Frontier(args.frontier, depths[1])
         self.schedule = FrontierSchedule(self.frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
         self._learning_rate_factor = stage_learning_rate(
@@ -170,7 +183,10 @@ class SemAlignTrainer(Trainer):
             args.get_warmup_steps,
             cast(dict, args.lr_scheduler_kwargs),
         )
-        self._lora_targets = lora_targets(self.target_anatomy.layers, args.lora_targets)
+        self._lora_targets = lora_targets(anatomy.layers, args.lora_targets)
+        with timed("loading the target", self.seconds):
+            target = load_model(model, bf16=args.bf16)
+        self.target_anatomy = dissect(target)
         adapted = _add_lora(target, args, self._lora_targets)
         self.lora_layers = [
             [p for name, p in layer.named_parameters() if "lora_" in name] for layer in self.target_anatomy.layers
@@ -189,31 +205,38 @@ class SemAlignTrainer(Trainer):
         self._loss_shifts_labels = True
         self._keeps_logits = "logits_to_keep" in inspect.signature(target.forward).parameters
 
-        source.to(args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
-        self._source_head = select_rows(source_anatomy.head_weight(), token_ids)
         extract = encoded.get("extract")
+        root = None if args.signals == "online" else signals_root(args)
         if pairing is None:
-            with timed("attribution", self.seconds):
-                # One example at a time: the activations of all layers are kept, and scores do not depend on the batch.
-                pairing = pair_layers(attribute_layers(source, self._batches(extract, 1)), depths[1], args.pairing)
-        with timed("semantic map", self.seconds):
+            with timed("attribution", self.seconds), args.main_process_first():
+                pairing = pair_layers(self._scores(extract, root), depths[1], args.pairing)
+        with timed("semantic map", self.seconds), args.main_process_first():
+            head = self.source.head(root).to(args.device)
+            self._source_head = select_rows(head, token_ids)
+            self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
             cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
-            self.semantic_map = semantic_map or SemanticMap.from_models(
-                source, target, theirs, processing_class, kind=args.map_kind, cache=cache
+            self.semantic_map = semantic_map or SemanticMap.from_heads(
+                self._source_head, self._target_head, kind=args.map_kind, cache=cache
             )
             self.semantic_map.to(args.device, torch.float32)
-            self.scales: tuple[float, ...] = (1.0,) * depths[1]
-            if args.scale == "match":
-                self.scales = match_scales(source, adapted, pairing, self.semantic_map, self._batches(extract))
         # Backward kernels may differ in the last bits between ranks; all must train on the same pairs.
-        pairing, self.scales = broadcast_object_list([pairing, self.scales])
+        (pairing,) = broadcast_object_list([pairing])
         self.pairing = pairing.named(self.source_id, self.target_id)
-        online = OnlineSignals(source, self.pairing, self.semantic_map, self.scales)
-        self.signals: OnlineSignals | SourceSignals = online if args.signals == "online" else self._cache(online, encoded)
+        self.scales: tuple[float, ...] = (1.0,) * depths[1]
+        self.signals: OnlineSignals | CachedSignals
+        if root is None:
+            self.signals = OnlineSignals(self.source.model(args.device), self.pairing, self.semantic_map)
+        else:
+            with timed("source signals", self.seconds), args.main_process_first():
+                self.signals = self._cache(encoded, root, digest(processing_class.get_vocab()) if processing_class else None)
+        if args.scale == "match":
+            self.scales = match_scales(self.signals, adapted, self._batches(extract))
+            (self.scales,) = broadcast_object_list([self.scales])
+            self.signals.scales = self.scales
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in encoded.items()}
 
-        self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers)
+        self._prefix: TargetPrefix | None = None
+        self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers, self._enter_stage)
         self.add_callback(self._frontier_callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -255,6 +278,7 @@ class SemAlignTrainer(Trainer):
             base_model(self.model).disable_input_require_grads()
         self._term_sums.zero_()
         self._terms_logged = self.state.global_step
+        self._prefix = self._make_prefix()
         return prepared
 
     # Batches and losses
@@ -271,24 +295,95 @@ class SemAlignTrainer(Trainer):
             eval_dataset = self._encode(eval_dataset, split="eval")
         return super().get_eval_dataloader(eval_dataset)
 
-    def _cache(self, online: OnlineSignals, encoded: dict[str, Dataset]) -> SourceSignals:
-        """One pass of the source over training and evaluation data; afterwards the source leaves the device."""
+    def _scores(self, extract: Dataset | None, root: Path | None) -> LayerScores:
+        """Attribution scores of the source's layers, kept with the source's signals."""
+        name = f"scores-{digest([fingerprint(extract), str(self.accelerator.mixed_precision)])[:16]}"
+        known = None if root is None else self.source.recall(root, name)
+        if known is not None:
+            return LayerScores.from_dict(known)
+        if self.args.source_memory == "stream":
+            raise ValueError(
+                f"pairing {self.args.pairing!r} runs the whole source forward and backward, which source_memory='stream' "
+                "avoids: name a pairing that needs no scores (proportional, uniform, last or a list of source layers), or run "
+                "`semalign signals` once with source_memory=resident and the same signals_dir, where the scores are kept."
+            )
+        # One example at a time: the activations of all layers are kept, and scores do not depend on the batch.
+        scores = attribute_layers(self.source.model(self.args.device), self._batches(extract, 1))
+        if root is not None:
+            self.source.keep(root, name, asdict(scores))
+        return scores
+
+    def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
+        """The signals of all splits on disk; the source runs over what is missing, and leaves the device."""
         args = self.args
-        rows = concatenate_datasets([split for name, split in encoded.items() if name != "extract"])
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        with timed("source signals", self.seconds), args.main_process_first(), self.accelerator.autocast():
-            signals = SourceSignals.prepare(
-                online,
-                rows,
+        wanted = [name for name in encoded if name != "extract" or args.scale == "match"]
+        signals = {
+            name: SourceSignals(
+                self.source,
+                self.pairing,
+                self.semantic_map,
+                encoded[name],
+                root,
                 self.data_collator,
-                Path(args.signals_dir or Path(str(args.output_dir)) / "_signals"),  # Trainer.push_to_hub leaves out _*
+                tokenizer=tokenizer,
+                precision=str(self.accelerator.mixed_precision),
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
-                dtype=dtypes.get(str(self.accelerator.mixed_precision), torch.float32),
+                stream=args.source_memory == "stream",
                 progress=not args.disable_tqdm,
             )
-        online.source.to("cpu")
-        return signals
+            for name in wanted
+        }
+        cached = CachedSignals(signals, "align")
+        with self.accelerator.autocast():
+            cached.prepare(self._layers_from(0), in_groups=self.frontier.num_stages > 1)
+        self.source.rest()
+        return cached
+
+    def _layers_from(self, stage: int) -> range:
+        """Target layers whose supervision training still needs at a stage."""
+        if not self.args.relation_weight:
+            return range(0)
+        return range(self.frontier.supervised(stage)[0], self.frontier.num_layers)
+
+    def _enter_stage(self, stage: int) -> None:
+        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
+        with self.args.main_process_first(), self.accelerator.autocast():
+            if isinstance(self.signals, CachedSignals):
+                self.signals.prepare(self._layers_from(stage), in_groups=self.frontier.num_stages > 1)
+                self.source.rest()
+            if self._prefix is not None:
+                self._prefix.move(stage)
+
+    def _make_prefix(self) -> TargetPrefix | None:
+        """The target prefix, where it is exact and pays: a pass of all layers below the last against half of each step's."""
+        args, folder = self.args, Path(str(self.args.output_dir)) / PREFIX
+        examples = self.schedule.total_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not isinstance(self.signals, CachedSignals) or self.frontier.kind != "single" or self.frontier.num_layers == 1:
+            return None
+        if examples <= PREFIX_PAYS * len(self.signals.training.examples.ids):
+            logger.info(
+                "Fewer than %d epochs in all: the target runs whole at every step, which costs less than its prefix.",
+                PREFIX_PAYS,
+            )
+            return None
+        target = self.accelerator.unwrap_model(self.model).train()
+        try:
+            with self.accelerator.autocast():
+                return TargetPrefix(
+                    target,
+                    self.lora_layers,
+                    self.signals.training.examples,
+                    self.data_collator,
+                    folder,
+                    precision=str(self.accelerator.mixed_precision),
+                    batch_size=args.per_device_eval_batch_size,
+                    device=args.device,
+                    progress=not args.disable_tqdm,
+                )
+        except PrefixUnavailable as reason:
+            logger.warning("The target runs whole at every step, without its prefix: %s.", reason)
+            return None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
@@ -298,13 +393,13 @@ class SemAlignTrainer(Trainer):
             self._sequences_in_batch = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
         return samples, num_items
 
-    def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int]):
-        """Both models on a batch: model outputs, target captures of ``layers``, target and source states to compare."""
+    def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
+        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals."""
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         with self.accelerator.autocast():
             signals = self.signals(inputs, layers)
-        with capture(modules) as states:
+        with capture(modules) as states, self._prefix.entered(inputs) if self._prefix and training else nullcontext():
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
         return outputs, states, signals
 
@@ -315,7 +410,7 @@ class SemAlignTrainer(Trainer):
         """
         stage = self.schedule.stage(self.state.global_step)
         layers = self.frontier.supervised(stage) if self.args.relation_weight else range(0)
-        outputs, states, signals = self._forward(model, inputs, layers)
+        outputs, states, signals = self._forward(model, inputs, layers, training=self.model.training)
         valid = valid_positions(inputs["labels"])
         if num_items_in_batch is None:
             tokens, sequences, ranks = valid.sum(), relation_sequences(valid).sum(), 1
@@ -361,7 +456,7 @@ class SemAlignTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         layers = range(self.frontier.num_layers)
         with torch.no_grad():
-            _, states, signals = self._forward(model, inputs, layers)
+            _, states, signals = self._forward(model, inputs, layers, training=False)
             valid = valid_positions(inputs["labels"])
             hidden = states[-1].output[valid]
             answers = inputs["labels"][:, 1:][valid[:, :-1]]
@@ -402,7 +497,11 @@ class SemAlignTrainer(Trainer):
                 self._load_from_checkpoint(path)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._prefix is not None:  # an interrupted run keeps it
+            self._prefix.close()
+            self._prefix = None
+        return output
 
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""

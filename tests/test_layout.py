@@ -8,8 +8,9 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "symbols", "anatomy", "splits", "hooks", "tasks", "attribution", "pairing", "semantics", "losses", "frontier", "signals",
-    "config", "loading", "trainer", "figures", "card", "evaluation", "hub", "baselines", "recipe", "cli",
+    "symbols", "anatomy", "splits", "hooks", "tasks", "attribution", "pairing", "semantics", "losses", "frontier",
+    "states", "config", "loading", "source", "signals", "prefix", "trainer",
+    "figures", "card", "evaluation", "hub", "baselines", "recipe", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

@@ -1,6 +1,8 @@
 """Recipes: keys are checked, overrides apply, and a run leaves a folder that anyone can load."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -14,10 +16,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import load_transfer
-from hf_semalign import recipe as recipe_module
 from hf_semalign.cli import main
 from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import BASELINES, load_recipe, results_table, run_recipe
+from hf_semalign.recipe import BASELINES, load_recipe, results_table, run_recipe, run_signals
+from hf_semalign.source import Source
 from hf_semalign.symbols import resolve_model
 from hf_semalign.trainer import SemAlignTrainer
 
@@ -132,7 +134,7 @@ def test_results_tell_what_was_run(run):
     assert results["metrics"]["semalign"]["kl"] < results["metrics"]["target"]["kl"]
     assert {
         "data",
-        "loading models",
+        "loading the target",
         "attribution",
         "semantic map",
         "source signals",
@@ -179,19 +181,60 @@ def test_a_baseline_that_fails_costs_nothing_of_the_main_run(tmp_path, monkeypat
     assert {"README.md", "adapter_model.safetensors", "figures"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_the_source_goes_back_where_it_was_after_its_evaluation(tmp_path, monkeypatch):
-    """With cached signals it has left the device, which training needs for the target."""
-    moves = []
+def test_a_second_run_never_loads_the_source(tmp_path, monkeypatch):
+    """All that it says was kept, for other settings of training and for a baseline as well."""
+    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", f"output_dir={tmp_path / 'a'}"]
+    first = run_recipe(load_recipe(QUICKSTART, [*small, f"training.signals_dir={tmp_path / 'signals'}"]))
+    monkeypatch.setattr(Source, "_need_weights", lambda self: pytest.fail("the source was loaded"))
+    changes = ["training.seed=2", "training.frontier=single", f"output_dir={tmp_path / 'b'}"]
+    second = run_recipe(load_recipe(QUICKSTART, [*small, f"training.signals_dir={tmp_path / 'signals'}", *changes]))
+    assert second["metrics"]["source"] == first["metrics"]["source"]
 
-    def watch(source, *args):
-        monkeypatch.setattr(source, "to", lambda device: moves.append(str(device)))
-        return measure(source, *args)
 
-    measure = recipe_module._measure_source
-    monkeypatch.setattr(recipe_module, "_measure_source", watch)
-    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", "baselines=[]"]
-    run_recipe(load_recipe(QUICKSTART, [*small, f"output_dir={tmp_path}"]))
-    assert moves == ["cpu", "cpu"]  # there and back; both are the CPU here
+@pytest.mark.parametrize("away", ["signals_dir", "source"])
+def test_signals_made_alone_serve_a_run_on_a_machine_without_the_source(tmp_path, away, capsys):
+    shutil.copytree(QUICKSTART.parents[2] / "hf_semalign" / "data" / "pair" / "source", tmp_path / "big")
+    small = ["training.max_steps=12", "data.align=32", "data.eval=8", "data.extract=4", "baselines=[]"]
+    small += ["training.frontier=single", "training.per_device_train_batch_size=8"]
+    here = [f"source={tmp_path / 'big'}", f"output_dir={tmp_path / 'a'}", f"training.signals_dir={tmp_path / 'here'}"]
+    assert main(["signals", "--config", str(QUICKSTART), *small, *here]) == 0
+    (folder,) = (tmp_path / "here").iterdir()
+    assert str(folder) in capsys.readouterr().out
+    whole = run_recipe(load_recipe(QUICKSTART, [*small, *here]))
+
+    if away == "source":
+        shutil.rmtree(tmp_path / "big")
+    (tmp_path / "there").mkdir()
+    moved = shutil.move(folder, tmp_path / "there" / "renamed" if away == "source" else tmp_path / "there")
+    source = moved if away == "source" else tmp_path / "big"
+    if away == "signals_dir":
+        for path in source.glob("*.safetensors"):
+            os.utime(path)
+    there = [f"source={source}", f"output_dir={tmp_path / 'b'}", f"training.signals_dir={tmp_path / 'there'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_semalign.source.load_model", refuse_to_load_a_source)
+        again = run_recipe(load_recipe(QUICKSTART, [*small, *there]))
+    assert again["metrics"] == whole["metrics"]
+    assert json.loads((tmp_path / "b" / "semalign.json").read_text())["source"] == "big"
+
+
+def refuse_to_load_a_source(*args, **kwargs):
+    raise AssertionError("the source was loaded")
+
+
+def test_nothing_is_kept_of_an_online_source(tmp_path):
+    with pytest.raises(ValueError, match="nothing is kept"):
+        run_signals(load_recipe(QUICKSTART, ["training.signals=online", f"output_dir={tmp_path}"]))
+
+
+def test_after_its_evaluation_the_source_is_let_go(tmp_path, monkeypatch):
+    """With cached signals training needs none of it, on the device or off it."""
+    seen = []
+    train = SemAlignTrainer.train
+    monkeypatch.setattr(SemAlignTrainer, "train", lambda self, **kw: (seen.append(self.source._model), train(self, **kw))[1])
+    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", f"output_dir={tmp_path}"]
+    run_recipe(load_recipe(QUICKSTART, small))
+    assert seen == [None, None]  # the run's and its baseline's
 
 
 def test_folder_without_a_record_is_no_transfer(tmp_path):

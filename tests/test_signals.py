@@ -1,6 +1,5 @@
 """Cached source signals: equal to running the source, computed once, and never used when stale or damaged."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,19 +9,21 @@ from conftest import random_rows, tiny_llama
 from datasets import Dataset
 from test_trainer import ROWS, adapter, make_trainer
 
-from hf_semalign import signals as signals_module
+from hf_semalign import states as states_module
 from hf_semalign.pairing import pair_layers
 from hf_semalign.semantics import SemanticMap
-from hf_semalign.signals import MANIFEST, OnlineSignals, SourceSignals
+from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals
+from hf_semalign.source import Source
 from hf_semalign.splits import Collator, encode, valid_positions
 
 COLLATE = Collator(pad_token_id=0)
+SCALES = (1.0, 0.5, 2.0)
 
 
 @pytest.fixture
 def online():
-    source, target = tiny_llama(4, 24, seed=1), tiny_llama(3, 16, seed=2)
-    return OnlineSignals(source, pair_layers(4, 3, "last"), SemanticMap.from_models(source, target), (1.0, 0.5, 2.0))
+    source, target = tiny_llama(5, 24, seed=1), tiny_llama(3, 16, seed=2)
+    return OnlineSignals(source, pair_layers(5, 3, [1, 2, 4]), SemanticMap.from_models(source, target), SCALES)
 
 
 @pytest.fixture
@@ -32,18 +33,26 @@ def data():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(signals_module, "SHARD_EXAMPLES", 4)
+    monkeypatch.setattr(states_module, "SHARD_TOKENS", 24)
 
 
-def prepare(online, data, root, **settings):
-    return SourceSignals.prepare(online, data, COLLATE, root, progress=False, **{"batch_size": 3, **settings})
+def make_signals(online, data, root, *, source=None, **settings):
+    source = source or Source(online.source)
+    settings = {"scales": online.scales, "batch_size": 3, "progress": False, **settings}
+    return SourceSignals(source, online.pairing, online.semantic_map, data, root, COLLATE, **settings)
+
+
+def prepare(online, data, root, layers=range(3), **settings):
+    signals = make_signals(online, data, root, **settings)
+    signals.prepare(layers)
+    return signals
 
 
 @pytest.fixture
 def passes(online):
-    """Forward passes of the source, counted."""
+    """Forward passes of the source, counted at its last layer."""
     count = []
-    online.source.model.register_forward_hook(lambda *_: count.append(1))
+    online.source.model.layers[-1].register_forward_hook(lambda *_: count.append(1))
     return count
 
 
@@ -58,58 +67,122 @@ def left_padded(rows):
     return batch
 
 
-@pytest.mark.parametrize("pad", [COLLATE, left_padded], ids=["right", "left"])
-def test_cached_signals_equal_the_sources_in_any_batch_and_order(online, data, tmp_path, pad):
-    cached = prepare(online, data, tmp_path)
-    rows = [data[i] for i in (9, 0, 4, 10, 4)]
-    batch = pad(rows)
+def assert_equal_signals(cached, online, batch, layers=range(3)):
     valid = valid_positions(batch["labels"])
+    ours, theirs = cached(batch, layers), online(batch, layers)
+    assert len(ours.supervision) == len(layers)
+    torch.testing.assert_close(ours.final, theirs.final, rtol=1e-5, atol=1e-5)
+    for left, right in zip(ours.supervision, theirs.supervision, strict=True):
+        torch.testing.assert_close(left[valid], right[valid], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [COLLATE, left_padded], ids=["right", "left"])
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+def test_cached_signals_equal_the_sources_in_any_batch_and_order(online, data, tmp_path, pad, stream):
+    cached = prepare(online, data, tmp_path, stream=stream)
+    batch = pad([data[i] for i in (9, 0, 4, 10, 4)])
     for layers in (range(3), [1], []):
-        ours, theirs = cached(batch, layers), online(batch, layers)
-        assert len(ours.supervision) == len(layers)
-        torch.testing.assert_close(ours.final, theirs.final, rtol=1e-5, atol=1e-5)
-        for left, right in zip(ours.supervision, theirs.supervision, strict=True):
-            torch.testing.assert_close(left[valid], right[valid], rtol=1e-5, atol=1e-5)
+        assert_equal_signals(cached, online, batch, layers)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+@pytest.mark.parametrize("made", ["in memory", "folder"])
+def test_a_source_in_memory_or_in_a_folder(online, data, tmp_path, stream, made):
+    source = None
+    if made == "folder":
+        online.source.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+        source = Source(str(tmp_path / "source"))
+    cached = prepare(online, data, tmp_path, source=source, stream=stream)
+    assert_equal_signals(cached, online, COLLATE(list(data)))
+    assert {path.name for path in cached.folder.iterdir() if path.is_dir()} == {
+        "final", *(f"layer-{k:03d}-{online.semantic_map.fingerprint[:16]}" for k in (1, 2, 4)),
+    }  # fmt: skip
+    if made == "folder":
+        assert (source._model is None) == stream
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_streaming_half_precision_and_tied_heads(data, tmp_path, tied, dtype):
+    """Also where weights are read into another dtype than they have on the disk: float16 under bf16."""
+    model, target = tiny_llama(4, 24, seed=1, tie_word_embeddings=tied).to(dtype), tiny_llama(3, 16, seed=2)
+    model.save_pretrained(tmp_path / "source")
+    source = Source(str(tmp_path / "source"), bf16=True)
+    assert source.dtype == torch.bfloat16
+    whole = model.to(torch.bfloat16)
+    torch.testing.assert_close(source.head(tmp_path), whole.lm_head.weight.detach(), rtol=0, atol=0)
+    online = OnlineSignals(whole, pair_layers(4, 3, "last"), SemanticMap.from_models(whole, target))
+    cached = prepare(online, data, tmp_path, source=source, stream=True)
+    assert source._model is None
+    ours, theirs = cached(batch := COLLATE(list(data)), range(3)), online(batch, range(3))
+    valid = valid_positions(batch["labels"])
+    pairs = [
+        (ours.final, theirs.final),
+        *((a[valid], b[valid]) for a, b in zip(ours.supervision, theirs.supervision, strict=True)),
+    ]
+    for left, right in pairs:
+        assert (left - right).float().norm() < 0.01 * right.float().norm()
 
 
 def test_the_source_runs_once_for_each_distinct_example(online, data, tmp_path, passes):
     twice = Dataset.from_list([*data, *data])
+    signals = prepare(online, twice, tmp_path)
+    once = len(passes)
+    assert once == sum(-(-(shard.stop - shard.start) // 3) for shard in signals.examples.shards)
     prepare(online, twice, tmp_path)
-    assert len(passes) == 2 + 2 + 1  # shards of 4, 4 and 3 rows in batches of 3
-    prepare(online, twice, tmp_path)
-    prepare(online, data.select(range(10, -1, -1)).select(range(10, -1, -1)), tmp_path)
-    assert len(passes) == 5
+    prepare(online, data.select(range(10, -1, -1)), tmp_path)
+    assert len(passes) == once
 
 
-def test_shards_hold_valid_positions_only_in_the_dtype_asked_for(online, data, tmp_path):
-    cached = prepare(online, data, tmp_path, dtype=torch.bfloat16)
+def test_other_pairs_scales_and_weights_share_what_they_have_in_common(online, data, tmp_path, passes):
+    first = prepare(online, data, tmp_path)
+    once = len(passes)
+    assert prepare(online, data, tmp_path, layers=[]).folder == first.folder
+    online.scales = (3.0, 4.0, 5.0)
+    assert_equal_signals(prepare(online, data, tmp_path), online, COLLATE(list(data)))
+    assert len(passes) == once + 1  # assert_equal_signals runs it online
+    online.pairing = pair_layers(5, 3, [0, 2, 2])
+    other = prepare(online, data, tmp_path)
+    assert len(passes) == once + 1  # only the layers up to 0 ran
+    assert_equal_signals(other, online, COLLATE(list(data)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_hold_valid_positions_only_in_the_dtype_of_the_source(online, data, tmp_path, dtype):
+    online.source.to(dtype)
+    signals = prepare(online, data, tmp_path)
     answers = sum(int(valid_positions(torch.tensor([row["labels"]])).sum()) for row in data)
-    assert sum(len(shard["final"]) for shard in cached._shards) == answers
-    for shard in cached._shards:
-        assert shard["states"].shape == (3, len(shard["final"]), 16)
-        assert shard["states"].dtype == shard["final"].dtype == torch.bfloat16
+    for column in (signals._final, signals._mapped(0)):
+        states = signals._states.read(column, range(11))
+        assert states.shape == (answers, column.width)
+        assert states.dtype == dtype
 
 
 CHANGES = {
     "source": lambda online: online.source.model.layers[0].mlp.up_proj.weight.data.add_(1e-3),
-    "pairs": lambda online: setattr(online, "pairing", pair_layers(4, 3, [0, 1, 2])),
-    "scales": lambda online: setattr(online, "scales", (1.0, 1.0, 1.0)),
     "map": lambda online: setattr(online.semantic_map, "fingerprint", "other"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_stale_signals_are_not_found(online, data, tmp_path, passes, change):
-    first = prepare(online, data, tmp_path)
+    prepare(online, data, tmp_path)
+    once = len(passes)
     CHANGES[change](online)
-    second = prepare(online, data, tmp_path)
-    assert first.folder != second.folder
-    assert len(passes) == 10
+    signals = make_signals(online, data, tmp_path)
+    assert signals._states.missing(signals._mapped(2))
+    signals.prepare(range(3))
+    assert len(passes) == 2 * once
 
 
-def test_other_data_get_signals_of_their_own(online, data, tmp_path):
-    assert prepare(online, data, tmp_path).folder != prepare(online, data.select(range(10)), tmp_path).folder
-    assert prepare(online, data, tmp_path).folder != prepare(online, data, tmp_path, dtype=torch.float16).folder
+def test_other_data_and_precisions_get_folders_of_their_own(online, data, tmp_path):
+    folders = [
+        make_signals(online, data, tmp_path).folder,
+        make_signals(online, data.select(range(10)), tmp_path).folder,
+        make_signals(online, data, tmp_path, precision="bf16").folder,
+        make_signals(online, data, tmp_path, tokenizer="another").folder,
+    ]
+    assert len(set(folders)) == 4
 
 
 def damage(path: Path, how: str) -> None:
@@ -118,72 +191,126 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
     elif how == "truncate":
         path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
     else:
-        content[-5] ^= 0xFF
+        content[-5 if how == "flip" else 20] ^= 0xFF
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["delete", "truncate", "flip"])
-@pytest.mark.parametrize("shard", [0, 2])
-def test_a_damaged_shard_is_named_and_computed_again_alone(online, data, tmp_path, passes, caplog, how, shard):
-    folder = prepare(online, data, tmp_path).folder
-    path = folder / f"shard-{shard:05d}.safetensors"
+@pytest.mark.parametrize("how", ["delete", "truncate", "empty", "flip", "flip header"])
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+def test_a_damaged_shard_is_named_and_computed_again_alone(online, data, tmp_path, passes, caplog, how, stream):
+    signals = prepare(online, data, tmp_path, stream=stream)
+    path = signals.folder / "final" / "00001.safetensors"
     intact = path.read_bytes()
     damage(path, how)
     del passes[:]
-    prepare(online, data, tmp_path)
+    prepare(online, data, tmp_path, stream=stream)
     assert path.read_bytes() == intact
-    assert len(passes) == (2 if shard == 0 else 1)
-    assert f"{path.name} is missing or damaged" in caplog.text
+    assert len(passes) == (1 if not stream else len(passes))
+    if how != "delete":
+        assert f"{path} is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": 3}'])
-def test_a_damaged_manifest_is_named_and_everything_computed_again(online, data, tmp_path, passes, caplog, content):
-    folder = prepare(online, data, tmp_path).folder
-    (folder / MANIFEST).write_text(content)
-    prepare(online, data, tmp_path)
-    assert len(passes) == 10
-    assert "is damaged" in caplog.text
+class Interrupted(Exception):
+    pass
 
 
-def test_an_interrupted_pass_goes_on_after_its_last_whole_shard(online, data, tmp_path, passes, monkeypatch):
-    class Interrupted(Exception):
-        pass
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+@pytest.mark.parametrize("moment", range(1, 16, 2))
+def test_an_interrupted_pass_goes_on_after_its_last_whole_shard(online, data, tmp_path, stream, moment):
+    """Interrupted at some layer of some batch; what was written before is not computed again."""
+    calls = []
 
     def stop(*_):
-        if len(passes) == 4:
+        calls.append(1)
+        if len(calls) == moment:
             raise Interrupted
 
-    handle = online.source.model.register_forward_hook(stop)
+    handles = [layer.register_forward_hook(stop) for layer in online.source.model.layers]
     with pytest.raises(Interrupted):
-        prepare(online, data, tmp_path)
-    handle.remove()
-    (folder,) = tmp_path.iterdir()
-    assert list(json.loads((folder / MANIFEST).read_text())["shards"]) == ["shard-00000.safetensors"]
-    del passes[:]
-    prepare(online, data, tmp_path)
-    assert len(passes) == 3
+        prepare(online, data, tmp_path, stream=stream)
+    for handle in handles:
+        handle.remove()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors") if "hidden" not in str(path)}
+    signals = prepare(online, data, tmp_path, stream=stream)
+    assert_equal_signals(signals, online, COLLATE(list(data)))
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items())
+    assert not [path for path in signals.folder.iterdir() if "hidden" in path.name]
 
 
-def test_shards_are_cut_by_bytes(online, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(signals_module, "SHARD_BYTES", 4 * (3 * 16 + 24) * 6)  # six positions
-    cached = prepare(online, data, tmp_path)
-    assert all(len(shard["final"]) <= 6 for shard in cached._shards)
-    batch = COLLATE([data[i] for i in range(11)])
-    torch.testing.assert_close(cached(batch, []).final, online(batch, []).final, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+def test_a_small_disk_gets_signals_in_groups_of_stages(tmp_path, monkeypatch, stream):
+    """The source's own states are rolled forward between groups, and what is over is deleted."""
+    source, target = tiny_llama(14, 24, seed=1), tiny_llama(12, 16, seed=2)
+    online = OnlineSignals(source, pair_layers(14, 12, "proportional"), SemanticMap.from_models(source, target))
+    data = encode(random_rows([(1, 8)] * 11), None, split="align")
+    signals = make_signals(online, data, tmp_path, stream=stream)
+    sizes = [signals._states.bytes_missing([column]) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
+    room = sizes[0] + sizes[1] + (3 if stream else 2) * sizes[2]
+    assert room < sizes[0] + 12 * sizes[1]
+
+    def used():
+        return sum(path.stat().st_size - 200 for path in tmp_path.rglob("*.safetensors"))
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(room, used(), room - used()))
+    assert not signals.source.as_tuples  # asked once, by a forward of one token
+    runs = [[] for _ in range(14)]
+    for layer, seen in zip(source.model.layers, runs, strict=True):
+        layer.mlp.register_forward_hook(lambda *_, seen=seen: seen.append(1))  # a bypassed layer runs no part of it
+    batch, groups = COLLATE(list(data)), []
+    for stage in range(12):
+        signals.prepare(range(stage, 12), in_groups=True)
+        assert used() <= room
+        names = [path.name for path in signals.folder.iterdir() if path.is_dir()]
+        groups.append(tuple(sorted(name[:9] for name in names if name.startswith("layer"))))
+        assert sum(name.startswith("hidden") for name in names) == (0 if groups[-1][-1] == "layer-013" else 1)
+        counts = [len(seen) for seen in runs]
+        assert_equal_signals(signals, online, batch, [stage])
+        for seen, count in zip(runs, counts, strict=True):
+            del seen[count:]
+    assert len(set(groups)) > 2
+    batches = sum(-(-(shard.stop - shard.start) // 3) for shard in signals.examples.shards)
+    once = int(groups[0][-1].removeprefix("layer-")) + 1
+    assert [len(seen) for seen in runs[:once]] == [batches] * once
+    assert [len(seen) for seen in runs[once:]] == [2 * batches] * (14 - once)  # for the final state, and rolled forward
 
 
-def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, monkeypatch):
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, monkeypatch, in_groups):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(OSError, match=r"The source signals need 0.0 GB in .* set signals_dir to a larger disk"):
-        prepare(online, data, tmp_path)
+    with pytest.raises(OSError, match=r"The states need 0.0 GB in .* set signals_dir to a larger disk"):
+        make_signals(online, data, tmp_path).prepare(range(3), in_groups=in_groups)
     assert not passes
 
 
-def test_an_example_without_signals_is_an_error(online, data, tmp_path):
-    cached = prepare(online, data.select(range(5)), tmp_path)
+def test_splits_are_told_apart_and_an_example_without_signals_is_an_error(online, data, tmp_path):
+    parts = {"align": data.select(range(5)), "eval": data.select(range(5, 8))}
+    cached = CachedSignals({name: make_signals(online, part, tmp_path) for name, part in parts.items()}, "align")
+    cached.prepare([1], in_groups=False)
+    for part in parts.values():
+        assert_equal_signals(cached, online, COLLATE(list(part)), [1])
     with pytest.raises(ValueError, match="No source signals for example"):
-        cached(COLLATE([data[7]]), [0])
+        cached(COLLATE([data[9]]), [1])
+
+
+def test_a_folder_of_signals_stands_for_its_source(online, data, tmp_path):
+    """On a machine without the weights: what was computed is there, and what was not is refused."""
+    online.source.save_pretrained(tmp_path / "source")
+    source = Source(str(tmp_path / "source"))
+    source.head(tmp_path / "signals")
+    prepare(online, data, tmp_path / "signals", source=source)
+    shutil.rmtree(tmp_path / "source")
+    (folder,) = (tmp_path / "signals").iterdir()
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    away = Source(str(moved))
+    assert (away.name, away.num_layers, away.width, away.head_rows) == ("source", 5, 24, 97)
+    torch.testing.assert_close(away.head(tmp_path), online.source.lm_head.weight.detach())
+    signals = prepare(online, data, tmp_path / "nowhere", source=away)
+    assert_equal_signals(signals, online, COLLATE(list(data)))
+    with pytest.raises(ValueError, match="Run `semalign signals`"):
+        prepare(online, data.select(range(3)), tmp_path / "nowhere", source=away)
 
 
 def losses(trainer):
@@ -223,7 +350,7 @@ def test_training_on_cached_signals_never_runs_the_source(tmp_path):
     def refuse(*_):
         raise AssertionError("the source ran")
 
-    trainer.source.model.register_forward_hook(refuse)
+    trainer.source_model.model.register_forward_hook(refuse)
     trainer.train()
     trainer.evaluate()
     assert trainer.state.global_step == 6
@@ -232,4 +359,4 @@ def test_training_on_cached_signals_never_runs_the_source(tmp_path):
 def test_two_runs_share_a_cache(tmp_path):
     first = make_trainer(tmp_path / "a", signals_dir=str(tmp_path / "shared"))
     second = make_trainer(tmp_path / "b", signals_dir=str(tmp_path / "shared"), relation_weight=0.0, frontier="joint")
-    assert first.signals.folder == second.signals.folder
+    assert first.signals.training.folder == second.signals.training.folder

@@ -47,7 +47,7 @@ def make_trainer(tmp_path, *, train=ROWS[:16], evaluation=ROWS[16:27], callbacks
         extract_dataset=ROWS[27:33],
         callbacks=callbacks,
     )
-    trainer.source = source  # for the tests alone: with cached signals the trainer needs it no more
+    trainer.source_model = source  # for the tests alone: with cached signals the trainer needs it no more
     return trainer
 
 
@@ -112,8 +112,8 @@ def expected_loss(trainer, batch, stage, layer_loss="relation"):
     """Equation 9 from full forwards of both models, without the trainer's own step."""
     source_layer = trainer.pairing.source_layers[stage]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    with capture([trainer.source.model.layers[source_layer], trainer.source.model]) as (source_state, source_final):
-        trainer.source(**inputs)
+    with capture([trainer.source_model.model.layers[source_layer], trainer.source_model.model]) as (source_state, source_final):
+        trainer.source_model(**inputs)
     target = trainer.model.get_base_model()
     with capture([target.model.layers[stage], target.model]) as (state, final):
         trainer.model(**inputs)
@@ -123,7 +123,7 @@ def expected_loss(trainer, batch, stage, layer_loss="relation"):
         layer_term = relation_loss(state.input, state.output, supervision, valid)
     else:
         layer_term = steering_loss(state.output, supervision, valid)
-    weights = target.lm_head.weight, trainer.source.lm_head.weight
+    weights = target.lm_head.weight, trainer.source_model.lm_head.weight
     return layer_term, output_kl(final.output[valid], weights[0], source_final.output[valid], weights[1])
 
 
@@ -535,15 +535,16 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from test_trainer import gradients_with
-steps, trainer = gradients_with(Path({folder!r}), per_device_train_batch_size={size}, max_steps=3, num_train_epochs=1)
+steps, trainer = gradients_with(Path({folder!r}), per_device_train_batch_size={size}, max_steps=6)
 if trainer.is_world_process_zero():
-    torch.save({{"steps": steps, "logs": trainer.state.log_history[:3], "eval": trainer.evaluate()}}, {out!r})
+    torch.save({{"steps": steps, "logs": trainer.state.log_history[:6], "eval": trainer.evaluate()}}, {out!r})
 else:
     trainer.evaluate()
 """
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
+    """Through signals and prefix that the first rank wrote: six epochs, each stage entered at its layer."""
     results = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.pt"

@@ -1,0 +1,166 @@
+"""The target below the frontier, which is frozen: what it gives for every example is computed once (method, section 7)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_semalign.anatomy import CausalLM, base_model, dissect
+from hf_semalign.hooks import bypass, capture, gives_tuples
+from hf_semalign.semantics import checksum
+from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # relative; where a target can be entered at all, the numbers are the very same
+
+
+class PrefixUnavailable(ValueError):
+    """The target prefix would not be exact, or does not fit on the disk; the message says why."""
+
+
+class TargetPrefix:
+    """The inputs ``x_k`` of the frontier's layer ``k`` for every training example, on disk.
+
+    A step enters the target at layer ``k`` with them, and the layers below do nothing. When the frontier moves, a pass of one
+    layer over the split makes the next generation. The one before stays until then, so that a run that is interrupted at any
+    moment finds a generation to go on from; each is known by a digest of every weight that it depends on.
+
+    Args:
+        model: the target with its LoRA, in training mode.
+        lora_layers: LoRA parameters by target layer.
+        examples: the training examples.
+        collate: rows to a batch.
+        root: the run's own folder for it.
+        precision: mixed precision of the run, which the states depend on; the caller holds its autocast context.
+        batch_size: examples a forward.
+        device: where the target is.
+        progress: show a progress bar.
+
+    Attributes:
+        layer: the layer that steps enter at now; at 0, the bottom, nothing is bypassed.
+
+    Raises:
+        PrefixUnavailable: entering at a layer does not give what the whole target gives (dropout, layers that read more than
+            the stream), or two generations do not fit on the disk.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        lora_layers: Sequence[Sequence[nn.Parameter]],
+        examples: Examples,
+        collate: Collate,
+        root: Path,
+        *,
+        precision: str = "no",
+        batch_size: int = 16,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+    ) -> None:
+        self.layer = 0
+        self._anatomy = dissect(model)
+        self._lora_layers = lora_layers
+        self._examples = examples
+        self._collate, self._batch_size, self._device, self._progress = collate, batch_size, device, progress
+        self._root = root
+        self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
+        self._column = self._probe()
+        needed, free = 2 * self._column.size(examples), _free_space(root)
+        if needed > free:
+            raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free")
+        frozen = {name: checksum(p) for name, p in base_model(model).named_parameters() if "lora_" not in name}
+        self._facts = {"target": digest(frozen), "precision": precision}
+        self._folder: StateFolder | None = None
+
+    def move(self, layer: int) -> None:
+        """Have the inputs of a layer: from the deepest generation on disk below it, or from the bottom.
+
+        Raises:
+            OSError: too little space on the disk.
+        """
+        self._folder = self._generation(layer) if layer else None
+        if self._folder is not None and self._folder.missing(self._column):
+            earlier = ((k, self._generation(k)) for k in range(layer - 1, 0, -1))
+            start, before = next(((k, one) for k, one in earlier if not one.missing(self._column)), (0, None))
+            for path in self._root.iterdir():
+                if path not in (self._folder.path, None if before is None else before.path):
+                    shutil.rmtree(path)
+            self._folder.check_space(self._column.size(self._examples))
+            layer_pass(
+                self._anatomy,
+                self._folder,
+                [Output(self._column, layer - 1)],
+                self._collate,
+                start=start,
+                entering=None if before is None else partial(before.read, self._column),
+                as_tuples=self._as_tuples,
+                batch_size=self._batch_size,
+                device=self._device,
+                progress=f"target prefix, layer {layer}" if self._progress else None,
+            )
+        self.layer = layer
+
+    @contextmanager
+    def entered(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside the block, a forward of the target on this batch begins at :attr:`layer`.
+
+        Args:
+            batch: ``attention_mask`` ``[B, T]`` and ``example_id`` ``[B]``.
+        """
+        if self._folder is None:
+            yield
+            return
+        places = [self._examples.index[key] for key in batch["example_id"].tolist()]
+        states = spread(self._folder.read(self._column, places), batch["attention_mask"].bool())
+        with bypass(self._anatomy.layers[: self.layer], states, as_tuples=self._as_tuples):
+            yield
+
+    def close(self) -> None:
+        """Delete what is on the disk."""
+        self.layer, self._folder = 0, None
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _generation(self, layer: int) -> StateFolder:
+        below = [[checksum(p) for p in parameters] for parameters in self._lora_layers[:layer]]
+        return StateFolder(self._root, {**self._facts, "layer": layer, "lora": digest(below)}, self._examples)
+
+    @torch.no_grad()
+    def _probe(self) -> Column:
+        """The column of the states, after a look at whether entering at every layer gives what the whole target gives."""
+        batch = self._collate(next(self._examples.batches(self._examples.shards[-1], 2)))
+        inputs = {key: batch[key].to(self._device) for key in ("input_ids", "attention_mask")}
+        mask, layers = inputs["attention_mask"].bool(), self._anatomy.layers
+
+        def forward() -> torch.Tensor:
+            return self._anatomy.decoder(**inputs, use_cache=False)[0][mask].float()
+
+        with torch.random.fork_rng():
+            with capture(layers) as states:
+                whole = forward()
+            if not torch.equal(whole, again := forward()) and _differ(whole, again):
+                raise PrefixUnavailable("two forwards of one batch differ, as under dropout in the target's config")
+            for k in range(1, len(layers)):
+                entering = states[k].input
+                if entering.shape[:-1] != mask.shape:
+                    raise PrefixUnavailable(f"layer {k} takes states of shape {tuple(entering.shape)}, not [B, T, D]")
+                padded = spread(entering[mask], mask)
+                with bypass(layers[:k], padded, as_tuples=self._as_tuples):
+                    if _differ(whole, forward()):
+                        raise PrefixUnavailable(f"layer {k} and those above it depend on more than the states below them")
+        return Column("states", states[1].input.shape[-1], states[1].input.dtype, everywhere=True)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).norm() > TOLERANCE * one.norm())
+
+
+def _free_space(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(folder).free

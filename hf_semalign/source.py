@@ -1,0 +1,243 @@
+"""The frozen source: what is known of it without its weights, and its weights, whole or one layer at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hf_semalign.anatomy import Anatomy, dissect
+from hf_semalign.hooks import gives_tuples
+from hf_semalign.loading import find_tokenizer, load_dtype, load_model, skeleton
+from hf_semalign.semantics import checksum
+from hf_semalign.states import digest, file_digest, load_tensor, save_tensor
+from hf_semalign.symbols import public_name
+
+logger = logging.getLogger(__name__)
+FACTS = "source.json"
+
+
+class Source:
+    """The source model of a transfer.
+
+    Nothing is loaded before :meth:`model`, :meth:`layer` or :meth:`head` asks for weights, and what those have once said is
+    kept in a folder of its own under ``signals_dir``: a second run finds it there and never loads the source. That folder may
+    also stand for the source itself, on a machine that has no weights.
+
+    Args:
+        model: a causal LM, a Hub id, a local folder, or a folder that another run has left under its ``signals_dir``.
+        bf16: whether training is in bfloat16, see :func:`hf_semalign.loading.load_dtype`.
+
+    Attributes:
+        name: Hub id, or the name of a folder.
+        num_layers: decoder layers.
+        width: channels of a hidden state.
+        head_rows: rows of the head.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: a model that the method cannot use, before any weight is loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False) -> None:
+        self._given = model
+        self._bf16 = bf16
+        self._facts = None
+        if isinstance(model, str) and (Path(model) / FACTS).is_file():
+            self._facts = json.loads((Path(model) / FACTS).read_text())
+        shape = load_model(model) if isinstance(model, PreTrainedModel) else skeleton(model)
+        anatomy = dissect(shape)
+        self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
+        self.num_layers = len(anatomy.layers)
+        self.head_rows, self.width = anatomy.head_weight().shape
+        self.dtype = shape.dtype if isinstance(model, PreTrainedModel) else load_dtype(model, bf16)
+        self._model = shape if isinstance(model, PreTrainedModel) else None
+
+    @cached_property
+    def identity(self) -> str:
+        """What stands for the weights: the commit of a Hub id, or a checksum of a folder's files or of a model's tensors."""
+        if self._facts is not None:
+            return self._facts["identity"]
+        if isinstance(self._given, PreTrainedModel):
+            return digest({name: checksum(tensor) for name, tensor in self._given.state_dict().items()})
+        commit = getattr(AutoConfig.from_pretrained(self._given), "_commit_hash", None)
+        if commit is not None:
+            return digest([self._given, commit, str(self.dtype)])
+        files = sorted(Path(self._given).glob("*.safetensors"))
+        return digest([[file.name, file_digest(file)] for file in files] + [str(self.dtype)])
+
+    def folder(self, root: Path) -> Path:
+        """The folder that keeps what the source says, made if it does not exist.
+
+        It holds ``source.json``, the configuration and the tokenizer, later the head, attribution scores and signals.
+        """
+        if self._facts is not None:
+            return Path(str(self._given))
+        readable = re.sub(r"[^\w.-]+", "--", self.name) or "source"
+        folder = root / f"{readable}-{self.identity[:16]}"
+        if not (folder / FACTS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shape = self._given if isinstance(self._given, PreTrainedModel) else skeleton(self._given)
+            shape.config.save_pretrained(folder)
+            if isinstance(self._given, str) and self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
+            (folder / FACTS).write_text(json.dumps(facts, indent=1))
+        return folder
+
+    def model(self, device: torch.device | str) -> PreTrainedModel:
+        """The whole model on a device, frozen, in evaluation mode; loaded at the first call.
+
+        Raises:
+            ValueError: a folder of signals, which has no weights.
+        """
+        self._need_weights()
+        if self._model is None:
+            logger.info("Loading the source %s", self.name)
+            self._model = load_model(self._given, bf16=self._bf16)
+        return self._model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+
+    def rest(self) -> None:
+        """Take the model off the accelerator."""
+        if self._model is not None:
+            self._model.to("cpu")  # type: ignore[arg-type]
+
+    def release(self) -> None:
+        """Let a model that was loaded here go; one that the caller made goes to the CPU."""
+        self.rest()
+        if isinstance(self._given, str):
+            self._model = None
+
+    def head(self, root: Path | None = None) -> torch.Tensor:
+        """Head weight ``[V, D]`` with the logit scale folded in, on the CPU; from ``root`` if it is kept there."""
+        path = None if root is None else self.folder(root) / "head.safetensors"
+        if path is not None and (known := load_tensor(path)) is not None:
+            return known
+        if self._model is not None:
+            weight = dissect(self._model).head_weight().cpu()
+        else:
+            with self._parts(layer=None, device="cpu") as anatomy:
+                weight = anatomy.head_weight().clone()
+        if path is not None:
+            save_tensor(weight, path)
+        return weight
+
+    def recall(self, root: Path, name: str) -> dict[str, Any] | None:
+        """A record that :meth:`keep` wrote; ``None`` when there is none or it is damaged, which is logged."""
+        path = self.folder(root) / f"{name}.json"
+        try:
+            content = json.loads(path.read_text())
+            if content["checksum"] == digest(content["record"]):
+                return content["record"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            pass
+        logger.warning("%s is damaged, and is made again.", path)
+        return None
+
+    def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:
+        """Keep a record of plain JSON values with what the source says."""
+        path = self.folder(root) / f"{name}.json"
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({"record": record, "checksum": digest(record)}, indent=1))
+        unfinished.replace(path)
+
+    @contextmanager
+    def layer(self, index: int, device: torch.device | str) -> Iterator[Anatomy]:
+        """One decoder layer on a device, with the decoder's small parts around it, and the embeddings for layer 0.
+
+        Weights of a folder or Hub id are read from its safetensors files, each once in a pass over all layers; a model in
+        memory lends its layer to the device.
+        """
+        if self._model is None:
+            with self._parts(layer=index, device=device) as anatomy:
+                yield anatomy
+            return
+        anatomy = dissect(self._model.eval().requires_grad_(False))
+        aside = {id(layer) for place, layer in enumerate(anatomy.layers) if place != index}
+        if index > 0:
+            aside.add(id(self._model.get_input_embeddings()))
+        lent = [part for part in anatomy.decoder.children() if part is not anatomy.layers and id(part) not in aside]
+        lent.append(anatomy.layers[index])
+        for part in lent:
+            part.to(device)
+        yield anatomy
+        for part in lent:
+            part.to("cpu")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that lies with the source, see :func:`hf_semalign.loading.find_tokenizer`."""
+        return find_tokenizer(self._given if isinstance(self._given, str) else str(self._given.name_or_path))
+
+    @cached_property
+    def as_tuples(self) -> bool:
+        """Whether its layers give tuples, see :func:`hf_semalign.hooks.gives_tuples`."""
+        if self._model is not None:
+            anatomy = dissect(self._model)
+            return gives_tuples(anatomy.decoder, anatomy.layers[0])
+        with self.layer(0, "cpu") as anatomy:
+            return gives_tuples(anatomy.decoder, anatomy.layers[0])
+
+    @contextmanager
+    def _parts(self, layer: int | None, device: torch.device | str) -> Iterator[Anatomy]:
+        """The model with one layer's weights, or with its head's alone; all else is left on the disk."""
+        self._need_weights()
+        shape = skeleton(str(self._given))
+        anatomy = dissect(shape)
+        places = {id(module): path for path, module in shape.named_modules()}
+        inner = places[id(anatomy.decoder)]
+        homes: dict[str, str] = {f"{places[id(anatomy.layers)]}.{k}": "disk" for k in range(self.num_layers)}
+        homes |= {
+            f"{inner}.{name}": "disk" if layer is None else str(device)
+            for name, part in anatomy.decoder.named_children()
+            if part is not anatomy.layers
+        }
+        embeddings, head = places[id(shape.get_input_embeddings())], places[id(anatomy.head)]
+        tied = anatomy.head.weight is shape.get_input_embeddings().weight
+        homes[embeddings] = str(device) if layer == 0 or (layer is None and tied) else "disk"
+        homes[head] = str(device) if layer is None or (layer == 0 and tied) else "disk"
+        if layer is not None:
+            homes[f"{places[id(anatomy.layers)]}.{layer}"] = str(device)
+        with tempfile.TemporaryDirectory() as scratch, _quietly():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(self._given), dtype=self.dtype, device_map=homes, offload_folder=scratch
+            )
+            yield dissect(model.eval().requires_grad_(False))
+
+    def _need_weights(self) -> None:
+        if self._facts is not None:
+            raise ValueError(
+                f"{self._given} holds what {self.name} said about some data, and not its weights, and something more is "
+                "needed of it. Run `semalign signals` with the same recipe where the source is, or name the source itself."
+            )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the loading bar and warnings that transformers shows, here once a layer."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    offloading = logging.getLogger("accelerate.big_modeling")
+    offloading_level = offloading.level
+    offloading.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        offloading.setLevel(offloading_level)
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

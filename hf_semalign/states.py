@@ -1,0 +1,359 @@
+"""Hidden states of a data set on disk, and the pass of frozen layers that fills them (method, section 7).
+
+Three things of a run are frozen and computed once: what the source says, the source's own stream where it is read one layer
+at a time, and the target below the frontier. All three are columns of a :class:`StateFolder`, filled by :func:`layer_pass`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from datasets import Dataset
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from hf_semalign.anatomy import Anatomy
+from hf_semalign.hooks import bypass, capture, stop_after
+from hf_semalign.semantics import checksum
+from hf_semalign.splits import IGNORED, valid_positions
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 2**14  # a shard of every column is held in memory while it is made, and is what an interrupted pass can lose
+Batch = Mapping[str, torch.Tensor]
+Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
+
+
+class Examples:
+    """The distinct examples of a data set, longest first, so that a pass pads little and meets its largest batch at once.
+
+    Args:
+        dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
+
+    Attributes:
+        ids: example ids ``[E]``.
+        tokens: tokens of each example ``[E]``.
+        answers: valid positions of each example ``[E]``.
+        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        tokens, answers = _counts(dataset)
+        ids, first = np.unique(np.asarray(dataset["example_id"], dtype=np.int64), return_index=True)
+        order = np.lexsort((ids, -tokens[first]))
+        self.ids, self._rows = ids[order], first[order]
+        self.tokens, self.answers = tokens[self._rows], answers[self._rows]
+        self.dataset = dataset
+        self.shards = _cut(self.tokens)
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Place of each example by its id."""
+        return {int(key): place for place, key in enumerate(self.ids)}
+
+    @property
+    def digest(self) -> str:
+        """Digest of what the examples are: ids, which stand for content, and counts."""
+        return hashlib.sha256(np.stack([self.ids, self.tokens, self.answers]).tobytes()).hexdigest()[:32]
+
+    def batches(self, shard: slice, size: int) -> Iterator[list[dict]]:
+        """Rows of a shard, ``size`` at a time."""
+        for start in range(shard.start, shard.stop, size):
+            rows = self._rows[start : min(start + size, shard.stop)]
+            yield [self.dataset[int(row)] for row in rows]
+
+
+def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and valid positions of each row, read as arrays: 100,000 rows as Python integers would take gigabytes."""
+    tokens, answers = [], []
+    for table in dataset.with_format("arrow").iter(1000):
+        labels = table["labels"].combine_chunks()
+        lengths = np.diff(labels.offsets.to_numpy())
+        supervised = labels.flatten().to_numpy() != IGNORED
+        supervised[np.cumsum(lengths) - lengths] = False  # nothing predicts a first token
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        tokens.append(lengths)
+        answers.append(np.bincount(row, weights=supervised, minlength=len(lengths)))
+    return np.concatenate(tokens).astype(np.int64), np.concatenate(answers).astype(np.int64)
+
+
+def _cut(tokens: np.ndarray) -> list[slice]:
+    shards, start, size = [], 0, 0
+    for place, count in enumerate(tokens):
+        if size and size + count > SHARD_TOKENS:
+            shards.append(slice(start, place))
+            start, size = place, 0
+        size += int(count)
+    return [*shards, slice(start, len(tokens))]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One state a position.
+
+    Attributes:
+        name: of its folder.
+        width: channels.
+        dtype: on disk.
+        everywhere: at all positions, or at the valid ones only.
+    """
+
+    name: str
+    width: int
+    dtype: torch.dtype
+    everywhere: bool = False
+
+    def positions(self, examples: Examples, number: int) -> int:
+        """Positions of one shard."""
+        return int((examples.tokens if self.everywhere else examples.answers)[examples.shards[number]].sum())
+
+    def size(self, examples: Examples, numbers: Iterable[int] | None = None) -> int:
+        """Bytes of some shards, or of all."""
+        numbers = range(len(examples.shards)) if numbers is None else numbers
+        return sum(self.positions(examples, number) for number in numbers) * self.width * self.dtype.itemsize
+
+
+class StateFolder:
+    """Columns of states of one data set, in memory-mapped safetensors shards.
+
+    A shard appears whole, with a checksum in its header: an interrupted pass goes on after its last whole shard, and a
+    shard that is truncated or altered is named in the log and computed again. Runs may share a folder: whoever writes holds
+    its lock.
+
+    Args:
+        root: where the folder goes; its name is a digest of ``facts`` and of the examples, so that nothing stale is found.
+        facts: all that the states depend on but for the examples, as plain JSON values; they stand in ``manifest.json``.
+        examples: the data.
+    """
+
+    def __init__(self, root: Path, facts: dict[str, Any], examples: Examples) -> None:
+        facts = {**facts, "examples": examples.digest, "shard_tokens": SHARD_TOKENS}
+        self.examples = examples
+        self.path = root / digest(facts)[:16]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / "writing.lock")  # reentrant; held by who writes
+        self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
+        self._open: dict[str, list[torch.Tensor]] = {}
+        unfinished = self.path / f"{MANIFEST}.unfinished"
+        unfinished.write_text(json.dumps(facts, indent=1))
+        unfinished.replace(self.path / MANIFEST)
+
+    def missing(self, column: Column) -> list[int]:
+        """Numbers of the shards that a column lacks; every file is verified once a process."""
+        whole = self._whole.setdefault(column.name, set())
+        for number in set(range(len(self.examples.shards))) - whole:
+            states = load_tensor(self._path(column, number))
+            if states is not None and len(states) == column.positions(self.examples, number):
+                whole.add(number)
+        return sorted(set(range(len(self.examples.shards))) - whole)
+
+    def lacking(self, columns: Sequence[Column]) -> dict[int, list[Column]]:
+        """The columns that each shard lacks."""
+        lacking: dict[int, list[Column]] = {}
+        for column in columns:
+            for number in self.missing(column):
+                lacking.setdefault(number, []).append(column)
+        return dict(sorted(lacking.items()))
+
+    def bytes_missing(self, columns: Sequence[Column]) -> int:
+        """Size of what some columns lack."""
+        return sum(column.size(self.examples, self.missing(column)) for column in columns)
+
+    def check_space(self, needed: int) -> None:
+        """Log how much is about to be written, and refuse a disk without room for it.
+
+        Raises:
+            OSError: too little space, with both figures.
+        """
+        free = shutil.disk_usage(self.path).free
+        logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, self.path, free / 1e6)
+        if needed > free:
+            raise OSError(
+                f"The states need {needed / 1e9:.1f} GB in {self.path}, which has {free / 1e9:.1f} GB free: set signals_dir "
+                "to a larger disk, or signals='online'."
+            )
+
+    def write(self, number: int, states: Mapping[Column, torch.Tensor]) -> None:
+        """Write one shard of some columns; call it under the lock."""
+        for column, tensor in states.items():
+            path = self._path(column, number)
+            path.parent.mkdir(exist_ok=True)
+            save_tensor(tensor, path)
+            self._whole.setdefault(column.name, set()).add(number)
+            self._open.pop(column.name, None)
+
+    def drop(self, column: Column) -> None:
+        """Delete a column."""
+        self._whole.pop(column.name, None)
+        self._open.pop(column.name, None)
+        shutil.rmtree(self.path / column.name, ignore_errors=True)
+
+    def read(self, column: Column, places: Sequence[int]) -> torch.Tensor:
+        """States of some examples, one after another, ``[N, width]``.
+
+        Args:
+            column: a whole column.
+            places: places of the examples, see :attr:`Examples.index`.
+        """
+        if column.name not in self._open:
+            paths = [self._path(column, number) for number in range(len(self.examples.shards))]
+            self._open[column.name] = [_open(path)[0] for path in paths]
+        shards, (starts, first, last) = self._open[column.name], self._spans[column.everywhere]
+        numbers = np.searchsorted(starts, places, side="right") - 1
+        return torch.cat([shards[number][first[place] : last[place]] for number, place in zip(numbers, places, strict=True)])
+
+    def _path(self, column: Column, number: int) -> Path:
+        return self.path / column.name / f"{number:05d}.safetensors"
+
+    @cached_property
+    def _spans(self) -> dict[bool, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """First example of each shard, and where each example begins and ends within its shard; everywhere or valid only."""
+        starts = np.array([shard.start for shard in self.examples.shards])
+        spans = {}
+        for everywhere, counts in ((True, self.examples.tokens), (False, self.examples.answers)):
+            last = np.concatenate([np.cumsum(counts[shard]) for shard in self.examples.shards])
+            spans[everywhere] = (starts, last - counts, last)
+        return spans
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pass writes into a column.
+
+    Attributes:
+        column: where it goes.
+        layer: the decoder layer whose output it is; ``None`` for the decoder's final hidden state.
+        transform: applied to the states of a batch, ``[N, D]`` to ``[N, width]``.
+    """
+
+    column: Column
+    layer: int | None
+    transform: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+
+
+def spread(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """States ``[N, D]`` to ``[B, T, D]`` on the mask's device: one at each position of a mask ``[B, T]``, zero elsewhere."""
+    padded = states.new_zeros(*mask.shape, states.shape[-1], device=mask.device)
+    padded[mask] = states.to(mask.device)
+    return padded
+
+
+@torch.no_grad()
+def layer_pass(
+    anatomy: Anatomy,
+    folder: StateFolder,
+    outputs: Sequence[Output],
+    collate: Collate,
+    *,
+    start: int = 0,
+    entering: Callable[[Sequence[int]], torch.Tensor] | None = None,
+    as_tuples: bool = False,
+    batch_size: int,
+    device: torch.device | str,
+    progress: str | None = None,
+) -> None:
+    """Run frozen decoder layers over a data set once, and write what comes out.
+
+    The pass begins at layer ``start`` and ends with the deepest output that is wanted; what the folder already has is left
+    alone.
+
+    Args:
+        anatomy: the model's parts; only the layers from ``start`` on need weights, and the embeddings where ``start`` is 0.
+        folder: takes the outputs.
+        outputs: what to write.
+        collate: rows to a batch.
+        start: first layer that runs.
+        entering: inputs of layer ``start`` ``[N, D]`` of the examples at some places; needed unless ``start`` is 0.
+        as_tuples: whether the layers give tuples, see :func:`hf_semalign.hooks.gives_tuples`.
+        batch_size: examples a forward.
+        device: where the layers are.
+        progress: label of a progress bar; none without.
+
+    """
+    with folder.lock:
+        lacking = folder.lacking([output.column for output in outputs])
+        counts = {number: folder.examples.shards[number] for number in lacking}
+        total = sum(shard.stop - shard.start for shard in counts.values())
+        bar = tqdm(total=total, desc=progress, unit="ex", disable=not (progress and total))
+        for number, columns in lacking.items():
+            wanted = [output for output in outputs if output.column in columns]
+            layers = sorted({output.layer for output in wanted if output.layer is not None})
+            through = any(output.layer is None for output in wanted)
+            parts: dict[Column, list[torch.Tensor]] = {output.column: [] for output in wanted}
+            place = counts[number].start
+            for rows in folder.examples.batches(counts[number], batch_size):
+                batch = {key: tensor.to(device) for key, tensor in collate(rows).items()}
+                mask = batch["attention_mask"].bool()
+                inputs: dict[str, torch.Tensor] = {"input_ids": batch["input_ids"]}
+                with ExitStack() as stack:
+                    if entering is not None:
+                        states = spread(entering(range(place, place + len(rows))), mask)
+                        inputs = {"inputs_embeds": states}
+                        stack.enter_context(bypass(anatomy.layers[:start], states, as_tuples=as_tuples))
+                    captures = dict(zip(layers, stack.enter_context(capture([anatomy.layers[k] for k in layers])), strict=True))
+                    if not through:
+                        stack.enter_context(stop_after(anatomy.layers[layers[-1]]))
+                    final = anatomy.decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False)[0]
+                valid = valid_positions(batch["labels"])
+                for output in wanted:
+                    full = final if output.layer is None else captures[output.layer].output
+                    chosen = full[mask if output.column.everywhere else valid]
+                    parts[output.column].append(output.transform(chosen).to("cpu", output.column.dtype))
+                place += len(rows)
+                bar.update(len(rows))
+            folder.write(number, {column: torch.cat(tensors) for column, tensors in parts.items()})
+        bar.close()
+
+
+def digest(content: Any) -> str:
+    """Digest of plain JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Checksum of a file's content."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def save_tensor(tensor: torch.Tensor, path: Path) -> None:
+    """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name."""
+    unfinished = path.with_suffix(".unfinished")
+    save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
+    unfinished.replace(path)
+
+
+def load_tensor(path: Path) -> torch.Tensor | None:
+    """Memory-mapped, what :func:`save_tensor` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+    if not path.is_file():
+        return None
+    try:
+        tensor, recorded = _open(path)
+        if recorded == digest([path.stem, checksum(tensor)]):
+            return tensor
+    except SafetensorError:
+        pass
+    logger.warning("%s is damaged, and is computed again.", path)
+    return None
+
+
+def _open(path: Path) -> tuple[torch.Tensor, str | None]:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("states"), (file.metadata() or {}).get("checksum")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, get_scheduler
 
@@ -130,6 +131,20 @@ def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None
                 parameter.grad = None
 
 
+def skip_untouched(layers: Iterable[nn.Module], deepest: int) -> None:
+    """Take LoRA out of the forward of layers above the deepest that trains, where its ``B`` is still zero and it adds nothing.
+
+    Args:
+        layers: target layers, shallow to deep.
+        deepest: the deepest layer that trains; LoRA up to there is in the forward.
+    """
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(module, LoraLayer):
+                touched = any(bool(b.get_parameter("weight").any()) for b in module.lora_B.values())
+                module.enable_adapters(index <= deepest or touched)
+
+
 class FrontierCallback(TrainerCallback):
     """Moves the frontier: a thin wrapper that a Trainer calls; a loop of one's own calls :func:`train_only`.
 
@@ -140,7 +155,7 @@ class FrontierCallback(TrainerCallback):
         frontier: which layers train.
         schedule: gives the stage.
         layers: LoRA parameters by target layer.
-        entered: called with the stage when one begins, after the others are frozen.
+        entered: called with the stage when one begins, before the others are frozen.
     """
 
     def __init__(
@@ -168,10 +183,10 @@ class FrontierCallback(TrainerCallback):
     def _move(self, step: int) -> None:
         stage = self.schedule.stage(step)
         if stage != self.stage:
-            train_only(self.layers, self.frontier.trained(stage))
-            self.stage = stage
             if self.entered is not None:
                 self.entered(stage)
+            train_only(self.layers, self.frontier.trained(stage))
+            self.stage = stage
 
 
 class StageProgress(ProgressCallback):

@@ -41,6 +41,7 @@ from hf_semalign.frontier import (
     FrontierCallback,
     FrontierSchedule,
     StageProgress,
+    skip_untouched,
     stage_learning_rate,
     train_only,
 )
@@ -348,6 +349,7 @@ class SemAlignTrainer(Trainer):
 
     def _enter_stage(self, stage: int) -> None:
         """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
+        skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
         with self.args.main_process_first(), self.accelerator.autocast():
             if isinstance(self.signals, CachedSignals):
                 self.signals.prepare(self._layers_from(stage), in_groups=self.frontier.num_stages > 1)
@@ -498,6 +500,7 @@ class SemAlignTrainer(Trainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
         if self._prefix is not None:  # an interrupted run keeps it
             self._prefix.close()
             self._prefix = None

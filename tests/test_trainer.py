@@ -359,6 +359,35 @@ def test_backward_stops_at_the_frontier(tmp_path, checkpointing, bf16):
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
+@pytest.mark.parametrize("frontier", ["single", "cumulative", "joint"])
+def test_lora_that_has_not_trained_yet_is_not_run(tmp_path, frontier):
+    """It adds zero; in a second training it does not any more, and runs."""
+    ran: list[set[int]] = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            ran.append(set())
+
+    trainer = make_trainer(tmp_path, max_steps=3, frontier=frontier, callbacks=[Count()])
+    for index, layer in enumerate(trainer.target_anatomy.layers):
+        layer.mlp.up_proj.lora_A["default"].register_forward_hook(lambda *_, index=index: ran[-1].add(index))
+    trainer.train()
+    everything = set(range(TARGET_LAYERS))
+    assert ran == ([everything] * 3 if frontier == "joint" else [{0}, {0, 1}, {0, 1, 2}])
+    trainer.train()
+    assert ran[3:] == [everything] * 3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_leaving_it_out_changes_no_weight(tmp_path, monkeypatch, bf16):
+    left_out = make_trainer(tmp_path / "a", bf16=bf16)
+    left_out.train()
+    monkeypatch.setattr("hf_semalign.trainer.skip_untouched", lambda *_: None)
+    run = make_trainer(tmp_path / "b", bf16=bf16)
+    run.train()
+    assert torch.equal(adapter(left_out), adapter(run))
+
+
 def test_activation_checkpointing_changes_no_weight(tmp_path):
     plain, saving = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", activation_checkpointing=True)
     plain.train()

@@ -111,18 +111,24 @@ def attribute_layers(
                 raise ValueError("No valid positions in an example of the extract split: every example needs an answer.")
             embeds = embed(batch["input_ids"].to(device)).detach().requires_grad_()
             products = captum.attribute(embeds, additional_forward_args=(mask, labels))
-            columns = []
-            for product in products:
-                product = (product if isinstance(product, torch.Tensor) else product[0]).detach().float()
-                columns.append((AGGREGATES[aggregate](product) * valid).sum(1) / valid.sum(1))
-            rows.append(torch.stack(columns, dim=1).cpu().double())  # [B, L_src]
+            tensors = [product if isinstance(product, torch.Tensor) else product[0] for product in products]
+            rows.append(torch.stack([example_scores(tensor.detach(), valid, aggregate) for tensor in tensors], dim=1))
     finally:
         source.train(was_training)
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
             parameter.requires_grad_(needed)
     if not rows:
         raise ValueError("Layer attribution got no batches: the extract split is empty.")
-    table = torch.cat(rows)
+    return summarise(torch.cat(rows), aggregate)
+
+
+def example_scores(product: torch.Tensor, valid: torch.Tensor, aggregate: Aggregate = "dot") -> torch.Tensor:
+    """Score of each example at one layer: gradient x activation ``[B, T, D]``, ``valid`` ``[B, T]`` to ``[B]`` float64."""
+    return ((AGGREGATES[aggregate](product.float()) * valid).sum(1) / valid.sum(1)).cpu().double()
+
+
+def summarise(table: torch.Tensor, aggregate: Aggregate) -> LayerScores:
+    """Scores of the layers from those of each example, ``[E, L_src]``; a warning where they are flat."""
     scores = LayerScores(
         values=tuple(table.mean(0).tolist()),
         deviations=tuple(table.std(0, unbiased=False).tolist()),

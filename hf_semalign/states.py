@@ -148,9 +148,9 @@ class StateFolder:
         self.lock = FileLock(self.path / "writing.lock")  # reentrant; held by who writes
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
         self._open: dict[str, list[torch.Tensor]] = {}
-        unfinished = self.path / f"{MANIFEST}.unfinished"
-        unfinished.write_text(json.dumps(facts, indent=1))
-        unfinished.replace(self.path / MANIFEST)
+        if not (self.path / MANIFEST).is_file():
+            with self.lock:
+                (self.path / MANIFEST).write_text(json.dumps(facts, indent=1))
 
     def missing(self, column: Column) -> list[int]:
         """Numbers of the shards that a column lacks; every file is verified once a process."""

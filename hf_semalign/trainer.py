@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_semalign.anatomy import base_model, dissect, lora_targets
-from hf_semalign.attribution import LayerScores, attribute_layers
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
@@ -56,6 +54,7 @@ from hf_semalign.losses import (
 )
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, select_rows, shared_token_ids
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
@@ -210,7 +209,17 @@ class SemAlignTrainer(Trainer):
         root = None if args.signals == "online" else signals_root(args)
         if pairing is None:
             with timed("attribution", self.seconds), args.main_process_first():
-                pairing = pair_layers(self._scores(extract, root), depths[1], args.pairing)
+                scores = layer_scores(
+                    self.source,
+                    cast(Dataset, extract),
+                    collator,
+                    root,
+                    precision=str(self.accelerator.mixed_precision),
+                    device=args.device,
+                    stream=args.source_memory == "stream",
+                    progress=not args.disable_tqdm,
+                )
+                pairing = pair_layers(scores, depths[1], args.pairing)
         with timed("semantic map", self.seconds), args.main_process_first():
             head = self.source.head(root).to(args.device)
             self._source_head = select_rows(head, token_ids)
@@ -295,24 +304,6 @@ class SemAlignTrainer(Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str) and "example_id" not in eval_dataset[0]:
             eval_dataset = self._encode(eval_dataset, split="eval")
         return super().get_eval_dataloader(eval_dataset)
-
-    def _scores(self, extract: Dataset | None, root: Path | None) -> LayerScores:
-        """Attribution scores of the source's layers, kept with the source's signals."""
-        name = f"scores-{digest([fingerprint(extract), str(self.accelerator.mixed_precision)])[:16]}"
-        known = None if root is None else self.source.recall(root, name)
-        if known is not None:
-            return LayerScores.from_dict(known)
-        if self.args.source_memory == "stream":
-            raise ValueError(
-                f"pairing {self.args.pairing!r} runs the whole source forward and backward, which source_memory='stream' "
-                "avoids: name a pairing that needs no scores (proportional, uniform, last or a list of source layers), or run "
-                "`semalign signals` once with source_memory=resident and the same signals_dir, where the scores are kept."
-            )
-        # One example at a time: the activations of all layers are kept, and scores do not depend on the batch.
-        scores = attribute_layers(self.source.model(self.args.device), self._batches(extract, 1))
-        if root is not None:
-            self.source.keep(root, name, asdict(scores))
-        return scores
 
     def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
         """The signals of all splits on disk; the source runs over what is missing, and leaves the device."""
@@ -502,6 +493,7 @@ class SemAlignTrainer(Trainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
         if self._prefix is not None:  # an interrupted run keeps it
+            self.accelerator.wait_for_everyone()
             self._prefix.close()
             self._prefix = None
         return output

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-8
 RELATION_ROWS = 512  # rows of a relation matrix at a time: peak memory O(rows x T)
-LOGIT_ELEMENTS = 2**24  # logits of one model at a time
+LOGIT_ROWS = 128  # positions whose logits exist at a time: peak memory O(rows x V)
 
 
 def relation_loss(inputs: torch.Tensor, outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -41,38 +41,76 @@ def sequence_relation_losses(
     ``K = d d^T``, ``K* = d* d*^T`` and ``w_ij = |K*_ij|`` over ``i != j``: ``sum w (K - K*)^2 / sum w``, in float32 or better.
     Arguments as in :func:`relation_loss`.
     """
-    inputs = inputs.detach()
-    directions = _directions(outputs, inputs, valid)
-    wanted = _directions(supervision.detach(), inputs, valid)
-    length = valid.shape[1]
-    blocks = [slice(start, start + RELATION_ROWS) for start in range(0, length, RELATION_ROWS)]
-    if len(blocks) == 1:
-        error, weight = _relation_block(directions, wanted, valid, blocks[0])
-    else:
-        sums = [checkpoint(_relation_block, directions, wanted, valid, rows, use_reentrant=False) for rows in blocks]
-        error, weight = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    return error / weight.clamp_min(EPSILON)
+    rows, valid = _valid_first(valid)
+    inputs, outputs, supervision = (
+        states.flatten(0, 1).index_select(0, rows).unflatten(0, valid.shape)
+        for states in (inputs.detach(), outputs, supervision.detach())
+    )
+    return _RelationError.apply(outputs, inputs, supervision, valid)
 
 
-def _directions(states: torch.Tensor, inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Centred, normalised residuals ``[B, T, D]``, zero where not valid."""
+def _valid_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the flattened batch that put each sequence's valid positions first, cut to the longest; what is valid then."""
+    batch, length = valid.shape
+    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(valid.sum(1).max())]
+    rows = order + length * torch.arange(batch, device=valid.device).unsqueeze(1)
+    return rows.flatten(), valid.take_along_dim(order, 1)
+
+
+def _directions(states: torch.Tensor, inputs: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred, normalised residuals ``[B, T, D]``, zero where not valid, and the lengths they had ``[B, T, 1]``."""
     dtype = torch.promote_types(states.dtype, torch.float32)
-    mask = valid.unsqueeze(-1)
-    residual = torch.where(mask, states.to(dtype) - inputs.to(dtype), 0)
-    mean = residual.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-    return F.normalize(torch.where(mask, residual - mean, 0), dim=-1, eps=EPSILON)
+    residuals = _centre_(states.to(dtype) - inputs.to(dtype), valid)
+    lengths = torch.linalg.vector_norm(residuals, dim=-1, keepdim=True).clamp_min(EPSILON)
+    return residuals.div_(lengths), lengths
 
 
-def _relation_block(
-    directions: torch.Tensor, wanted: torch.Tensor, valid: torch.Tensor, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted squared error and weight ``[B]`` of some rows of the relation matrices."""
-    relation = directions[:, rows] @ directions.transpose(1, 2)
-    target_relation = wanted[:, rows] @ wanted.transpose(1, 2)
-    positions = torch.arange(valid.shape[1], device=valid.device)
-    pairs = valid[:, rows, None] & valid[:, None] & (positions[rows, None] != positions)
-    weight = torch.where(pairs, target_relation.abs(), 0)
-    return (weight * (relation - target_relation).square()).sum((1, 2)), weight.sum((1, 2))
+def _centre_(vectors: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Take off the mean over valid positions, in place; zero elsewhere. Its own transpose, so that it serves gradients too."""
+    elsewhere = ~valid.unsqueeze(-1)
+    vectors.masked_fill_(elsewhere, 0)
+    vectors -= vectors.sum(1, keepdim=True) / valid.sum(1).clamp_min(1)[:, None, None]
+    return vectors.masked_fill_(elsewhere, 0)
+
+
+class _RelationError(torch.autograd.Function):
+    """``sum w (K - K*)^2 / sum w`` of each sequence and its gradient, both made in the forward pass, a block of rows at a time.
+
+    The matrices are symmetric: the gradient at ``d_i`` is ``4 sum_j w_ij (K - K*)_ij d_j / sum w``. Directions that are zero,
+    those of positions that are not valid, have no weight.
+    """
+
+    @staticmethod
+    def forward(ctx, outputs, inputs, supervision, valid):
+        directions, lengths = _directions(outputs, inputs, valid)
+        wanted, _ = _directions(supervision, inputs, valid)
+        error, weight = directions.new_zeros(2, len(directions))
+        gradient = torch.empty_like(directions)
+        for start in range(0, directions.shape[1], RELATION_ROWS):
+            rows = slice(start, start + RELATION_ROWS)
+            difference = directions[:, rows] @ directions.mT
+            weights = wanted[:, rows] @ wanted.mT
+            difference -= weights
+            weights.abs_().diagonal(start, dim1=1, dim2=2).zero_()
+            weight += weights.sum((1, 2))
+            weights *= difference
+            if ctx.needs_input_grad[0]:
+                gradient[:, rows] = weights @ directions
+            error += weights.mul_(difference).sum((1, 2))
+            del difference, weights  # before the next block's are made
+        weight.clamp_min_(EPSILON)
+        if ctx.needs_input_grad[0]:
+            along = (gradient * directions).sum(-1, keepdim=True)
+            gradient.addcmul_(directions, along, value=-1).mul_(4 / (weight[:, None, None] * lengths))
+            ctx.save_for_backward(_centre_(gradient, valid))
+            ctx.dtype = outputs.dtype
+        return error / weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None, None] * gradient).to(ctx.dtype), None, None, None
 
 
 def steering_loss(outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -116,11 +154,12 @@ def token_kl(
 def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each next token without gradient: ``[N, D]``, ``[V, D]``, ``[N]`` to ``[N]``, in row chunks."""
     with torch.no_grad():
-        losses = [
-            F.cross_entropy(_logits(hidden[rows], weight), tokens[rows], reduction="none")
-            for rows in _row_chunks(len(hidden), len(weight))
-        ]
-    return torch.cat(losses) if losses else hidden.new_zeros(0)
+        loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
+        chunk = loss.new_empty(min(LOGIT_ROWS, len(hidden)), len(weight))
+        for rows in _row_chunks(hidden):
+            logits = _logits(hidden[rows], weight, chunk[: len(loss[rows])])
+            loss[rows] = F.cross_entropy(logits, tokens[rows], reduction="none")
+    return loss
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -128,30 +167,37 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, target_hidden, target_weight, source_hidden, source_weight):
-        losses, gradients = [], []
-        for rows in _row_chunks(len(target_hidden), len(target_weight)):
-            source_log = _logits(source_hidden[rows], source_weight).log_softmax(-1)
-            target_log = _logits(target_hidden[rows], target_weight).log_softmax(-1)
-            source_probability = source_log.exp()
-            losses.append((source_probability * (source_log - target_log)).sum(-1))
+        loss = target_hidden.new_empty(len(target_hidden), dtype=torch.promote_types(target_weight.dtype, torch.float32))
+        gradient = torch.empty_like(target_hidden, dtype=target_weight.dtype)
+        # Fresh tensors in each chunk would cost page faults and fragment the memory.
+        chunks = loss.new_empty(3, min(LOGIT_ROWS, len(loss)), len(target_weight))
+        for rows in _row_chunks(target_hidden):
+            logits, source_log, target_log = chunks[:, : len(loss[rows])]
+            torch.log_softmax(_logits(source_hidden[rows], source_weight, logits), -1, out=source_log)
+            torch.log_softmax(_logits(target_hidden[rows], target_weight, logits), -1, out=target_log)
+            source_probability = torch.exp(source_log, out=logits)
+            loss[rows] = source_log.sub_(target_log).mul_(source_probability).sum(-1)
             if ctx.needs_input_grad[0]:
-                gradients.append((target_log.exp() - source_probability).to(target_weight.dtype) @ target_weight)
+                difference = target_log.exp_().sub_(source_probability)
+                torch.mm(difference.to(target_weight.dtype), target_weight, out=gradient[rows])
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(target_hidden))
+            ctx.save_for_backward(gradient)
             ctx.dtype = target_hidden.dtype
-        return torch.cat(losses) if losses else target_hidden.new_zeros(0)
+        return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    logits = F.linear(hidden.to(weight.dtype), weight)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Logits in ``out``, float32 or better."""
+    if weight.dtype == out.dtype:
+        return torch.mm(hidden.to(weight.dtype), weight.T, out=out)
+    return out.copy_(hidden.to(weight.dtype) @ weight.T)
 
 
-def _row_chunks(rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, LOGIT_ELEMENTS // vocabulary)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+def _row_chunks(hidden: torch.Tensor) -> list[slice]:
+    return [slice(start, start + LOGIT_ROWS) for start in range(0, len(hidden), LOGIT_ROWS)]

@@ -1,0 +1,114 @@
+"""TRL's off-policy distillation (GKD) and fine-tuning (SFT) under the same conditions as SemAlign: helpers of benchmarks.
+
+Both take the settings of a :class:`SemAlignConfig` (optimizer, learning rate, precision, batches, seed), LoRA in all layers
+on the modules and with the rank that SemAlign would use, and rows of :func:`hf_semalign.splits.encode`. What is TRL's own
+stays as it is: full logits at all positions, the teacher on every batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers would report to the Hub when they are made
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from hf_semalign import SemAlignConfig
+from hf_semalign.anatomy import dissect, lora_targets
+
+Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+def gkd_trainer(
+    target: PreTrainedModel,
+    source: PreTrainedModel,
+    rows: Dataset,
+    collator: Collate,
+    args: SemAlignConfig,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> GKDTrainer:
+    """TRL's GKD on the given rows alone: KL(source || target), mean over the valid positions of the global batch.
+
+    Args:
+        target: the student; gets LoRA.
+        source: the teacher.
+        rows: encoded rows.
+        collator: rows to a batch.
+        args: settings; those of SemAlign's own method are ignored.
+        processing_class: the tokenizer; TRL insists on one, so that without it a stand-in is made.
+        callbacks: further callbacks.
+    """
+    # beta 0 is F.kl_div(log p_target, log p_source), which is KL(source || target); 1 would be the reverse.
+    # lmbda 0: no batch is replaced by the student's own answers. temperature would only be that of sampling.
+    settings = GKDConfig(**_settings(args), lmbda=0.0, beta=0.0, seq_kd=False)
+    return GKDTrainer(
+        model=target,
+        teacher_model=source,
+        args=settings,
+        data_collator=_model_inputs(collator),
+        train_dataset=rows,
+        processing_class=processing_class or stand_in_tokenizer(target),
+        peft_config=_lora(target, args),
+        callbacks=callbacks,
+    )
+
+
+def sft_trainer(
+    target: PreTrainedModel,
+    rows: Dataset,
+    collator: Collate,
+    args: SemAlignConfig,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> SFTTrainer:
+    """TRL's SFT on the labels of the given rows: no source. Arguments as in :func:`gkd_trainer`."""
+    settings = SFTConfig(**_settings(args), dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(
+        model=target,
+        args=settings,
+        data_collator=_model_inputs(collator),
+        train_dataset=rows,
+        processing_class=processing_class or stand_in_tokenizer(target),
+        peft_config=_lora(target, args),
+        callbacks=callbacks,
+    )
+
+
+def stand_in_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:
+    """A tokenizer of one word with the model's pad id, for rows that hold token ids already."""
+    pad = int(model.config.get_text_config().pad_token_id)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": pad})), pad_token="<pad>")
+
+
+def _settings(args: SemAlignConfig) -> dict[str, Any]:
+    """All of ``TrainingArguments``: TRL's other defaults (bf16, gradient checkpointing, learning rate) must not slip in."""
+    settings = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
+    return settings | {"remove_unused_columns": False}  # the collator takes the rows as they are
+
+
+def _lora(target: PreTrainedModel, args: SemAlignConfig) -> LoraConfig:
+    """As SemAlign adds it; TRL, too, seeds torch with ``args.seed`` right before."""
+    names = lora_targets(dissect(target).layers, args.lora_targets)
+    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+
+
+def _model_inputs(collator: Collate) -> Collate:
+    """The collator's batches without ``example_id``, which TRL would hand on to the model."""
+
+    def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        return {name: batch[name] for name in MODEL_INPUTS}
+
+    return collate

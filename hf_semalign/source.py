@@ -115,9 +115,9 @@ class Source:
 
     def release(self) -> None:
         """Let a model that was loaded here go; one that the caller made goes to the CPU."""
-        self.rest()
         if isinstance(self._given, str):
             self._model = None
+        self.rest()
 
     def head(self, root: Path | None = None) -> torch.Tensor:
         """Head weight ``[V, D]`` with the logit scale folded in, on the CPU; from ``root`` if it is kept there."""
@@ -171,11 +171,14 @@ class Source:
             aside.add(id(self._model.get_input_embeddings()))
         lent = [part for part in anatomy.decoder.children() if part is not anatomy.layers and id(part) not in aside]
         lent.append(anatomy.layers[index])
-        for part in lent:
-            part.to(device)
-        yield anatomy
-        for part in lent:
-            part.to("cpu")
+        home = anatomy.device
+        try:
+            for part in lent:
+                part.to(device)
+            yield anatomy
+        finally:
+            for part in lent:
+                part.to(home)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -216,6 +219,8 @@ class Source:
                 str(self._given), dtype=self.dtype, device_map=homes, offload_folder=scratch
             )
             yield dissect(model.eval().requires_grad_(False))
+            for tensor in (*model.parameters(), *model.buffers()):  # at once, whoever still holds the model
+                tensor.data = tensor.new_empty(0)
 
     def _need_weights(self) -> None:
         if self._facts is not None:

@@ -239,6 +239,10 @@ class SemAlignTrainer(Trainer):
         else:
             with timed("source signals", self.seconds), args.main_process_first():
                 self.signals = self._cache(encoded, root, digest(processing_class.get_vocab()) if processing_class else None)
+            if isinstance(source_model, Source):  # whose maker may want more of it
+                self.source.rest()
+            else:
+                self.source.release()
         if args.scale == "match":
             self.scales = match_scales(self.signals, adapted, self._batches(extract))
             (self.scales,) = broadcast_object_list([self.scales])
@@ -306,7 +310,7 @@ class SemAlignTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
-        """The signals of all splits on disk; the source runs over what is missing, and leaves the device."""
+        """The signals of all splits on disk; the source runs over what is missing."""
         args = self.args
         wanted = [name for name in encoded if name != "extract" or args.scale == "match"]
         signals = {
@@ -329,7 +333,6 @@ class SemAlignTrainer(Trainer):
         cached = CachedSignals(signals, "align")
         with self.accelerator.autocast():
             cached.prepare(self._layers_from(0), in_groups=self.frontier.num_stages > 1)
-        self.source.rest()
         return cached
 
     def _layers_from(self, stage: int) -> range:
@@ -344,7 +347,7 @@ class SemAlignTrainer(Trainer):
         with self.args.main_process_first(), self.accelerator.autocast():
             if isinstance(self.signals, CachedSignals):
                 self.signals.prepare(self._layers_from(stage), in_groups=self.frontier.num_stages > 1)
-                self.source.rest()
+                self.source.release()
             if self._prefix is not None:
                 self._prefix.move(stage)
 

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_trainer
 import torch
 from conftest import random_rows, tiny_llama
 from datasets import Dataset
 from test_trainer import ROWS, adapter, make_trainer
 
+from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign import states as states_module
 from hf_semalign.pairing import pair_layers
 from hf_semalign.semantics import SemanticMap
@@ -360,3 +362,51 @@ def test_two_runs_share_a_cache(tmp_path):
     first = make_trainer(tmp_path / "a", signals_dir=str(tmp_path / "shared"))
     second = make_trainer(tmp_path / "b", signals_dir=str(tmp_path / "shared"), relation_weight=0.0, frontier="joint")
     assert first.signals.training.folder == second.signals.training.folder
+
+
+@pytest.mark.parametrize("pairing", ["attribution", "last"])
+def test_a_streamed_source_gives_the_adapter_of_a_resident_one(tmp_path, pairing):
+    """From a folder, and never loaded whole: attribution, scales and signals one layer at a time."""
+    tiny_llama(5, 24, seed=2, pad_token_id=0).save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    trained = {}
+    for memory in ("resident", "stream"):
+        args = SemAlignConfig(
+            output_dir=str(tmp_path / memory), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4,
+            report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", scale="match", pairing=pairing,
+            source_memory=memory,
+        )  # fmt: skip
+        trainer = SemAlignTrainer(
+            tiny_llama(3, 16, seed=1, pad_token_id=0), str(tmp_path / "source"), args, ROWS[:16], extract_dataset=ROWS[27:33]
+        )
+        assert trainer.source._model is None  # dropped, or never there
+        trainer.train()
+        trained[memory] = trainer
+    assert trained["stream"].pairing.source_layers == trained["resident"].pairing.source_layers
+    assert trained["stream"].scales == pytest.approx(trained["resident"].scales, rel=1e-5)
+    torch.testing.assert_close(adapter(trained["stream"]), adapter(trained["resident"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frontier", ["single", "cumulative"])
+def test_training_on_groups_of_stages_gives_the_same_adapter(tmp_path, monkeypatch, frontier, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(test_trainer, "SOURCE_LAYERS", 12)
+    monkeypatch.setattr(test_trainer, "TARGET_LAYERS", 10)
+    settings = {"max_steps": 20, "evaluation": None, "pairing": "uniform", "frontier": frontier}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    signals = whole.signals.training
+    sizes = [column.size(signals.examples) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
+    room = sizes[0] + sizes[1] + 2 * sizes[2]
+    root = tmp_path / "groups" / "run" / "_signals"
+
+    def free(path):
+        if not Path(path).is_relative_to(root):  # the prefix has all the room that it wants
+            return shutil._ntuple_diskusage(10**9, 0, 10**9)
+        used = sum(path.stat().st_size - 200 for path in root.rglob("0*.safetensors"))
+        return shutil._ntuple_diskusage(room, used, room - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    groups = make_trainer(tmp_path / "groups", **settings)
+    groups.train()
+    assert "the others follow when the frontier is there" in caplog.text
+    torch.testing.assert_close(adapter(groups), adapter(whole), rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import nn
 from hf_semalign.anatomy import CausalLM, base_model, dissect
 from hf_semalign.hooks import bypass, capture, gives_tuples
 from hf_semalign.semantics import checksum
+from hf_semalign.source import config_facts
 from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
 
 logger = logging.getLogger(__name__)
@@ -72,18 +73,21 @@ class TargetPrefix:
         self._root = root
         self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
         self._column = self._probe()
-        needed, free = 2 * self._column.size(examples), _free_space(root)
+        needed = 2 * self._column.size(examples)
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         if needed > free:
+            shutil.rmtree(root)
             raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free")
         frozen = {name: checksum(p) for name, p in base_model(model).named_parameters() if "lora_" not in name}
-        self._facts = {"target": digest(frozen), "precision": precision}
+        self._facts = {"target": digest([frozen, config_facts(base_model(model).config)]), "precision": precision}
         self._folder: StateFolder | None = None
 
     def move(self, layer: int) -> None:
         """Have the inputs of a layer: from the deepest generation on disk below it, or from the bottom.
 
         Raises:
-            OSError: too little space on the disk.
+            PrefixUnavailable: too little space on the disk.
         """
         self._folder = self._generation(layer) if layer else None
         if self._folder is not None and self._folder.missing(self._column):
@@ -92,7 +96,11 @@ class TargetPrefix:
             for path in self._root.iterdir():
                 if path not in (self._folder.path, None if before is None else before.path):
                     shutil.rmtree(path)
-            self._folder.check_space(self._column.size(self._examples))
+            needed, free = self._column.size(self._examples), self._folder.free
+            if needed > free:
+                raise PrefixUnavailable(
+                    f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root}, with {free / 1e9:.1f} GB free"
+                )
             layer_pass(
                 self._anatomy,
                 self._folder,
@@ -144,7 +152,7 @@ class TargetPrefix:
         with torch.random.fork_rng():
             with capture(layers) as states:
                 whole = forward()
-            if not torch.equal(whole, again := forward()) and _differ(whole, again):
+            if _differ(whole, forward()):
                 raise PrefixUnavailable("two forwards of one batch differ, as under dropout in the target's config")
             for k in range(1, len(layers)):
                 entering = states[k].input
@@ -159,8 +167,3 @@ class TargetPrefix:
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).norm() > TOLERANCE * one.norm())
-
-
-def _free_space(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(folder).free

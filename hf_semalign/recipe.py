@@ -219,6 +219,7 @@ def run_signals(recipe: Recipe) -> Path:
 
     Raises:
         ValueError: a recipe with ``signals: online``.
+        OSError: a disk that does not hold the signals of all target layers.
     """
     args = recipe.config(Path(recipe.output_dir))
     if args.signals != "cached":
@@ -226,6 +227,7 @@ def run_signals(recipe: Recipe) -> Path:
     data, tokenizer = recipe.data.load(), _load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), bf16=args.bf16)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
+    trainer.prepare_signals()
     _measure_source(trainer, data, tokenizer)
     return source.folder(signals_root(args))
 
@@ -260,7 +262,8 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
-        shares = [f"{100 * values['exact_match'][skill]:.1f}" for skill in skills]
+        known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
+        shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
         table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
 
@@ -308,7 +311,7 @@ def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrai
     """The source's own figures, kept with its signals, so that a second run need not load it."""
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
-    name = f"evaluation-{digest([trainer.data_record['eval'], args.source_memory])[:16]}"
+    name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
     known = None if root is None else source.recall(root, name)
     if known is not None:
         return known

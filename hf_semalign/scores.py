@@ -75,7 +75,7 @@ def attribute_streamed(
         extract: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
         collate: rows to a batch.
         root: the folder of all sources; the inputs stand there until the scores are made.
-        precision: mixed precision of the run, which the states depend on; the caller holds its autocast context.
+        precision: mixed precision of the run, for telling states apart.
         device: where the layer is.
         progress: show progress bars.
 
@@ -87,7 +87,8 @@ def attribute_streamed(
     folder = StateFolder(source.folder(root), facts, examples)
     columns = [Column(f"hidden-{k:03d}", source.width, source.dtype, everywhere=True) for k in range(last + 1)]
     with folder.lock:
-        folder.check_space(folder.bytes_missing(columns[1:]))
+        folder.check_space(folder.bytes_missing(columns[1:]), "set signals_dir to a larger disk, or name a pairing")
+        as_tuples = source.as_tuples  # before a layer is on the device
         for k in range(last):
             with source.layer(k, device) as anatomy:
                 layer_pass(
@@ -97,7 +98,7 @@ def attribute_streamed(
                     collate,
                     start=k,
                     entering=partial(folder.read, columns[k]) if k else None,
-                    as_tuples=source.as_tuples,
+                    as_tuples=as_tuples,
                     batch_size=1,
                     device=device,
                     progress=f"attribution, source layer {k + 1}/{last + 1}" if progress else None,
@@ -108,6 +109,7 @@ def attribute_streamed(
         scores: list[torch.Tensor] = [torch.empty(0)] * (last + 1)
         for k in range(last, 0, -1):
             rows, below = [], []
+            above, gradients = gradients, []
             with source.layer(k, device) as anatomy:
                 for place, batch in enumerate(batches):
                     batch = {key: tensor.to(device) for key, tensor in batch.items()}
@@ -115,7 +117,7 @@ def attribute_streamed(
                     entering = spread(folder.read(columns[k], [place]), mask).requires_grad_()
                     with (
                         capture([anatomy.layers[k]]) as (state,),
-                        bypass(anatomy.layers[:k], entering, as_tuples=source.as_tuples),
+                        bypass(anatomy.layers[:k], entering, as_tuples=as_tuples),
                     ):
                         final = anatomy.decoder(
                             inputs_embeds=entering.detach(), attention_mask=batch["attention_mask"], use_cache=False
@@ -126,11 +128,12 @@ def attribute_streamed(
                         at_output, at_input = torch.autograd.grad(loss, [state.output, entering])
                         rows.append(example_scores(at_output * state.output.detach(), valid))
                     else:
-                        (at_input,) = torch.autograd.grad(state.output, entering, gradients[place].to(device))
-                    below.append((at_input, example_scores(at_input * entering.detach(), valid)))
+                        (at_input,) = torch.autograd.grad(state.output, entering, above[place].to(device))
+                    below.append(example_scores(at_input * entering.detach(), valid))
+                    gradients.append(at_input.cpu())
             if k == last:
                 scores[last] = torch.cat(rows)
-            gradients, scores[k - 1] = [gradient.cpu() for gradient, _ in below], torch.cat([score for _, score in below])
+            scores[k - 1] = torch.cat(below)
         for column in columns[1:]:
             folder.drop(column)
     return summarise(torch.stack(scores, dim=1), "dot")

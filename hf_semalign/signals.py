@@ -8,7 +8,6 @@ its signals are computed once (:class:`SourceSignals`); :class:`OnlineSignals` r
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,6 +105,7 @@ class SourceSignals:
         batch_size: examples a forward pass.
         stream: hold one decoder layer of the source at a time, and roll the states of all examples through it; each weight
             is read once, and the size of the source does not matter.
+        reserve: bytes of the disk to leave free.
         progress: show progress bars.
     """
 
@@ -124,6 +124,7 @@ class SourceSignals:
         device: torch.device | str = "cpu",
         batch_size: int = 16,
         stream: bool = False,
+        reserve: int = 0,
         progress: bool = True,
     ) -> None:
         self.source = source
@@ -131,7 +132,7 @@ class SourceSignals:
         self.semantic_map = semantic_map
         self.scales = scales or (1.0,) * len(pairing.source_layers)
         self._collate, self._device, self._batch_size, self._stream = collate, device, batch_size, stream
-        self._progress = progress
+        self._reserve, self._progress = reserve, progress
         facts = {
             "source": source.identity,
             "tokenizer": tokenizer,
@@ -173,24 +174,36 @@ class SourceSignals:
         """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
         prepare_signals([Request(self, target_layers, in_groups)])
 
+    def fits(self, target_layers: Sequence[int]) -> bool:
+        """Whether the disk has room for what some target layers and the final states lack."""
+        return self._size(target_layers, roll=False) <= self._states.free - self._reserve
+
+    def _lacks(self, target_layers: Sequence[int]) -> bool:
+        columns = [self._final, *(self._mapped(k) for k in target_layers)]
+        return any(self._states.missing(column) for column in columns)
+
+    def _group(self, target_layers: Sequence[int]) -> Sequence[int]:
+        """As many of the first layers as the disk holds, after what is over was deleted."""
+        for column in {self._mapped(k) for k in range(target_layers[0])} - {self._mapped(k) for k in target_layers}:
+            self._states.drop(column)
+        count = len(target_layers)
+        while count > 1 and self._size(target_layers[:count], roll=True) > self._states.free - self._reserve:
+            count -= 1
+        logger.info(
+            "The disk holds the signals of %d of %d target layers, with %.0f MB kept free for the run: the others follow when "
+            "the frontier is there.", count, len(target_layers), self._reserve / 1e6,
+        )  # fmt: skip
+        return target_layers[:count]
+
     def _plan(self, target_layers: Sequence[int], in_groups: bool) -> _Plan | None:
-        """What is missing; nothing, where that is so."""
-        states, last, free = self._states, self.source.num_layers - 1, shutil.disk_usage(self.folder).free
-        columns = [self._final, *(self._mapped(k) for k in target_layers[: 1 if in_groups else None])]
-        if not states.bytes_missing(columns):
+        """What the source has to run for; nothing, where all is there."""
+        if not self._lacks(target_layers[:1] if in_groups else target_layers):
             return None
-        layers = list(target_layers)
-        if in_groups and self._size(layers, roll=False) > free:
-            for column in {self._mapped(k) for k in range(layers[0])} - {self._mapped(k) for k in layers}:
-                states.drop(column)
-            while len(layers) > 1 and self._size(layers, roll=True) > shutil.disk_usage(self.folder).free:
-                layers.pop()
-            logger.info(
-                "The disk holds the signals of %d of %d target layers: the others follow when the frontier is there.",
-                len(layers), len(target_layers),
-            )  # fmt: skip
+        states, last = self._states, self.source.num_layers - 1
+        layers = self._group(target_layers) if in_groups and not self.fits(target_layers) else target_layers
         roll = len(layers) < len(target_layers)
-        states.check_space(self._size(layers, roll=roll))
+        needed = self._size(layers, roll=roll) + self._reserve
+        states.check_space(needed, "set signals_dir to a larger disk, or signals='online'")
         outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
         depths = [last if output.layer is None else output.layer for output in outputs]
         stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None
@@ -205,7 +218,7 @@ class SourceSignals:
             if k not in kept and (self.folder / self._hidden(k).name).is_dir():
                 self._states.drop(self._hidden(k))
 
-    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, label: str) -> None:
+    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:
         layer_pass(
             anatomy,
             self._states,
@@ -213,7 +226,7 @@ class SourceSignals:
             self._collate,
             start=start,
             entering=partial(self._states.read, self._hidden(start)) if start else None,
-            as_tuples=bool(start) and self.source.as_tuples,
+            as_tuples=as_tuples,
             batch_size=self._batch_size,
             device=self._device,
             progress=label if self._progress else None,
@@ -270,15 +283,13 @@ class CachedSignals:
         for signals in self.splits.values():
             signals.scales = scales
 
-    def prepare(self, target_layers: Sequence[int], *, in_groups: bool) -> None:
-        """Have what training still needs on disk, see :class:`Request`, and everything of the other splits."""
+    def prepare(self, target_layers: Sequence[int] | None) -> None:
+        """Have these layers of the training split on disk, nothing of it without any, and everything of the other splits."""
         everything = range(len(self.scales))
-        prepare_signals(
-            [
-                Request(signals, target_layers, in_groups) if signals is self.training else Request(signals, everything)
-                for signals in self.splits.values()
-            ]
-        )
+        requests = [Request(signals, everything) for signals in self.splits.values() if signals is not self.training]
+        if target_layers is not None:
+            requests.append(Request(self.training, target_layers))
+        prepare_signals(requests)
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch of one split.
@@ -340,6 +351,8 @@ def prepare_signals(requests: Sequence[Request]) -> None:
         OSError: too little space on a disk, before the source runs.
         ValueError: the source has no weights, see :class:`Source`.
     """
+    if not any(request.signals._lacks(request.target_layers[: 1 if request.in_groups else None]) for request in requests):
+        return  # and wait for no other run's lock
     with ExitStack() as stack:
         for request in requests:
             stack.enter_context(request.signals._states.lock)
@@ -349,16 +362,18 @@ def prepare_signals(requests: Sequence[Request]) -> None:
         first = plans[0].signals
         source, last = first.source, first.source.num_layers - 1
         if first._stream:
+            as_tuples = source.as_tuples  # before a layer is on the device
             for k in range(min(plan.start for plan in plans), max(plan.depth for plan in plans) + 1):
                 with source.layer(k, first._device) as anatomy:
                     for plan in plans:
                         if plan.start <= k <= plan.depth:
-                            plan.signals._pass(anatomy, plan.layer(k, last), k, f"source layer {k + 1}/{last + 1}")
+                            label = f"source layer {k + 1}/{last + 1}"
+                            plan.signals._pass(anatomy, plan.layer(k, last), k, as_tuples, label)
                             plan.signals._tidy({k + 1, plan.kept})
         else:
             anatomy = dissect(source.model(first._device))
             for plan in plans:
-                plan.signals._pass(anatomy, plan.outputs, plan.start, "source signals")
+                plan.signals._pass(anatomy, plan.outputs, plan.start, source.as_tuples, "source signals")
         for plan in plans:
             plan.signals._tidy({plan.kept})
 

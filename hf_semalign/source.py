@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_semalign.anatomy import Anatomy, dissect
 from hf_semalign.hooks import gives_tuples
 from hf_semalign.loading import find_tokenizer, load_dtype, load_model, skeleton
 from hf_semalign.semantics import checksum
-from hf_semalign.states import digest, file_digest, load_tensor, save_tensor
+from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -56,26 +56,33 @@ class Source:
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
             self._facts = json.loads((Path(model) / FACTS).read_text())
-        shape = load_model(model) if isinstance(model, PreTrainedModel) else skeleton(model)
+        shape = skeleton(model) if isinstance(model, str) else load_model(model)
         anatomy = dissect(shape)
         self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
         self.num_layers = len(anatomy.layers)
         self.head_rows, self.width = anatomy.head_weight().shape
-        self.dtype = shape.dtype if isinstance(model, PreTrainedModel) else load_dtype(model, bf16)
-        self._model = shape if isinstance(model, PreTrainedModel) else None
+        self.dtype = load_dtype(model, bf16) if isinstance(model, str) else shape.dtype
+        self._model = None if isinstance(model, str) else shape
 
     @cached_property
     def identity(self) -> str:
-        """What stands for the weights: the commit of a Hub id, or a checksum of a folder's files or of a model's tensors."""
+        """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors.
+
+        Raises:
+            ValueError: a folder without weights.
+        """
         if self._facts is not None:
             return self._facts["identity"]
         if isinstance(self._given, PreTrainedModel):
-            return digest({name: checksum(tensor) for name, tensor in self._given.state_dict().items()})
-        commit = getattr(AutoConfig.from_pretrained(self._given), "_commit_hash", None)
-        if commit is not None:
-            return digest([self._given, commit, str(self.dtype)])
-        files = sorted(Path(self._given).glob("*.safetensors"))
-        return digest([[file.name, file_digest(file)] for file in files] + [str(self.dtype)])
+            tensors = {name: checksum(tensor) for name, tensor in self._given.state_dict().items()}
+            return digest([tensors, config_facts(self._given.config)])
+        config = AutoConfig.from_pretrained(self._given)
+        if getattr(config, "_commit_hash", None) is not None:
+            return digest([self._given, config._commit_hash, str(self.dtype)])
+        files = sorted(Path(self._given).glob("*.safetensors")) or sorted(Path(self._given).glob("*.bin"))
+        if not files:
+            raise ValueError(f"{self._given} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
+        return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype)])
 
     def folder(self, root: Path) -> Path:
         """The folder that keeps what the source says, made if it does not exist.
@@ -93,7 +100,7 @@ class Source:
             if isinstance(self._given, str) and self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
-            (folder / FACTS).write_text(json.dumps(facts, indent=1))
+            write_text(folder / FACTS, json.dumps(facts, indent=1))
         return folder
 
     def model(self, device: torch.device | str) -> PreTrainedModel:
@@ -150,16 +157,15 @@ class Source:
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:
         """Keep a record of plain JSON values with what the source says."""
         path = self.folder(root) / f"{name}.json"
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"record": record, "checksum": digest(record)}, indent=1))
-        unfinished.replace(path)
+        write_text(path, json.dumps({"record": record, "checksum": digest(record)}, indent=1))
 
     @contextmanager
     def layer(self, index: int, device: torch.device | str) -> Iterator[Anatomy]:
         """One decoder layer on a device, with the decoder's small parts around it, and the embeddings for layer 0.
 
-        Weights of a folder or Hub id are read from its safetensors files, each once in a pass over all layers; a model in
-        memory lends its layer to the device.
+        Weights of a folder or Hub id are read from its safetensors files, each once in a pass over all layers (families whose
+        checkpoints transformers converts while loading, such as mixtures of experts, are read whole for every layer); a model
+        in memory lends its layer to the device.
         """
         if self._model is None:
             with self._parts(layer=index, device=device) as anatomy:
@@ -215,9 +221,11 @@ class Source:
         if layer is not None:
             homes[f"{places[id(anatomy.layers)]}.{layer}"] = str(device)
         with tempfile.TemporaryDirectory() as scratch, _quietly():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(self._given), dtype=self.dtype, device_map=homes, offload_folder=scratch
-            )
+            own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
+            model = AutoModelForCausalLM.from_pretrained(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
+            for parameter in model.parameters():
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.to(self.dtype)
             yield dissect(model.eval().requires_grad_(False))
             for tensor in (*model.parameters(), *model.buffers()):  # at once, whoever still holds the model
                 tensor.data = tensor.new_empty(0)
@@ -228,6 +236,12 @@ class Source:
                 f"{self._given} holds what {self.name} said about some data, and not its weights, and something more is "
                 "needed of it. Run `semalign signals` with the same recipe where the source is, or name the source itself."
             )
+
+
+def config_facts(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration as plain values, without what says nothing of the computation: names, versions and the dtype."""
+    content = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in content.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
 
 
 @contextmanager

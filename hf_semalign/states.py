@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,7 +35,7 @@ from hf_semalign.splits import IGNORED, valid_positions
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**14  # a shard of every column is held in memory while it is made, and is what an interrupted pass can lose
-Batch = Mapping[str, torch.Tensor]
+MAX_SHARDS = 400  # of a column; a process can map some 65,000 files
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 
@@ -48,7 +49,7 @@ class Examples:
         ids: example ids ``[E]``.
         tokens: tokens of each example ``[E]``.
         answers: valid positions of each example ``[E]``.
-        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens.
+        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens, or more where they would be too many.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -93,8 +94,9 @@ def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _cut(tokens: np.ndarray) -> list[slice]:
     shards, start, size = [], 0, 0
+    limit = max(SHARD_TOKENS, int(tokens.sum()) // MAX_SHARDS)
     for place, count in enumerate(tokens):
-        if size and size + count > SHARD_TOKENS:
+        if size and size + count > limit:
             shards.append(slice(start, place))
             start, size = place, 0
         size += int(count)
@@ -149,8 +151,7 @@ class StateFolder:
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
         self._open: dict[str, list[torch.Tensor]] = {}
         if not (self.path / MANIFEST).is_file():
-            with self.lock:
-                (self.path / MANIFEST).write_text(json.dumps(facts, indent=1))
+            write_text(self.path / MANIFEST, json.dumps(facts, indent=1))
 
     def missing(self, column: Column) -> list[int]:
         """Numbers of the shards that a column lacks; every file is verified once a process."""
@@ -173,18 +174,21 @@ class StateFolder:
         """Size of what some columns lack."""
         return sum(column.size(self.examples, self.missing(column)) for column in columns)
 
-    def check_space(self, needed: int) -> None:
+    @property
+    def free(self) -> int:
+        """Free bytes of the disk."""
+        return shutil.disk_usage(self.path).free
+
+    def check_space(self, needed: int, advice: str) -> None:
         """Log how much is about to be written, and refuse a disk without room for it.
 
         Raises:
-            OSError: too little space, with both figures.
+            OSError: too little space, with both figures and an advice.
         """
-        free = shutil.disk_usage(self.path).free
-        logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, self.path, free / 1e6)
-        if needed > free:
+        logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, self.path, self.free / 1e6)
+        if needed > self.free:
             raise OSError(
-                f"The states need {needed / 1e9:.1f} GB in {self.path}, which has {free / 1e9:.1f} GB free: set signals_dir "
-                "to a larger disk, or signals='online'."
+                f"The states need {needed / 1e9:.1f} GB in {self.path}, which has {self.free / 1e9:.1f} GB free: {advice}."
             )
 
     def write(self, number: int, states: Mapping[Column, torch.Tensor]) -> None:
@@ -335,8 +339,15 @@ def file_digest(path: Path) -> str:
 
 def save_tensor(tensor: torch.Tensor, path: Path) -> None:
     """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
+    unfinished.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 

@@ -313,6 +313,12 @@ class SemAlignTrainer(Trainer):
         """The signals of all splits on disk; the source runs over what is missing."""
         args = self.args
         wanted = [name for name in encoded if name != "extract" or args.scale == "match"]
+        tokens, trained = (
+            sum(map(len, encoded["align"]["input_ids"])),
+            sum(p.numel() for layer in self.lora_layers for p in layer),
+        )
+        reserve = 2 * tokens * self._target_head.shape[1] * 4 + 5 * 12 * trained  # the prefix, and some checkpoints
+        reserve = 0 if args.signals_dir else reserve  # which lie beside the signals
         signals = {
             name: SourceSignals(
                 self.source,
@@ -326,14 +332,27 @@ class SemAlignTrainer(Trainer):
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
                 stream=args.source_memory == "stream",
+                reserve=reserve,
                 progress=not args.disable_tqdm,
             )
             for name in wanted
         }
-        cached = CachedSignals(signals, "align")
+        cached, layers = CachedSignals(signals, "align"), self._layers_from(0)
+        # In groups, training makes its own as it goes, and no other run may need what it deletes.
+        self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
         with self.accelerator.autocast():
-            cached.prepare(self._layers_from(0), in_groups=self.frontier.num_stages > 1)
+            cached.prepare(None if self._in_groups else layers)
         return cached
+
+    def prepare_signals(self) -> None:
+        """Have the signals of all stages on disk at once, for a run of its own elsewhere.
+
+        Raises:
+            OSError: a disk that does not hold them.
+        """
+        if isinstance(self.signals, CachedSignals):
+            with self.args.main_process_first(), self.accelerator.autocast():
+                self.signals.training.prepare(self._layers_from(0))
 
     def _layers_from(self, stage: int) -> range:
         """Target layers whose supervision training still needs at a stage."""
@@ -345,11 +364,16 @@ class SemAlignTrainer(Trainer):
         """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
         with self.args.main_process_first(), self.accelerator.autocast():
-            if isinstance(self.signals, CachedSignals):
-                self.signals.prepare(self._layers_from(stage), in_groups=self.frontier.num_stages > 1)
+            if isinstance(self.signals, CachedSignals) and self._in_groups:
+                self.signals.training.prepare(self._layers_from(stage), in_groups=True)
                 self.source.release()
             if self._prefix is not None:
-                self._prefix.move(stage)
+                try:
+                    self._prefix.move(stage)
+                except PrefixUnavailable as reason:
+                    logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
+                    self._prefix.close()
+                    self._prefix = None
 
     def _make_prefix(self) -> TargetPrefix | None:
         """The target prefix, where it is exact and pays: a pass of all layers below the last against half of each step's."""
@@ -493,10 +517,12 @@ class SemAlignTrainer(Trainer):
                 self._load_from_checkpoint(path)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
+        self.accelerator.wait_for_everyone()
         if self._prefix is not None:  # an interrupted run keeps it
-            self.accelerator.wait_for_everyone()
             self._prefix.close()
             self._prefix = None
         return output

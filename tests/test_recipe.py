@@ -222,6 +222,16 @@ def refuse_to_load_a_source(*args, **kwargs):
     raise AssertionError("the source was loaded")
 
 
+def test_a_recipe_with_a_streamed_source(tmp_path, capsys):
+    """Whose own generation is not evaluated, since it is never held whole."""
+    small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", f"output_dir={tmp_path / 'a'}"]
+    assert main(["train", "--config", str(QUICKSTART), *small, "training.source_memory=stream"]) == 0
+    assert "SemAlign" in capsys.readouterr().out
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["metrics"]["source"] == {"kl": 0.0}
+    assert results["metrics"]["semalign"].keys() == results["metrics"]["kd"].keys() > {"kl", "exact_match"}
+
+
 def test_nothing_is_kept_of_an_online_source(tmp_path):
     with pytest.raises(ValueError, match="nothing is kept"):
         run_signals(load_recipe(QUICKSTART, ["training.signals=online", f"output_dir={tmp_path}"]))

@@ -103,6 +103,21 @@ def test_a_source_in_memory_or_in_a_folder(online, data, tmp_path, stream, made)
         assert (source._model is None) == stream
 
 
+def test_a_folders_identity_is_its_weights_and_its_configuration(tmp_path):
+    model = tiny_llama(2, 24)
+    model.save_pretrained(tmp_path / "a")
+    model.config.rope_parameters["rope_theta"] = 77.0
+    model.save_pretrained(tmp_path / "b")
+    tiny_llama(2, 24, seed=5).save_pretrained(tmp_path / "c")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    identities = [Source(str(tmp_path / name)).identity for name in ("a", "b", "c", "copy")]
+    assert len(set(identities)) == 3
+    assert identities[0] == identities[3]
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no \*.safetensors files"):
+        _ = Source(str(tmp_path / "copy")).identity
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_streaming_half_precision_and_tied_heads(data, tmp_path, tied, dtype):
@@ -161,6 +176,7 @@ def test_columns_hold_valid_positions_only_in_the_dtype_of_the_source(online, da
 
 
 CHANGES = {
+    "config": lambda online: online.source.config.rope_parameters.update(rope_theta=77.0),
     "source": lambda online: online.source.model.layers[0].mlp.up_proj.weight.data.add_(1e-3),
     "map": lambda online: setattr(online.semantic_map, "fingerprint", "other"),
 }
@@ -290,7 +306,7 @@ def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, 
 def test_splits_are_told_apart_and_an_example_without_signals_is_an_error(online, data, tmp_path):
     parts = {"align": data.select(range(5)), "eval": data.select(range(5, 8))}
     cached = CachedSignals({name: make_signals(online, part, tmp_path) for name, part in parts.items()}, "align")
-    cached.prepare([1], in_groups=False)
+    cached.prepare([1])
     for part in parts.values():
         assert_equal_signals(cached, online, COLLATE(list(part)), [1])
     with pytest.raises(ValueError, match="No source signals for example"):
@@ -392,21 +408,30 @@ def test_training_on_groups_of_stages_gives_the_same_adapter(tmp_path, monkeypat
     monkeypatch.setattr(test_trainer, "SOURCE_LAYERS", 12)
     monkeypatch.setattr(test_trainer, "TARGET_LAYERS", 10)
     settings = {"max_steps": 20, "evaluation": None, "pairing": "uniform", "frontier": frontier}
+    settings |= {"save_strategy": "steps", "save_steps": 14}
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
     signals = whole.signals.training
     sizes = [column.size(signals.examples) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
-    room = sizes[0] + sizes[1] + 2 * sizes[2]
+    room = sizes[0] + sizes[1] + 2 * sizes[2] + signals._reserve
     root = tmp_path / "groups" / "run" / "_signals"
 
     def free(path):
         if not Path(path).is_relative_to(root):  # the prefix has all the room that it wants
             return shutil._ntuple_diskusage(10**9, 0, 10**9)
         used = sum(path.stat().st_size - 200 for path in root.rglob("0*.safetensors"))
-        return shutil._ntuple_diskusage(room, used, room - used)
+        kept = signals._reserve if Path(path).is_relative_to(root / "shared") else 0
+        return shutil._ntuple_diskusage(room, used, room - used - kept)
 
     monkeypatch.setattr(shutil, "disk_usage", free)
     groups = make_trainer(tmp_path / "groups", **settings)
     groups.train()
     assert "the others follow when the frontier is there" in caplog.text
     torch.testing.assert_close(adapter(groups), adapter(whole), rtol=1e-5, atol=1e-5)
+    resumed = make_trainer(tmp_path / "groups", **settings)  # after the first groups were deleted
+    resumed.train(resume_from_checkpoint=str(tmp_path / "groups" / "run" / "checkpoint-14"))
+    torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=1e-5, atol=1e-5)
+    with pytest.raises(OSError, match="set signals_dir to a larger disk"):
+        resumed.prepare_signals()
+    with pytest.raises(OSError, match="set signals_dir to a larger disk"):  # other runs may need what groups delete
+        make_trainer(tmp_path / "shared", **settings, signals_dir=str(root / "shared"))

@@ -1,0 +1,90 @@
+"""Every benchmark script runs to its end on next to nothing, and what it writes holds figures."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def smoke(script: str, folder: Path, *arguments: str) -> str:
+    """Standard output of a script's smoke run in a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
+    command = [sys.executable, str(BENCHMARKS / script), "--smoke", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def written(name: str, folder: Path) -> Any:
+    """The numbers that a smoke run has left; the tables must be there too."""
+    results = folder / "runs" / f"{name}-smoke"
+    assert "|---" in (results / f"{name}.md").read_text().replace(" ", "")
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def figures(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a JSON value, each with the nearest key above it."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from figures(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from figures(value, name)
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield name, content
+
+
+def check(content: Any, positive: set[str]) -> None:
+    """All numbers are finite, and those under some keys, all of which occur, are positive."""
+    numbers = list(figures(content))
+    assert all(math.isfinite(value) for _, value in numbers)
+    assert positive <= {name for name, _ in numbers}
+    assert [(name, value) for name, value in numbers if name in positive and value <= 0] == []
+
+
+def test_wall_time(tmp_path):
+    smoke("wall_time.py", tmp_path, "--seeds", "1")
+    content = written("wall_time", tmp_path)
+    assert len(content["runs"]) == 4
+    check(content["runs"], {"steps", "construction", "seconds", "kl"})
+
+
+@pytest.mark.slow
+def test_efficiency(tmp_path):
+    smoke("efficiency.py", tmp_path)
+    content = written("efficiency", tmp_path)
+    assert content.keys() == {"pair", "vocabulary32k", "depth", "length", "vocabulary"}
+    results = [run["result"] for case in content.values() for run in case["runs"]]
+    check(results, {"seconds", "construction", "steps", "by_stage", "tokens", "peak_mb"})
+    assert (tmp_path / "runs" / "efficiency-smoke" / "efficiency.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_kernels(tmp_path):
+    times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("kernels.py", tmp_path))
+    assert len(times) == 5  # a case of each table, none of which failed
+    assert all(0 < float(low) <= float(median) <= float(high) for median, low, high in times)
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path):
+    smoke("gpu.py", tmp_path)
+    content = written("gpu", tmp_path)
+    speeds = {"seconds", "tokens_per_s", "tflop", "utilisation"}
+    check(content["compared"], {*speeds, "pass", "prefix", "steps", "SemAlign", "GKD", "times_gkd"})
+    assert content["parts"].keys() == {"schedule", "gkd", "stream", "stream, whole activations", "map"}
+    check(content["parts"], {"signals", "steps", "prefix", "first_step", "peak_gb", "source_gb", "seconds", "reached_tflops"})
+    for name in ("schedule", "stream", "stream, whole activations"):
+        part = content["parts"][name]
+        assert (len(part["steps"]), len(part["prefix"])) == (4, 3)  # of four stages, and below three of them
+    assert content["parts"]["map"]["difference"] < 1e-3
+    assert not list((tmp_path / "runs").glob("gpu-*/source"))  # temporary files are gone

@@ -202,8 +202,8 @@ class SourceSignals:
         states, last = self._states, self.source.num_layers - 1
         layers = self._group(target_layers) if in_groups and not self.fits(target_layers) else target_layers
         roll = len(layers) < len(target_layers)
-        needed = self._size(layers, roll=roll) + self._reserve
-        states.check_space(needed, "set signals_dir to a larger disk, or signals='online'")
+        advice = "set signals_dir to a larger disk, or signals='online'"
+        states.check_space(self._size(layers, roll=roll), advice, self._reserve)
         outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
         depths = [last if output.layer is None else output.layer for output in outputs]
         stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None

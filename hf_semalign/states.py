@@ -179,16 +179,17 @@ class StateFolder:
         """Free bytes of the disk."""
         return shutil.disk_usage(self.path).free
 
-    def check_space(self, needed: int, advice: str) -> None:
-        """Log how much is about to be written, and refuse a disk without room for it.
+    def check_space(self, needed: int, advice: str, reserve: int = 0) -> None:
+        """Log how much is about to be written, and refuse a disk without room for it and for so much more.
 
         Raises:
             OSError: too little space, with both figures and an advice.
         """
         logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, self.path, self.free / 1e6)
-        if needed > self.free:
+        if needed + reserve > self.free:
             raise OSError(
-                f"The states need {needed / 1e9:.1f} GB in {self.path}, which has {self.free / 1e9:.1f} GB free: {advice}."
+                f"The states need {needed / 1e9:.1f} GB in {self.path}, and {reserve / 1e9:.1f} GB are kept for the run; "
+                f"{self.free / 1e9:.1f} GB are free: {advice}."
             )
 
     def write(self, number: int, states: Mapping[Column, torch.Tensor]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "streaming.png"
-WIDTH, HEADS, VOCABULARY, SEQUENCES, LENGTH = 1024, 16, 8192, 32, 128
+WIDTH, HEADS, VOCABULARY, SEQUENCES, LENGTH = 1024, 16, 8192, 8, 48
 DEPTHS = (4, 16, 64)
 
 

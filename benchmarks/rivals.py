@@ -2,7 +2,7 @@
 
 Both take the settings of a :class:`SemAlignConfig` (optimizer, learning rate, precision, batches, seed), LoRA in all layers
 on the modules and with the rank that SemAlign would use, and rows of :func:`hf_semalign.splits.encode`. What is TRL's own
-stays as it is: full logits at all positions, the teacher on every batch.
+stays as it is: full logits at all positions, the source on every batch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def gkd_trainer(
     """TRL's GKD on the given rows alone: KL(source || target), mean over the valid positions of the global batch.
 
     Args:
-        target: the student; gets LoRA.
-        source: the teacher.
+        target: gets LoRA.
+        source: TRL's ``teacher_model``.
         rows: encoded rows.
         collator: rows to a batch.
         args: settings; those of SemAlign's own method are ignored.
@@ -51,18 +51,9 @@ def gkd_trainer(
         callbacks: further callbacks.
     """
     # beta 0 is F.kl_div(log p_target, log p_source), which is KL(source || target); 1 would be the reverse.
-    # lmbda 0: no batch is replaced by the student's own answers. temperature would only be that of sampling.
+    # lmbda 0: no batch is replaced by the target's own answers. temperature would only be that of sampling.
     settings = GKDConfig(**_settings(args), lmbda=0.0, beta=0.0, seq_kd=False)
-    return GKDTrainer(
-        model=target,
-        teacher_model=source,
-        args=settings,
-        data_collator=_model_inputs(collator),
-        train_dataset=rows,
-        processing_class=processing_class or stand_in_tokenizer(target),
-        peft_config=_lora(target, args),
-        callbacks=callbacks,
-    )
+    return GKDTrainer(teacher_model=source, args=settings, **_shared(target, rows, collator, args, processing_class, callbacks))
 
 
 def sft_trainer(
@@ -75,15 +66,26 @@ def sft_trainer(
 ) -> SFTTrainer:
     """TRL's SFT on the labels of the given rows: no source. Arguments as in :func:`gkd_trainer`."""
     settings = SFTConfig(**_settings(args), dataset_kwargs={"skip_prepare_dataset": True})
-    return SFTTrainer(
-        model=target,
-        args=settings,
-        data_collator=_model_inputs(collator),
-        train_dataset=rows,
-        processing_class=processing_class or stand_in_tokenizer(target),
-        peft_config=_lora(target, args),
-        callbacks=callbacks,
-    )
+    return SFTTrainer(args=settings, **_shared(target, rows, collator, args, processing_class, callbacks))
+
+
+def _shared(
+    target: PreTrainedModel,
+    rows: Dataset,
+    collator: Collate,
+    args: SemAlignConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    callbacks: list[TrainerCallback] | None,
+) -> dict[str, Any]:
+    """What both of TRL's trainers take."""
+    return {
+        "model": target,
+        "data_collator": _model_inputs(collator),
+        "train_dataset": rows,
+        "processing_class": processing_class or stand_in_tokenizer(target),
+        "peft_config": _lora(target, args),
+        "callbacks": callbacks,
+    }
 
 
 def stand_in_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:

@@ -105,8 +105,10 @@ class SourceSignals:
         batch_size: examples a forward pass.
         stream: hold one decoder layer of the source at a time, and roll the states of all examples through it; each weight
             is read once, and the size of the source does not matter.
-        reserve: bytes of the disk to leave free.
         progress: show progress bars.
+
+    Attributes:
+        reserve: bytes of the disk that a pass leaves free.
     """
 
     def __init__(
@@ -124,7 +126,6 @@ class SourceSignals:
         device: torch.device | str = "cpu",
         batch_size: int = 16,
         stream: bool = False,
-        reserve: int = 0,
         progress: bool = True,
     ) -> None:
         self.source = source
@@ -132,7 +133,8 @@ class SourceSignals:
         self.semantic_map = semantic_map
         self.scales = scales or (1.0,) * len(pairing.source_layers)
         self._collate, self._device, self._batch_size, self._stream = collate, device, batch_size, stream
-        self._reserve, self._progress = reserve, progress
+        self._progress = progress
+        self.reserve = 0
         facts = {
             "source": source.identity,
             "tokenizer": tokenizer,
@@ -176,7 +178,7 @@ class SourceSignals:
 
     def fits(self, target_layers: Sequence[int]) -> bool:
         """Whether the disk has room for what some target layers and the final states lack."""
-        return self._size(target_layers, roll=False) <= self._states.free - self._reserve
+        return self._size(target_layers, roll=False) <= self._states.free - self.reserve
 
     def _lacks(self, target_layers: Sequence[int]) -> bool:
         columns = [self._final, *(self._mapped(k) for k in target_layers)]
@@ -187,11 +189,11 @@ class SourceSignals:
         for column in {self._mapped(k) for k in range(target_layers[0])} - {self._mapped(k) for k in target_layers}:
             self._states.drop(column)
         count = len(target_layers)
-        while count > 1 and self._size(target_layers[:count], roll=True) > self._states.free - self._reserve:
+        while count > 1 and self._size(target_layers[:count], roll=True) > self._states.free - self.reserve:
             count -= 1
         logger.info(
             "The disk holds the signals of %d of %d target layers, with %.0f MB kept free for the run: the others follow when "
-            "the frontier is there.", count, len(target_layers), self._reserve / 1e6,
+            "the frontier is there.", count, len(target_layers), self.reserve / 1e6,
         )  # fmt: skip
         return target_layers[:count]
 
@@ -203,7 +205,7 @@ class SourceSignals:
         layers = self._group(target_layers) if in_groups and not self.fits(target_layers) else target_layers
         roll = len(layers) < len(target_layers)
         advice = "set signals_dir to a larger disk, or signals='online'"
-        states.check_space(self._size(layers, roll=roll), advice, self._reserve)
+        states.check_space(self._size(layers, roll=roll), advice, self.reserve)
         outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
         depths = [last if output.layer is None else output.layer for output in outputs]
         stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None

@@ -58,6 +58,7 @@ class Source:
             self._facts = json.loads((Path(model) / FACTS).read_text())
         shape = skeleton(model) if isinstance(model, str) else load_model(model)
         anatomy = dissect(shape)
+        self._shape = shape
         self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
         self.num_layers = len(anatomy.layers)
         self.head_rows, self.width = anatomy.head_weight().shape
@@ -95,8 +96,7 @@ class Source:
         folder = root / f"{readable}-{self.identity[:16]}"
         if not (folder / FACTS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            shape = self._given if isinstance(self._given, PreTrainedModel) else skeleton(self._given)
-            shape.config.save_pretrained(folder)
+            self._shape.config.save_pretrained(folder)
             if isinstance(self._given, str) and self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
@@ -204,8 +204,7 @@ class Source:
     def _parts(self, layer: int | None, device: torch.device | str) -> Iterator[Anatomy]:
         """The model with one layer's weights, or with its head's alone; all else is left on the disk."""
         self._need_weights()
-        shape = skeleton(str(self._given))
-        anatomy = dissect(shape)
+        shape, anatomy = self._shape, dissect(self._shape)
         places = {id(module): path for path, module in shape.named_modules()}
         inner = places[id(anatomy.decoder)]
         homes: dict[str, str] = {f"{places[id(anatomy.layers)]}.{k}": "disk" for k in range(self.num_layers)}

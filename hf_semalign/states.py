@@ -287,7 +287,6 @@ def layer_pass(
         batch_size: examples a forward.
         device: where the layers are.
         progress: label of a progress bar; none without.
-
     """
     with folder.lock:
         lacking = folder.lacking([output.column for output in outputs])

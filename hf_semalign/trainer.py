@@ -313,12 +313,6 @@ class SemAlignTrainer(Trainer):
         """The signals of all splits on disk; the source runs over what is missing."""
         args = self.args
         wanted = [name for name in encoded if name != "extract" or args.scale == "match"]
-        tokens, trained = (
-            sum(map(len, encoded["align"]["input_ids"])),
-            sum(p.numel() for layer in self.lora_layers for p in layer),
-        )
-        reserve = 2 * tokens * self._target_head.shape[1] * 4 + 5 * 12 * trained  # the prefix, and some checkpoints
-        reserve = 0 if args.signals_dir else reserve  # which lie beside the signals
         signals = {
             name: SourceSignals(
                 self.source,
@@ -332,12 +326,15 @@ class SemAlignTrainer(Trainer):
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
                 stream=args.source_memory == "stream",
-                reserve=reserve,
                 progress=not args.disable_tqdm,
             )
             for name in wanted
         }
         cached, layers = CachedSignals(signals, "align"), self._layers_from(0)
+        if not args.signals_dir:  # prefix and checkpoints lie on the same disk
+            trained = sum(p.numel() for layer in self.lora_layers for p in layer)
+            states = int(cached.training.examples.tokens.sum()) * self._target_head.shape[1] * 4
+            cached.training.reserve = 2 * states + 5 * 12 * trained
         # In groups, training makes its own as it goes, and no other run may need what it deletes.
         self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
         with self.accelerator.autocast():

@@ -413,14 +413,14 @@ def test_training_on_groups_of_stages_gives_the_same_adapter(tmp_path, monkeypat
     whole.train()
     signals = whole.signals.training
     sizes = [column.size(signals.examples) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
-    room = sizes[0] + sizes[1] + 2 * sizes[2] + signals._reserve
+    room = sizes[0] + sizes[1] + 2 * sizes[2] + signals.reserve
     root = tmp_path / "groups" / "run" / "_signals"
 
     def free(path):
         if not Path(path).is_relative_to(root):  # the prefix has all the room that it wants
             return shutil._ntuple_diskusage(10**9, 0, 10**9)
         used = sum(path.stat().st_size - 200 for path in root.rglob("0*.safetensors"))
-        kept = signals._reserve if Path(path).is_relative_to(root / "shared") else 0
+        kept = signals.reserve if Path(path).is_relative_to(root / "shared") else 0
         return shutil._ntuple_diskusage(room, used, room - used - kept)
 
     monkeypatch.setattr(shutil, "disk_usage", free)

@@ -18,6 +18,7 @@ from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import dissect
+from hf_semalign.hooks import checkpointed
 from hf_semalign.splits import valid_positions
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def attribute_layers(
     """Score every source layer by gradient x activation.
 
     ``score_l`` is the mean over examples, and within an example over its valid positions, of ``|<dL/dh_l, h_l>|``, with
-    ``h_l`` the layer's output and ``L`` the example's mean answer cross-entropy; the batch size changes nothing.
+    ``h_l`` the layer's output and ``L`` the example's mean answer cross-entropy; the batch size changes nothing. Of the
+    activations, the outputs of all layers are held, and the inside of one layer at a time.
 
     Under a final RMSNorm or LayerNorm the loss does not depend on the length of the last state, so ``dot`` and ``signed`` give
     the last layer zero, whatever it does; ``l1`` and ``l2`` do not.
@@ -88,13 +90,12 @@ def attribute_layers(
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
     anatomy = dissect(source)
-    device, head_weight = anatomy.device, anatomy.head_weight()
+    device, head = anatomy.device, anatomy.output_head()
 
     def answer_losses(embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = anatomy.decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)[0]
         valid = valid_positions(labels)
-        logits = F.linear(hidden[valid], head_weight.to(hidden.dtype)).float()
-        losses = F.cross_entropy(logits, labels[:, 1:][valid[:, :-1]], reduction="none")
+        losses = F.cross_entropy(head.logits(hidden[valid]), labels[:, 1:][valid[:, :-1]], reduction="none")
         row = valid.nonzero()[:, 0]
         return torch.zeros(len(labels), device=device).index_add(0, row, losses) / valid.sum(1)
 
@@ -110,7 +111,8 @@ def attribute_layers(
             if not valid.any(1).all():
                 raise ValueError("No valid positions in an example of the extract split: every example needs an answer.")
             embeds = embed(batch["input_ids"].to(device)).detach().requires_grad_()
-            products = captum.attribute(embeds, additional_forward_args=(mask, labels))
+            with checkpointed(anatomy.layers):
+                products = captum.attribute(embeds, additional_forward_args=(mask, labels))
             tensors = [product if isinstance(product, torch.Tensor) else product[0] for product in products]
             rows.append(torch.stack([example_scores(tensor.detach(), valid, aggregate) for tensor in tensors], dim=1))
     finally:

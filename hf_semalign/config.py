@@ -17,6 +17,7 @@ CHOICES = {
     "map_kind": KINDS,
     "scale": ("none", "match"),
     "layer_loss": ("relation", "steering"),
+    "output_loss": ("kl", "cosine"),
     "stage_budget": BUDGETS,
     "frontier": FRONTIERS,
     "signals": ("cached", "online"),
@@ -57,9 +58,13 @@ class SemAlignConfig(TrainingArguments):
         metadata={"help": "none (the paper) or match: mapped states get the mean norm of the target layer's outputs."},
     )
     relation_weight: float = field(default=1.0, metadata={"help": "Weight of the layer loss."})
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(source || target)."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the output loss."})
     layer_loss: str = field(
         default="relation", metadata={"help": "relation (equations 4 to 7) or steering (version 1 of the paper)."}
+    )
+    output_loss: str = field(
+        default="kl",
+        metadata={"help": "kl: KL(source || target); cosine: 1 - cos of the final state and the mapped one (version 1)."},
     )
     stage_budget: str = field(
         default="split", metadata={"help": "Is the budget the whole run's (split) or every stage's (per_stage)?"}
@@ -78,6 +83,11 @@ class SemAlignConfig(TrainingArguments):
         default="resident",
         metadata={"help": "resident: the source runs whole; stream: one of its layers at a time, whatever its size."},
     )
+    source_parts: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Module paths of the source's decoder, layers, head, of a model where they are not found."},
+    )
+    target_parts: dict[str, str] | None = field(default=None, metadata={"help": "The same of the target."})
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})

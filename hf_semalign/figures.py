@@ -139,7 +139,10 @@ def _thinned(count: int, most: int = 12) -> list[int]:
 
 def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
     layer_loss = record["settings"]["layer_loss"]
-    names = {"kl": f"{KL_LABEL}\n(nats per token)", layer_loss: f"{layer_loss} loss\n(no unit)"}
+    names = {
+        "kl": f"{KL_LABEL}\n(nats per token)", "cosine": "1 - cos at the output\n(no unit)",
+        layer_loss: f"{layer_loss} loss\n(no unit)",
+    }  # fmt: skip
     drawn = [term for term in names if any(term in entry for entry in results["history"])]
     figure = Figure(figsize=(WIDTH, 1.4 + 1.7 * max(1, len(drawn))), layout="constrained")
     panels = list(figure.subplots(max(1, len(drawn)), sharex=True, squeeze=False)[:, 0])
@@ -148,7 +151,7 @@ def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
     for axes, term in zip(panels, drawn, strict=False):
         entries = [entry for entry in results["history"] if term in entry]
         # The layer loss of another stage is another layer's: no line from one to the next.
-        stages = sorted({entry["stage"] for entry in entries}) if term != "kl" else [None]
+        stages = sorted({entry["stage"] for entry in entries}) if term == layer_loss else [None]
         for stage in stages:
             steps, values = zip(*[(e["step"], e[term]) for e in entries if stage in (None, e["stage"])], strict=True)
             style = "o-" if len(steps) < 40 else "-"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -101,14 +102,42 @@ def bypass(layers: Iterable[nn.Module], states: torch.Tensor, *, as_tuples: bool
         return (states, None) if as_tuples else states
 
     layers = list(layers)
+    with _forwarding(layers, [stand_in] * len(layers)):
+        yield
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, layers keep their outputs alone, and run again on their way back for what is in them.
+
+    A layer that gives a tuple gives its hidden states in every place of it, because captum refuses the ``None`` that some
+    families have there. Not transformers' own checkpointing, which works in training mode alone, with the dropout that comes
+    with it.
+    """
+
+    def lighter(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return output if isinstance(output, torch.Tensor) else output[:1] * len(output)
+
+        return run
+
+    layers = list(layers)
+    with _forwarding(layers, [lighter(layer.forward) for layer in layers]):
+        yield
+
+
+@contextmanager
+def _forwarding(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards for some modules inside the block."""
     kept = [layer.__dict__.get("forward") for layer in layers]  # accelerate's own patches are instance attributes as well
-    for layer in layers:
-        layer.forward = stand_in
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(layers, kept, strict=True):
-            if forward is None:
+        for layer, before in zip(layers, kept, strict=True):
+            if before is None:
                 del layer.forward
             else:
-                layer.forward = forward
+                layer.forward = before

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_semalign.anatomy import name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
 
 logger = logging.getLogger(__name__)
@@ -48,31 +50,42 @@ def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 and own == torch.float16 else own
 
 
-def skeleton(name_or_path: str) -> PreTrainedModel:
+def skeleton(name_or_path: str, parts: Mapping[str, str] | None = None) -> PreTrainedModel:
     """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading."""
     config = AutoConfig.from_pretrained(name_or_path)
+    name_parts(config, parts)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_model(model: PreTrainedModel | str, *, bf16: bool = False) -> PreTrainedModel:
+def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Mapping[str, str] | None = None) -> PreTrainedModel:
     """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
+    Args:
+        model: a model, an id or a folder.
+        bf16: whether training is in bfloat16.
+        parts: see :func:`hf_semalign.anatomy.name_parts`.
+
     Raises:
-        ValueError: a model that carries LoRA already, or quantised weights.
+        ValueError: a model that carries LoRA already.
     """
     if isinstance(model, str):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
-    if isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
+    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{type(model).__name__} is quantised, which is not supported yet: load it in bfloat16.")
+    name_parts(model.config, parts)
     return model
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
-    """Id to pad with: the tokenizer's, or without one the model's."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, rows: int) -> int:
+    """Id to pad with: the tokenizer's, or without one the model's; 0 where one of the models has no embedding for it.
+
+    Args:
+        tokenizer: the target's.
+        model: the target.
+        rows: embeddings that both models have; padding is masked, so that any of them will do.
+    """
     pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
     if pad is None:
         raise ValueError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
-    return pad
+    return pad if pad < rows else 0

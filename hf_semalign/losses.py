@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hf_semalign.anatomy import Head
+
 EPSILON = 1e-8
 RELATION_ROWS = 512  # rows of a relation matrix at a time: peak memory O(rows x T)
 LOGIT_ROWS = 128  # positions whose logits exist at a time: peak memory O(rows x V)
@@ -131,55 +133,71 @@ def token_steering_losses(outputs: torch.Tensor, supervision: torch.Tensor) -> t
 
 
 def output_kl(
-    target_hidden: torch.Tensor, target_weight: torch.Tensor, source_hidden: torch.Tensor, source_weight: torch.Tensor
+    target_hidden: torch.Tensor,
+    target_weight: torch.Tensor | Head,
+    source_hidden: torch.Tensor,
+    source_weight: torch.Tensor | Head,
 ) -> torch.Tensor:
     """Output loss ``KL(p_src || p_tgt)``, mean over positions (equation 8); logits ``[N, V]`` are never built whole.
 
     Args:
         target_hidden: ``[N, D_tgt]`` final hidden states at the valid positions.
-        target_weight: head ``[V, D_tgt]``, frozen: gets no gradient.
+        target_weight: head ``[V, D_tgt]``, or a :class:`hf_semalign.anatomy.Head` with bias or soft cap; frozen: gets no
+            gradient.
         source_hidden: ``[N, D_src]``; carries no gradient.
-        source_weight: head ``[V, D_src]`` over the same tokens, frozen.
+        source_weight: head ``[V, D_src]`` over the same tokens, likewise.
     """
     return token_kl(target_hidden, target_weight, source_hidden, source_weight).mean()
 
 
 def token_kl(
-    target_hidden: torch.Tensor, target_weight: torch.Tensor, source_hidden: torch.Tensor, source_weight: torch.Tensor
+    target_hidden: torch.Tensor,
+    target_weight: torch.Tensor | Head,
+    source_hidden: torch.Tensor,
+    source_weight: torch.Tensor | Head,
 ) -> torch.Tensor:
     """``KL(p_src || p_tgt)`` of each position, ``[N]``. Arguments as in :func:`output_kl`."""
-    return _ChunkedKL.apply(target_hidden, target_weight.detach(), source_hidden.detach(), source_weight.detach())
+    return _ChunkedKL.apply(target_hidden, _as_head(target_weight), source_hidden.detach(), _as_head(source_weight))
 
 
-def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each next token without gradient: ``[N, D]``, ``[V, D]``, ``[N]`` to ``[N]``, in row chunks."""
+def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each next token without gradient: ``[N, D]``, a head, ``[N]`` to ``[N]``, in row chunks."""
+    head = _as_head(weight)
     with torch.no_grad():
-        loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
-        chunk = loss.new_empty(min(LOGIT_ROWS, len(hidden)), len(weight))
+        loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(head.weight.dtype, torch.float32))
+        chunk = loss.new_empty(min(LOGIT_ROWS, len(hidden)), len(head.weight))
         for rows in _row_chunks(hidden):
-            logits = _logits(hidden[rows], weight, chunk[: len(loss[rows])])
+            logits = _logits(hidden[rows], head, chunk[: len(loss[rows])])
             loss[rows] = F.cross_entropy(logits, tokens[rows], reduction="none")
     return loss
 
 
 class _ChunkedKL(torch.autograd.Function):
-    """KL of each row and its gradient ``(p_tgt - p_src) W_tgt``, both made in the forward pass, a chunk of rows at a time."""
+    """KL of each row and its gradient ``(p_tgt - p_src) W_tgt``, both made in the forward pass, a chunk of rows at a time.
+
+    A soft cap ``c`` of the target puts its slope ``1 - (z / c)^2`` between the two factors, ``z`` the capped logits.
+    """
 
     @staticmethod
-    def forward(ctx, target_hidden, target_weight, source_hidden, source_weight):
-        loss = target_hidden.new_empty(len(target_hidden), dtype=torch.promote_types(target_weight.dtype, torch.float32))
-        gradient = torch.empty_like(target_hidden, dtype=target_weight.dtype)
+    def forward(ctx, target_hidden, target_head, source_hidden, source_head):
+        weight, cap = target_head.weight, target_head.softcap
+        loss = target_hidden.new_empty(len(target_hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
+        gradient = torch.empty_like(target_hidden, dtype=weight.dtype)
         # Fresh tensors in each chunk would cost page faults and fragment the memory.
-        chunks = loss.new_empty(3, min(LOGIT_ROWS, len(loss)), len(target_weight))
+        chunks = loss.new_empty(3 if cap is None else 4, min(LOGIT_ROWS, len(loss)), len(weight))
         for rows in _row_chunks(target_hidden):
-            logits, source_log, target_log = chunks[:, : len(loss[rows])]
-            torch.log_softmax(_logits(source_hidden[rows], source_weight, logits), -1, out=source_log)
-            torch.log_softmax(_logits(target_hidden[rows], target_weight, logits), -1, out=target_log)
+            logits, source_log, target_log, *slope = chunks[:, : len(loss[rows])]
+            torch.log_softmax(_logits(source_hidden[rows], source_head, logits), -1, out=source_log)
+            torch.log_softmax(_logits(target_hidden[rows], target_head, logits), -1, out=target_log)
+            if cap is not None:
+                torch.div(logits, cap, out=slope[0]).square_().neg_().add_(1)
             source_probability = torch.exp(source_log, out=logits)
             loss[rows] = source_log.sub_(target_log).mul_(source_probability).sum(-1)
             if ctx.needs_input_grad[0]:
                 difference = target_log.exp_().sub_(source_probability)
-                torch.mm(difference.to(target_weight.dtype), target_weight, out=gradient[rows])
+                if cap is not None:
+                    difference.mul_(slope[0])
+                torch.mm(difference.to(weight.dtype), weight, out=gradient[rows])
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(gradient)
             ctx.dtype = target_hidden.dtype
@@ -192,11 +210,22 @@ class _ChunkedKL(torch.autograd.Function):
         return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _as_head(weight: torch.Tensor | Head) -> Head:
+    return weight if isinstance(weight, Head) else Head(weight.detach())
+
+
+def _logits(hidden: torch.Tensor, head: Head, out: torch.Tensor) -> torch.Tensor:
     """Logits in ``out``, float32 or better."""
+    weight = head.weight
     if weight.dtype == out.dtype:
-        return torch.mm(hidden.to(weight.dtype), weight.T, out=out)
-    return out.copy_(hidden.to(weight.dtype) @ weight.T)
+        torch.mm(hidden.to(weight.dtype), weight.T, out=out)
+    else:
+        out.copy_(hidden.to(weight.dtype) @ weight.T)
+    if head.bias is not None:
+        out += head.bias
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    return out
 
 
 def _row_chunks(hidden: torch.Tensor) -> list[slice]:

@@ -177,7 +177,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = _load_tokenizer(recipe)
-    source = Source(resolve_model(recipe.source), bf16=args.bf16)
+    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     seconds |= trainer.seconds
     with timed("evaluation before", seconds):
@@ -225,7 +225,7 @@ def run_signals(recipe: Recipe) -> Path:
     if args.signals != "cached":
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), _load_tokenizer(recipe)
-    source = Source(resolve_model(recipe.source), bf16=args.bf16)
+    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     trainer.prepare_signals()
     _measure_source(trainer, data, tokenizer)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from hf_semalign.attribution import LayerScores, attribute_layers, example_scores, summarise
 from hf_semalign.hooks import bypass, capture
@@ -26,6 +28,7 @@ def layer_scores(
     *,
     precision: str = "no",
     device: torch.device | str = "cpu",
+    batch_size: int = 16,
     stream: bool = False,
     progress: bool = True,
 ) -> LayerScores:
@@ -38,6 +41,7 @@ def layer_scores(
         root: the folder of all sources, where the scores are kept and found again; not kept without.
         precision: mixed precision of the run, for telling scores apart.
         device: where the source runs.
+        batch_size: examples a forward and backward pass; streamed, it is one.
         stream: hold one layer of the source at a time, see :func:`attribute_streamed`; needs ``root``.
         progress: show progress bars.
     """
@@ -48,8 +52,9 @@ def layer_scores(
     if stream and root is not None and source.num_layers > 1:
         scores = attribute_streamed(source, extract, collate, root, precision=precision, device=device, progress=progress)
     else:
-        # One example at a time: the activations of all layers are kept, and scores do not depend on the batch.
-        scores = attribute_layers(source.model(device), DataLoader(extract, 1, collate_fn=collate))
+        batches = DataLoader(cast(Any, extract), batch_size, collate_fn=collate)
+        bar = tqdm(batches, desc="attribution", disable=not progress)
+        scores = attribute_layers(source.model(device), bar)
     if root is not None:
         source.keep(root, name, asdict(scores))
     return scores
@@ -123,8 +128,7 @@ def attribute_streamed(
                             inputs_embeds=entering.detach(), attention_mask=batch["attention_mask"], use_cache=False
                         )[0]
                     if k == last:
-                        logits = F.linear(final[valid], head.to(final.dtype)).float()
-                        loss = F.cross_entropy(logits, batch["labels"][:, 1:][valid[:, :-1]])
+                        loss = F.cross_entropy(head.logits(final[valid]), batch["labels"][:, 1:][valid[:, :-1]])
                         at_output, at_input = torch.autograd.grad(loss, [state.output, entering])
                         rows.append(example_scores(at_output * state.output.detach(), valid))
                     else:

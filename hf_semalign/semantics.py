@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
 CHUNK = 4096  # vocabulary rows in float64 at a time
 MIN_SHARED = 0.9  # share of the smaller vocabulary that two tokenizers must have in common
+SAMPLE = "The 3 foxes' naïve re-run: 12.50 km -> 1,024 tests?\n\tdef f_1(x):\n        return x**2  # 東京 😀"
 
 
 def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
@@ -140,9 +142,9 @@ class SemanticMap(nn.Module):
         Raises:
             ValueError: see :func:`shared_token_ids` and :meth:`from_heads`.
         """
-        source_weight, target_weight = dissect(source).head_weight(), dissect(target).head_weight()
-        ids = shared_token_ids(source_tokenizer, target_tokenizer, len(source_weight), len(target_weight))
-        return cls.from_heads(select_rows(source_weight, ids), select_rows(target_weight, ids), kind=kind, cache=cache)
+        ours, theirs = dissect(source).output_head(), dissect(target).output_head()
+        ids = shared_token_ids(source_tokenizer, target_tokenizer, len(ours.weight), len(theirs.weight))
+        return cls.from_heads(ours.rows(ids).weight, theirs.rows(ids).weight, kind=kind, cache=cache)
 
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
@@ -170,11 +172,6 @@ class SemanticMap(nn.Module):
             return None
 
 
-def select_rows(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of a head, the head itself where that is all of them in order."""
-    return weight if len(ids) == len(weight) else weight[ids.to(weight.device)]
-
-
 def shared_token_ids(
     source_tokenizer: PreTrainedTokenizerBase | None,
     target_tokenizer: PreTrainedTokenizerBase | None,
@@ -193,8 +190,9 @@ def shared_token_ids(
         ``[V_shared]`` ascending ids.
 
     Raises:
-        ValueError: too few shared tokens, or shared tokens under different ids. One sequence of ids feeds both models, so
-            transfer across tokenizers is not supported.
+        ValueError: too few shared tokens, shared tokens under different ids, or a sample text that they cut differently, with
+            the place where they part. One sequence of ids feeds both models: transfer across tokenizers would need its own
+            alignment of positions here, and is not supported yet.
     """
     if source_tokenizer is None or target_tokenizer is None:
         if source_rows != target_rows:
@@ -207,14 +205,39 @@ def shared_token_ids(
     shared = source_vocabulary.keys() & target_vocabulary.keys()
     moved = [token for token in shared if source_vocabulary[token] != target_vocabulary[token]]
     smaller = min(len(source_vocabulary), len(target_vocabulary))
-    if len(shared) < MIN_SHARED * smaller or moved:
+    parting = _first_difference(source_tokenizer, target_tokenizer, SAMPLE)
+    if len(shared) < MIN_SHARED * smaller or moved or parting:
         raise ValueError(
             f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
-            f"(target), {len(moved)} of them under different ids: source and target need one tokenizer (up to added tokens "
-            f"and padded rows). Choose a pair from one model family."
+            f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}: source and "
+            "target need one tokenizer (up to added tokens and padded rows). Choose a pair from one model family."
         )
     limit = min(source_rows, target_rows)
     return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
+
+
+def _first_difference(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, text: str
+) -> str | None:
+    """Where two tokenizers first cut a text differently, in words."""
+    source, target = _cut(source_tokenizer, text), _cut(target_tokenizer, text)
+    place = next((k for k, (ours, theirs) in enumerate(zip_longest(source, target)) if ours != theirs), None)
+    if place is None:
+        return None
+    return (
+        f"and part at token {place} of {text!r}: after {source[max(0, place - 3) : place]} the source has "
+        f"{source[place : place + 3]}, the target {target[place : place + 3]}"
+    )
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Tokens of a text; none from a tokenizer of whole words that knows not all of them and has no token for such."""
+    try:
+        return list(tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    except Exception as error:  # tokenizers has no narrower type
+        if "[UNK]" not in str(error):
+            raise
+        return []
 
 
 def _gram(left: torch.Tensor, right: torch.Tensor, row_norms: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hf_semalign.anatomy import Anatomy, dissect
+from hf_semalign.anatomy import Anatomy, Head, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.hooks import gives_tuples
 from hf_semalign.loading import find_tokenizer, load_dtype, load_model, skeleton
 from hf_semalign.semantics import checksum
@@ -38,27 +38,35 @@ class Source:
     Args:
         model: a causal LM, a Hub id, a local folder, or a folder that another run has left under its ``signals_dir``.
         bf16: whether training is in bfloat16, see :func:`hf_semalign.loading.load_dtype`.
+        parts: see :func:`hf_semalign.anatomy.name_parts`.
 
     Attributes:
         name: Hub id, or the name of a folder.
         num_layers: decoder layers.
         width: channels of a hidden state.
         head_rows: rows of the head.
+        embedding_rows: tokens that it has embeddings for.
+        quantised: whether its weights are; then it cannot be streamed.
         dtype: of the weights.
 
     Raises:
         ValueError: a model that the method cannot use, before any weight is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False, parts: Mapping[str, str] | None = None) -> None:
         self._given = model
         self._bf16 = bf16
+        self._named = parts
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
             self._facts = json.loads((Path(model) / FACTS).read_text())
-        shape = skeleton(model) if isinstance(model, str) else load_model(model)
+        shape = skeleton(model, parts) if isinstance(model, str) else load_model(model, parts=parts)
         anatomy = dissect(shape)
+        if not isinstance(model, str):
+            check_head(model)
         self._shape = shape
+        self.quantised = getattr(shape.config, "quantization_config", None) is not None
+        self.embedding_rows = embedding_rows(shape)
         self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
         self.num_layers = len(anatomy.layers)
         self.head_rows, self.width = anatomy.head_weight().shape
@@ -112,13 +120,19 @@ class Source:
         self._need_weights()
         if self._model is None:
             logger.info("Loading the source %s", self.name)
-            self._model = load_model(self._given, bf16=self._bf16)
-        return self._model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+            self._model = load_model(self._given, bf16=self._bf16, parts=self._named)
+            check_head(self._model)
+        self._move(device)
+        return self._model.eval().requires_grad_(False)
 
     def rest(self) -> None:
         """Take the model off the accelerator."""
         if self._model is not None:
-            self._model.to("cpu")  # type: ignore[arg-type]
+            self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        if self._model is not None and not self.quantised:  # quantised weights stay where they were loaded
+            self._model.to(device)  # type: ignore[arg-type]
 
     def release(self) -> None:
         """Let a model that was loaded here go; one that the caller made goes to the CPU."""
@@ -126,19 +140,21 @@ class Source:
             self._model = None
         self.rest()
 
-    def head(self, root: Path | None = None) -> torch.Tensor:
-        """Head weight ``[V, D]`` with the logit scale folded in, on the CPU; from ``root`` if it is kept there."""
+    def head(self, root: Path | None = None) -> Head:
+        """The head on the CPU; from ``root`` if it is kept there, a bias as one more column of the weight."""
         path = None if root is None else self.folder(root) / "head.safetensors"
         if path is not None and (known := load_tensor(path)) is not None:
-            return known
+            bias = known[:, self.width] if known.shape[1] > self.width else None
+            return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
         if self._model is not None:
-            weight = dissect(self._model).head_weight().cpu()
+            head = dissect(self._model).output_head().to("cpu")
         else:
             with self._parts(layer=None, device="cpu") as anatomy:
-                weight = anatomy.head_weight().clone()
+                scaled = anatomy.output_head()
+                head = scaled._replace(weight=scaled.weight.clone(), bias=None if scaled.bias is None else scaled.bias.clone())
         if path is not None:
-            save_tensor(weight, path)
-        return weight
+            save_tensor(head.weight if head.bias is None else torch.column_stack((head.weight, head.bias)), path)
+        return head
 
     def recall(self, root: Path, name: str) -> dict[str, Any] | None:
         """A record that :meth:`keep` wrote; ``None`` when there is none or it is damaged, which is logged."""
@@ -222,6 +238,7 @@ class Source:
         with tempfile.TemporaryDirectory() as scratch, _quietly():
             own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
             model = AutoModelForCausalLM.from_pretrained(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
+            name_parts(model.config, self._named)
             for parameter in model.parameters():
                 if not parameter.is_meta:
                     parameter.data = parameter.data.to(self.dtype)

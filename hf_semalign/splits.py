@@ -202,6 +202,31 @@ def _tokenize_chat(
     return ids, labels
 
 
+def check_token_ids(
+    splits: Mapping[str, Dataset], embedded: Mapping[str, int], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse token ids that a model has no embedding for, such as tokens that were added to the other one.
+
+    Args:
+        splits: encoded rows by split name.
+        embedded: number of embeddings by model.
+        tokenizer: for the message.
+
+    Raises:
+        ValueError: names the largest id, its token and the split.
+    """
+    for split, rows in splits.items():
+        table = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+        largest = table.flatten().to_numpy().max()
+        for model, count in embedded.items():
+            if largest >= count:
+                token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
+                raise ValueError(
+                    f"Token id {largest}{token} in the {split} split: the {model} has embeddings for {count} tokens. Both "
+                    "models read every token of the data: take this one out of the prompts, or choose another pair."
+                )
+
+
 def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Take an extract split out of the training data: the last rows, up to 20 and a fifth, and all that share their prompts.
 

@@ -29,10 +29,11 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from hf_semalign.anatomy import base_model, dissect, lora_targets
+from hf_semalign.anatomy import base_model, check_head, dissect, embedding_rows, lora_targets, outside_lora
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
@@ -55,10 +56,19 @@ from hf_semalign.losses import (
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap, select_rows, shared_token_ids
+from hf_semalign.semantics import SemanticMap, shared_token_ids
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
-from hf_semalign.splits import Collator, Record, check_disjoint, encode, fingerprint, hold_out, valid_positions
+from hf_semalign.splits import (
+    Collator,
+    Record,
+    check_disjoint,
+    check_token_ids,
+    encode,
+    fingerprint,
+    hold_out,
+    valid_positions,
+)
 from hf_semalign.states import digest
 from hf_semalign.symbols import public_name
 
@@ -67,7 +77,7 @@ RECORD_NAME = "semalign.json"
 PREFIX = "_prefix"  # in the run folder; Trainer.push_to_hub leaves out _*
 PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
-    "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "stage_budget", "frontier",
+    "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
     "lora_r", "lora_alpha", "lora_targets",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
@@ -152,8 +162,13 @@ class SemAlignTrainer(Trainer):
         check_disjoint(splits)
 
         # What can be refused by shape alone is refused before any weight is loaded.
-        self.source = source_model if isinstance(source_model, Source) else Source(source_model, bf16=args.bf16)
-        shape = skeleton(model) if isinstance(model, str) else load_model(model)
+        if isinstance(source_model, Source):
+            self.source = source_model
+        else:
+            self.source = Source(source_model, bf16=args.bf16, parts=cast(Any, args.source_parts))
+        if args.source_memory == "stream" and self.source.quantised:
+            raise ValueError(f"{self.source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
+        shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
         anatomy = dissect(shape)
         self.source_id, self.target_id = self.source.name, public_name(str(shape.name_or_path))
         depths = self.source.num_layers, len(anatomy.layers)
@@ -173,7 +188,14 @@ class SemAlignTrainer(Trainer):
             )
         theirs = self.source.tokenizer if processing_class is not None else None
         token_ids = shared_token_ids(theirs, processing_class, self.source.head_rows, rows)
-        collator = Collator(pad_token_id(processing_class, shape))
+        if len(token_ids) < max(self.source.head_rows, rows):
+            logger.warning(
+                "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
+                "hold, with both distributions renormalised.", self.source.head_rows, rows, len(token_ids),
+            )  # fmt: skip
+        embedded = {"source": self.source.embedding_rows, "target": embedding_rows(shape)}
+        check_token_ids(encoded, embedded, processing_class)
+        collator = Collator(pad_token_id(processing_class, shape, min(embedded.values())))
         self.frontier = Frontier(args.frontier, depths[1])
         self.schedule = FrontierSchedule(self.frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
         self._learning_rate_factor = stage_learning_rate(
@@ -185,7 +207,8 @@ class SemAlignTrainer(Trainer):
         )
         self._lora_targets = lora_targets(anatomy.layers, args.lora_targets)
         with timed("loading the target", self.seconds):
-            target = load_model(model, bf16=args.bf16)
+            target = load_model(model, bf16=args.bf16, parts=args.target_parts)
+            check_head(target)
         self.target_anatomy = dissect(target)
         adapted = _add_lora(target, args, self._lora_targets)
         self.lora_layers = [
@@ -216,17 +239,18 @@ class SemAlignTrainer(Trainer):
                     root,
                     precision=str(self.accelerator.mixed_precision),
                     device=args.device,
+                    batch_size=args.per_device_eval_batch_size,
                     stream=args.source_memory == "stream",
                     progress=not args.disable_tqdm,
                 )
                 pairing = pair_layers(scores, depths[1], args.pairing)
         with timed("semantic map", self.seconds), args.main_process_first():
             head = self.source.head(root).to(args.device)
-            self._source_head = select_rows(head, token_ids)
-            self._target_head = select_rows(self.target_anatomy.head_weight(), token_ids)
+            self._source_head = head.rows(token_ids)
+            self._target_head = self.target_anatomy.output_head().rows(token_ids)
             cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
             self.semantic_map = semantic_map or SemanticMap.from_heads(
-                self._source_head, self._target_head, kind=args.map_kind, cache=cache
+                self._source_head.weight, self._target_head.weight, kind=args.map_kind, cache=cache
             )
             self.semantic_map.to(args.device, torch.float32)
         # Backward kernels may differ in the last bits between ranks; all must train on the same pairs.
@@ -333,7 +357,7 @@ class SemAlignTrainer(Trainer):
         cached, layers = CachedSignals(signals, "align"), self._layers_from(0)
         if not args.signals_dir:  # prefix and checkpoints lie on the same disk
             trained = sum(p.numel() for layer in self.lora_layers for p in layer)
-            states = int(cached.training.examples.tokens.sum()) * self._target_head.shape[1] * 4
+            states = int(cached.training.examples.tokens.sum()) * self._target_head.weight.shape[1] * 4
             cached.training.reserve = 2 * states + 5 * 12 * trained
         # In groups, training makes its own as it goes, and no other run may need what it deletes.
         self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
@@ -421,7 +445,7 @@ class SemAlignTrainer(Trainer):
         return outputs, states, signals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """``relation_weight`` x layer loss + ``kl_weight`` x KL (equation 9), each as its share of the global batch's mean.
+        """``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9), as shares of the global batch's means.
 
         Without ``num_items_in_batch`` the batch at hand is the global batch.
         """
@@ -443,24 +467,28 @@ class SemAlignTrainer(Trainer):
             else:
                 layer_terms.append(token_steering_losses(state.output[valid], supervision[valid]).sum() / tokens)
         layer_term = torch.stack(layer_terms).mean() if layer_terms else zero
-        kl_term = zero
+        output_term = zero
         if self.args.kl_weight:
             hidden = states[-1].output[valid]
-            kl_term = token_kl(hidden, self._target_head, signals.final, self._source_head).sum() / tokens
+            if self.args.output_loss == "kl":
+                losses = token_kl(hidden, self._target_head, signals.final, self._source_head)
+            else:
+                losses = token_steering_losses(hidden, self.semantic_map(signals.final.float()))
+            output_term = losses.sum() / tokens
         if self.model.training:
-            self._term_sums += torch.stack([layer_term.detach(), kl_term.detach()])
-        loss = (self.args.relation_weight * layer_term + self.args.kl_weight * kl_term) * ranks
+            self._term_sums += torch.stack([layer_term.detach(), output_term.detach()])
+        loss = (self.args.relation_weight * layer_term + self.args.kl_weight * output_term) * ranks
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""
         steps = self.state.global_step - self._terms_logged
         if "loss" in logs and steps > 0:
-            layer_term, kl_term = (self.accelerator.reduce(self._term_sums, "sum") / steps).tolist()
+            layer_term, output_term = (self.accelerator.reduce(self._term_sums, "sum") / steps).tolist()
             if self.args.relation_weight:
                 logs[self.args.layer_loss] = layer_term
             if self.args.kl_weight:
-                logs["kl"] = kl_term
+                logs[self.args.output_loss] = output_term
             logs["stage"] = self.schedule.stage(self.state.global_step - 1) + 1
             self._term_sums.zero_()
             self._terms_logged = self.state.global_step
@@ -479,7 +507,7 @@ class SemAlignTrainer(Trainer):
             answers = inputs["labels"][:, 1:][valid[:, :-1]]
             rows = valid.nonzero()[:, 0]
             sums = torch.zeros(len(valid), 5, device=valid.device)
-            own_head = self.target_anatomy.head_weight()
+            own_head = self.target_anatomy.output_head()
             sums[:, 0].index_add_(0, rows, token_cross_entropy(hidden, own_head, answers))
             sums[:, 1].index_add_(0, rows, token_kl(hidden, self._target_head, signals.final, self._source_head))
             sums[:, 2] = valid.sum(1)
@@ -591,5 +619,14 @@ class SemAlignTrainer(Trainer):
 
 def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -> PeftModel:
     torch.manual_seed(args.seed)
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    layers = dissect(target).layers
+    transposed = any(isinstance(module, Conv1D) for module in layers.modules())
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=names,
+        exclude_modules=outside_lora(target, layers, names) or None,
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(target, config)

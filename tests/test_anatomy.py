@@ -2,48 +2,22 @@
 
 import pytest
 import torch
-import transformers
-from conftest import tiny_llama, tiny_model
+from conftest import tiny_llama
+from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_semalign.anatomy import base_model, dissect, lora_targets, num_layers
+from hf_semalign.anatomy import (
+    base_model,
+    check_head,
+    dissect,
+    embedding_rows,
+    lora_targets,
+    name_parts,
+    outside_lora,
+)
 
 LAYERS, VOCAB = 3, 50
-COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MODERN = {**COMMON, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-GROUPED = {**MODERN, "num_key_value_heads": 2}
-LLAMA_ROW = ["up_proj", "down_proj", "v_proj", "o_proj"]
-OPT = {
-    **COMMON,
-    "hidden_size": 16,
-    "ffn_dim": 24,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "word_embed_proj_dim": 16,
-}
-
-# Name of the family in transformers: settings, logit scale, LoRA modules.
-FAMILIES = {
-    "Llama": (GROUPED, 1.0, LLAMA_ROW),
-    "Qwen2": (GROUPED, 1.0, LLAMA_ROW),
-    "Mistral": ({**GROUPED, "head_dim": 4}, 1.0, LLAMA_ROW),
-    "Gemma": ({**GROUPED, "head_dim": 4}, 1.0, LLAMA_ROW),
-    "Cohere": ({**GROUPED, "logit_scale": 0.25}, 0.25, LLAMA_ROW),
-    "Granite": ({**GROUPED, "logits_scaling": 8.0}, 0.125, LLAMA_ROW),
-    "Phi3": (GROUPED, 1.0, ["gate_up_proj", "down_proj", "qkv_proj", "o_proj"]),
-    "Starcoder2": (GROUPED, 1.0, ["c_fc", "c_proj", "v_proj", "o_proj"]),
-    "GPTNeoX": (MODERN, 1.0, ["dense_h_to_4h", "dense_4h_to_h", "query_key_value", "dense"]),
-    "OPT": (OPT, 1.0, ["fc1", "fc2", "v_proj", "out_proj"]),
-    "GPT2": ({**COMMON, "n_embd": 16, "n_layer": LAYERS, "n_head": 4}, 1.0, ["c_fc", "c_proj", "c_attn"]),
-}
-
-
-def build(family, **changes):
-    model_class = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
-    return tiny_model(
-        model_class, getattr(transformers, f"{family}Config"), **{**FAMILIES.get(family, (GROUPED,))[0], **changes}
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,9 +28,11 @@ def test_decoder_and_head_make_the_models_own_logits(family):
     with torch.no_grad():
         hidden = anatomy.decoder(input_ids=ids, use_cache=False)[0]
         logits = model(input_ids=ids).logits
-    torch.testing.assert_close(hidden @ anatomy.head_weight().T, logits)
-    assert anatomy.logit_scale == FAMILIES[family][1] and anatomy.head_weight().shape == (VOCAB, 16)
-    assert not anatomy.head_weight().requires_grad
+    head = anatomy.output_head()
+    torch.testing.assert_close(head.logits(hidden), logits)
+    assert anatomy.logit_scale == FAMILIES[family].scale and head.weight.shape == (VOCAB, 16)
+    assert head.weight is not None and not head.weight.requires_grad and embedding_rows(model) == VOCAB
+    check_head(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,17 +42,17 @@ def test_layers_are_the_decoder_layers_in_order(family):
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda module, args, index=index: called.append(index))
     model(input_ids=torch.tensor([[1, 7]]))
-    assert called == list(range(LAYERS)) and num_layers(model.config) == LAYERS
+    assert called == list(range(LAYERS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_modules_of_the_family_are_found_and_accepted_by_peft(family):
     model = build(family)
     targets = lora_targets(dissect(model).layers)
-    assert targets == FAMILIES[family][2]
+    assert targets == FAMILIES[family].lora
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "GPT2"))
     for layer in dissect(adapted).layers:
-        assert len([name for name, _ in layer.named_parameters() if name.endswith("lora_A.default.weight")]) >= len(targets)
+        assert any(name.endswith("lora_A.default.weight") for name, _ in layer.named_parameters())
 
 
 def test_a_peft_model_has_the_anatomy_of_its_base():
@@ -118,32 +94,58 @@ def test_two_lists_of_the_same_length_are_refused():
         dissect(model)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [("Gemma2", {"head_dim": 4, "final_logit_softcapping": 30.0}), ("Phi", {})],
-    ids=["soft-capped logits", "a bias"],
-)
-def test_heads_that_are_no_plain_matrix_are_refused(family, changes):
-    with pytest.raises(ValueError, match=f"The head of {family}ForCausalLM has a bias or soft-capped logits"):
-        dissect(build(family, **changes))
+def test_biased_and_capped_heads_are_known_and_cut_to_rows():
+    phi, gemma = dissect(build("Phi")).output_head(), dissect(build("Gemma2")).output_head()
+    assert phi.bias.shape == (VOCAB,) and phi.softcap is None and gemma.bias is None and gemma.softcap == 2.0
+    ids = torch.tensor([1, 5, 40])
+    hidden = torch.randn(2, 16)
+    for head in (phi, gemma):
+        torch.testing.assert_close(head.rows(ids).logits(hidden), head.logits(hidden)[:, ids])
+        assert head.rows(torch.arange(VOCAB)) is head
+    assert phi._replace(bias=torch.randn(VOCAB)).logits(hidden).sub(phi.logits(hidden)).abs().max() > 0.1
 
 
-def test_a_head_multiplier_is_folded_or_refused():
-    settings = {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 8}
-    model = build("FalconH1", **settings)
-    ids = torch.tensor([[1, 7, 9, 30]])
-    try:
-        anatomy = dissect(model)
-    except ValueError:
-        return
-    with torch.no_grad():
-        hidden = anatomy.decoder(input_ids=ids, use_cache=False)[0]
-        torch.testing.assert_close(hidden @ anatomy.head_weight().T, model(input_ids=ids).logits)
+def test_a_logit_scale_scales_the_bias_too():
+    model = build("Phi")
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.config.logit_scale = 0.5
+    head = dissect(model).output_head()
+    torch.testing.assert_close(head.bias, 0.5 * model.lm_head.bias.detach())
+    torch.testing.assert_close(head.weight, 0.5 * model.lm_head.weight.detach())
+
+
+def test_logits_that_the_head_does_not_explain_are_refused():
+    model = build("Granite")
+    check_head(model)
+    model.config.logits_scaling = 4.0  # the model reads it at every forward; this one was built with 8
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 3)
+    with pytest.raises(ValueError, match="logits of GraniteForCausalLM are not those of its head"):
+        check_head(model)
+
+
+def test_parts_can_be_named_by_hand_and_stay_named(tmp_path):
+    model = tiny_llama(2, 16)
+    model.model.others = nn.ModuleList([nn.Identity(), nn.Identity()])
+    with pytest.raises(ValueError, match="settings source_parts and target_parts"):
+        dissect(model)
+    name_parts(model.config, {"layers": "model.layers", "decoder": "model", "head": "lm_head"})
+    assert dissect(model).layers is model.model.layers
+    model.config.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).semalign_parts == model.config.semalign_parts
+
+
+def test_wrong_names_of_parts_are_refused_with_what_there_is():
+    model = tiny_llama(2, 16)
+    with pytest.raises(ValueError, match=r"Unknown parts \['blocks'\]"):
+        name_parts(model.config, {"blocks": "model.layers"})
+    name_parts(model.config, {"layers": "transformer.h"})
+    with pytest.raises(ValueError, match=r"no module 'transformer.h', which was named as its layers. It has .*'model.layers'"):
+        dissect(model)
 
 
 def test_layers_wider_or_narrower_than_the_head_are_refused():
     with pytest.raises(ValueError, match="OPTForCausalLM"):
-        dissect(build("OPT", word_embed_proj_dim=8))
+        dissect(build("OPT", width=32, hidden_size=16))
 
 
 def test_wanted_lora_modules_are_used_as_given():
@@ -155,13 +157,41 @@ def test_unknown_lora_modules_are_refused_with_the_candidates(wanted):
     missing = sorted(set(wanted) - {"v_proj"})
     with pytest.raises(ValueError) as error:
         lora_targets(tiny_llama(2, 16).model.layers, wanted)
-    assert f"{missing} do not occur in every layer" in str(error.value)
+    assert f"{missing} occur in no layer" in str(error.value)
     assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in str(error.value)
 
 
-def test_a_module_must_be_in_every_layer():
+def test_every_layer_needs_a_module_but_not_every_module():
     layers = tiny_llama(2, 16).model.layers
     del layers[1].self_attn.v_proj
-    with pytest.raises(ValueError, match="no known set of names occurs in every layer") as error:
+    assert lora_targets(layers) == ["up_proj", "down_proj", "v_proj", "o_proj"]
+    with pytest.raises(ValueError, match=r"none of \['v_proj'\] in layers \[1\]"):
+        lora_targets(layers, ["v_proj"])
+
+
+def test_layers_without_known_modules_are_refused_with_the_candidates():
+    layers = nn.ModuleList([nn.ModuleDict({"mixing": nn.Linear(4, 4)}) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"none of the known names in layers \[0, 1\]. Candidates: \['mixing'\]"):
         lora_targets(layers)
-    assert "'v_proj'" not in str(error.value) and "'o_proj'" in str(error.value)
+    assert lora_targets(layers, ["mixing"]) == ["mixing"]
+
+
+def test_experts_and_what_is_not_in_the_layers_get_no_lora(caplog):
+    model = tiny_llama(2, 16)
+    model.tower = nn.ModuleDict({"v_proj": nn.Linear(16, 16)})
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(16, 16)})])
+    layers = model.model.layers
+    names = lora_targets(layers)
+    assert names == ["up_proj", "down_proj", "v_proj", "o_proj"] and "mixture of experts" in caplog.text
+    outside = outside_lora(model, layers, names)
+    assert outside == ["model.layers.0.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.0.up_proj", "tower.v_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, exclude_modules=outside))
+    carriers = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert len(carriers) == 8 and not any("experts" in name or "tower" in name for name in carriers)
+
+
+@pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconH1", "Bamba"])
+def test_what_fused_kernels_of_a_state_space_mixer_read_gets_no_lora(family):
+    with pytest.raises(ValueError, match="occur in no layer"):
+        lora_targets(dissect(build(family)).layers, ["out_proj"])

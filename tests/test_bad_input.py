@@ -110,7 +110,7 @@ def test_hidden_layers_not_found(tmp_path):
 
 
 def test_lora_modules_not_found(tmp_path):
-    with pytest.raises(ValueError, match=r"\['query'\] do not occur in every layer. Candidates: \['down_proj'"):
+    with pytest.raises(ValueError, match=r"\['query'\] occur in no layer. Candidates: \['down_proj'"):
         build(tmp_path, settings={"lora_targets": ["query", "v_proj"]})
 
 
@@ -227,11 +227,29 @@ def test_learning_rate_schedule_that_cannot_restart(tmp_path):
         build(tmp_path, settings=settings, given={"eval_dataset": ROWS[20:]})
 
 
-def test_unsupported_heads(tmp_path):
+def test_logits_that_no_head_explains(tmp_path):
     model = target()
-    model.lm_head = nn.Linear(16, 97, bias=True)
-    with pytest.raises(ValueError, match="a bias or soft-capped logits, which are not supported yet"):
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + logits.mean(-1, keepdim=True) ** 2 + logits**2)
+    with pytest.raises(ValueError, match="logits of LlamaForCausalLM are not those of its head on its decoder's output"):
         build(tmp_path, model=model)
+
+
+def test_a_token_that_the_source_has_no_embedding_for(tmp_path):
+    tiny_llama(5, 24).save_pretrained(tmp_path / "source")
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "source")
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(24)]
+    rows[5]["completion"] = " w3 <added>"
+    with pytest.raises(
+        ValueError, match=r"Token id 97 \('<added>'\) in the align split: the source has embeddings for 97 tokens"
+    ):
+        build(
+            tmp_path,
+            model=target(vocab=98),
+            source=str(tmp_path / "source"),
+            train=rows[:16],
+            extract=rows[16:],
+            given={"processing_class": word_tokenizer([*WORDS, "<added>"])},
+        )
 
 
 def test_nothing_was_trained_or_written_before_an_error(tmp_path):

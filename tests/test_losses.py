@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_semalign import losses
+from hf_semalign.anatomy import Head
 from hf_semalign.losses import (
     output_kl,
     relation_loss,
@@ -376,3 +377,31 @@ def test_no_positions_give_no_values():
     each.sum().backward()
     assert each.shape == (0,) and target_hidden.grad.shape == (0, 5)
     assert token_cross_entropy(target_hidden, target_weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 256])
+def test_bias_and_soft_cap_of_both_heads_count_in_loss_and_gradient(rows, biased, cap, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ROWS", rows)
+    target_hidden, target_weight, source_hidden, source_weight = heads()
+    biases = [2 * torch.randn(len(target_weight), dtype=torch.float64) if biased else None for _ in range(2)]
+    target, source = (Head(w, b, cap) for w, b in zip((target_weight, source_weight), biases, strict=True))
+
+    def logits(hidden, head):
+        raw = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+        return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    ours, theirs = target_hidden.clone().requires_grad_(), target_hidden.clone().requires_grad_()
+    target_log, source_log = logits(theirs, target).log_softmax(-1), logits(source_hidden, source).log_softmax(-1)
+    expected = F.kl_div(target_log, source_log, reduction="batchmean", log_target=True)
+    loss = output_kl(ours, target, source_hidden, source)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    plain = output_kl(target_hidden, target_weight, source_hidden, source_weight)
+    assert (loss - plain).abs() > 1e-3 or not (biased or cap)
+    tokens = torch.arange(len(target_hidden))
+    each = token_cross_entropy(target_hidden, target, tokens)
+    torch.testing.assert_close(each, F.cross_entropy(logits(target_hidden, target), tokens, reduction="none"))

@@ -12,7 +12,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 
 from hf_semalign import semantics
 from hf_semalign.pairing import pair_layers
-from hf_semalign.semantics import KINDS, SemanticMap, select_rows, semantic_bases, shared_token_ids
+from hf_semalign.semantics import KINDS, SemanticMap, semantic_bases, shared_token_ids
 from hf_semalign.signals import OnlineSignals, match_scales
 
 VOCAB = 40
@@ -378,12 +378,6 @@ def test_the_same_tokens_under_other_ids_are_refused_with_their_number():
     words = [f"w{index}" for index in range(20)]
     with pytest.raises(ValueError, match=r"share 23 tokens of 23 \(source\) and 23 \(target\), 20 of them under different ids"):
         shared_token_ids(word_tokenizer(words), word_tokenizer(words[::-1]), 23, 23)
-
-
-def test_select_rows_copies_nothing_when_all_are_wanted():
-    weight = head(4)
-    assert select_rows(weight, torch.arange(VOCAB)) is weight
-    assert torch.equal(select_rows(weight, torch.tensor([1, 5])), weight[[1, 5]])
 
 
 # Scales

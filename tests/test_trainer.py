@@ -592,3 +592,39 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
             assert left[key] == pytest.approx(right[key], rel=1e-4), key
     for key in ("eval_kl", "eval_loss", "eval_relation"):
         assert one["eval"][key] == pytest.approx(two["eval"][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(("source_rows", "target_rows"), [(97, 98), (98, 97), (104, 112), (97, 97)])
+def test_unequal_heads_share_the_rows_of_the_tokens_that_both_know(tmp_path, source_rows, target_rows, caplog):
+    """Added tokens (WizardCoder) on either side, and padded heads (Qwen2.5): map and KL are over the shared rows."""
+    words = [f"w{i}" for i in range(94)]
+    added = {98: ["<added>"]}
+    tokenizers = {rows: word_tokenizer([*words, *added.get(rows, [])]) for rows in (source_rows, target_rows)}
+    tiny_llama(SOURCE_LAYERS, 24, vocab=source_rows, seed=2).save_pretrained(tmp_path / "source")
+    tokenizers[source_rows].save_pretrained(tmp_path / "source")
+    tokenizer = tokenizers[target_rows]
+    if target_rows == 98:
+        tokenizer.pad_token = "<added>"  # an id that the source has no embedding for
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4" + " w5" * (i % 3)} for i in range(24)]
+    trainer = SemAlignTrainer(
+        tiny_llama(TARGET_LAYERS, WIDTH, vocab=target_rows, seed=1),
+        str(tmp_path / "source"),
+        SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True),
+        rows[:16],
+        eval_dataset=rows[20:],
+        extract_dataset=rows[16:20],
+        processing_class=tokenizer,
+    )
+    assert trainer.semantic_map.shared_tokens == 97
+    assert ("both distributions renormalised" in caplog.text) is (max(source_rows, target_rows) > 97)
+    trainer.train()
+    metrics = trainer.evaluate()
+    source = LlamaForCausalLM.from_pretrained(tmp_path / "source")
+    expected = []
+    for row in trainer.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        valid = torch.tensor(row["labels"])[1:] != -100
+        with torch.no_grad():
+            ours, theirs = (model(input_ids=ids).logits[0, :-1, :97][valid] for model in (trainer.model, source))
+        expected.append((theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1))
+    assert metrics["eval_kl"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)

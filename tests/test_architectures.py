@@ -1,0 +1,118 @@
+"""Every model family through a whole run: signals, all stages, prefix, saving, and plain loading by peft."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_rows
+from families import FAMILIES, build
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.signals import OnlineSignals
+from hf_semalign.splits import valid_positions
+from hf_semalign.trainer import SemAlignTrainer
+
+LAYERS, VOCAB = 3, 50
+ROWS = random_rows([(2 + i % 3, 3 + i % 4) for i in range(26)], vocab=VOCAB)
+
+
+class Moved(TrainerCallback):
+    """Layers whose LoRA moved, by step, and whether the target prefix was in use."""
+
+    def __init__(self):
+        self.trainer, self.layers, self.with_prefix, self.before = None, [], False, None
+
+    def _state(self):
+        return [torch.cat([p.detach().flatten() for p in layer]) for layer in self.trainer.lora_layers]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = self._state()
+        self.with_prefix |= self.trainer._prefix is not None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pairs = zip(self.before, self._state(), strict=True)
+        self.layers.append({k for k, (old, new) in enumerate(pairs) if not torch.equal(old, new)})
+
+
+def train(folder, source, target, **settings):
+    moved = Moved()
+    args = SemAlignConfig(
+        output_dir=str(folder),
+        max_steps=6 * LAYERS,  # more than two epochs, so that there is a prefix
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    trainer = SemAlignTrainer(target, source, args, ROWS[:20], extract_dataset=ROWS[20:], callbacks=[moved])
+    moved.trainer = trainer
+    trainer.train()
+    return trainer, moved
+
+
+def adapter(trainer):
+    return torch.cat([p.detach().flatten() for layer in trainer.lora_layers for p in layer])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_teaches_and_learns(tmp_path, family):
+    source = build(family, layers=LAYERS + 1, width=32, vocab=VOCAB, seed=1)
+    target = build(family, layers=LAYERS, width=16, vocab=VOCAB, seed=2)
+    fresh = copy.deepcopy(target)
+    trainer, moved = train(tmp_path / "cached", source, target)
+
+    assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
+    assert moved.with_prefix
+    for layer in trainer.lora_layers:
+        assert len(layer) >= 2 and any(p.any() for p in layer[1::2])
+
+    batch = trainer.data_collator(trainer.train_dataset.select(range(4)))
+    signals = trainer.signals(batch, range(LAYERS))
+    shapes = [tuple(states.shape) for states in signals.supervision]
+    assert shapes == [(*batch["labels"].shape, 16)] * LAYERS
+    valid = valid_positions(batch["labels"])
+    assert tuple(signals.final.shape) == (int(valid.sum()), 32)
+    online = OnlineSignals(source, trainer.pairing, trainer.semantic_map)(batch, range(LAYERS))
+    torch.testing.assert_close(signals.final, online.final, rtol=1e-4, atol=1e-4)
+    for kept, made in zip(signals.supervision, online.supervision, strict=True):
+        torch.testing.assert_close(kept[valid], made[valid], rtol=1e-4, atol=1e-4)
+
+    trainer.save_model(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        ours = trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        theirs = again(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with again.disable_adapter():
+            before = again(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(ours[valid], theirs[valid], rtol=1e-5, atol=1e-5)
+    assert (theirs - before)[valid].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_training_with_a_prefix_is_online_training(tmp_path, family):
+    source = build(family, layers=LAYERS + 1, width=32, vocab=VOCAB, seed=1)
+    target = build(family, layers=LAYERS, width=16, vocab=VOCAB, seed=2)
+    runs = [
+        train(tmp_path / signals, copy.deepcopy(source), copy.deepcopy(target), signals=signals)[0]
+        for signals in ("cached", "online")
+    ]
+    cached, online = (adapter(run) for run in runs)
+    assert (cached - online).norm() < 1e-4 * online.norm()
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("Llama", "GPT2"), ("GPTNeoX", "Qwen3"), ("Gemma2", "Mamba"), ("Phi", "Mixtral")]
+)
+def test_two_families_over_one_vocabulary(tmp_path, source, target):
+    trainer, moved = train(
+        tmp_path, build(source, layers=LAYERS + 1, width=32, vocab=VOCAB), build(target, layers=LAYERS, width=16, vocab=VOCAB)
+    )
+    assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[-1] < kl[0]

@@ -72,7 +72,7 @@ def measure(folder: str, stream: bool) -> dict[str, Any]:
     layers = tuple(source.num_layers * (k + 1) // 4 - 1 for k in range(4))
     target_head = load_file(Path(folder) / "target_head.safetensors")["head"]
     with tempfile.TemporaryDirectory() as root:
-        semantic_map = SemanticMap.from_heads(source.head(), target_head).float()
+        semantic_map = SemanticMap.from_heads(source.head().weight, target_head).float()
         pairing = LayerPairing(layers, source.num_layers, "explicit")
         signals = SourceSignals(
             source, pairing, semantic_map, data, Path(root), Collator(0), batch_size=4, stream=stream, progress=False

@@ -7,6 +7,7 @@ import torch
 from conftest import random_rows
 from families import FAMILIES, build
 from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
@@ -116,3 +117,17 @@ def test_two_families_over_one_vocabulary(tmp_path, source, target):
     assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[-1] < kl[0]
+
+
+def test_a_model_whose_parts_are_not_found_trains_when_they_are_named(tmp_path):
+    """Two lists of as many modules: which of them holds the layers is said by hand, of source and target."""
+    models = {}
+    for role, layers, width in (("source", LAYERS + 1, 32), ("target", LAYERS, 16)):
+        models[role] = build("Llama", layers=layers, width=width, vocab=VOCAB)
+        models[role].model.gates = nn.ModuleList(nn.Identity() for _ in range(layers))
+    parts = {"layers": "model.layers"}
+    with pytest.raises(ValueError, match=r"found \{'layers': 4, 'gates': 4\}.*settings source_parts and target_parts"):
+        train(tmp_path / "unnamed", models["source"], models["target"])
+    trainer, moved = train(tmp_path / "named", models["source"], models["target"], source_parts=parts, target_parts=parts)
+    assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
+    assert trainer.source.num_layers == LAYERS + 1

@@ -152,3 +152,16 @@ def test_unusable_input_is_refused(source):
         attribute_layers(source, batches, aggregate="mean")
     with pytest.raises(ValueError, match="no batches"):
         attribute_layers(source, [])
+
+
+def test_activations_are_held_for_one_layer_at_a_time(source):
+    """Of what the backward pass needs, only the outputs of the layers and the output loss are kept from the forward pass."""
+    layers, width, rows = len(source.model.layers), 16, random_rows([(30, 30)] * 4)
+    held, runs = [], []
+    for layer in source.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        attribute_layers(source, batches_of(rows, 4))
+    assert len(runs) == 2 * layers - 1  # once forward, and all but the first once more on the way back
+    inside = 4 * 60 * 2 * width  # one of the FFN's tensors; each layer makes some ten of this size
+    assert sum(size >= inside for size in held) <= 4

@@ -7,8 +7,10 @@ import reference
 import torch
 from conftest import batches_of, random_rows, tiny_llama, tiny_model, word_tokenizer
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 from hf_semalign import semantics
 from hf_semalign.pairing import pair_layers
@@ -372,6 +374,21 @@ def test_unrelated_tokenizers_are_refused_with_the_numbers():
     source, target = word_tokenizer(["a", "b", "c", "d", "e"]), word_tokenizer(["x", "y", "z"])
     with pytest.raises(ValueError, match=r"share 3 tokens of 8 \(source\) and 6 \(target\), 0 of them under different ids"):
         shared_token_ids(source, target, 8, 6)
+
+
+def test_one_vocabulary_that_cuts_text_differently_is_refused_with_the_place():
+    """As of two releases of a tokenizer with other merges: the tokens are the same, the ids of a text are not."""
+    letters = sorted(set("The 3 foxes'"))
+    vocabulary = {token: index for index, token in enumerate(["<unk>", *letters, "Th", "he"])}
+    made = []
+    for merges in ([("T", "h"), ("h", "e")], [("h", "e"), ("T", "h")]):
+        tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>"))
+        made.append(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    rows = len(vocabulary)
+    parting = r"part at token 0 of \"The 3 foxes.* the source has \['Th', 'e', ' '\], the target \['T', 'he', ' '\]"
+    with pytest.raises(ValueError, match=rf"share {rows} tokens of {rows} .* {parting}"):
+        shared_token_ids(*made, rows, rows)
+    assert len(shared_token_ids(made[0], made[0], rows, rows)) == rows
 
 
 def test_the_same_tokens_under_other_ids_are_refused_with_their_number():

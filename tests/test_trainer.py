@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_rows, tiny_llama, word_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -146,6 +147,30 @@ def test_joint_loss_averages_the_layers(tmp_path):
     terms = [expected_loss(trainer, batch, stage) for stage in range(TARGET_LAYERS)]
     mean = sum(layer_term for layer_term, _ in terms) / TARGET_LAYERS
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), 0.5 * mean + terms[0][1])
+
+
+def test_version_1_of_the_paper_is_two_cosines(tmp_path):
+    """Layer and final state, each along the source's, which the map carries into the target's space."""
+    version_1 = {"pairing": "proportional", "map_kind": "cosine", "layer_loss": "steering", "output_loss": "cosine"}
+    trainer = make_trainer(tmp_path, **version_1)
+    assert trainer.pairing.source_layers == (1, 2, 4)
+    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
+    inputs, valid = {key: batch[key] for key in ("input_ids", "attention_mask")}, valid_positions(batch["labels"])
+    target = trainer.model.get_base_model()
+    with capture([target.model.layers[0], target.model]) as (state, final):
+        trainer.model(**inputs)
+    source = trainer.source_model.model
+    with capture([source.layers[1], source]) as (source_state, source_final):
+        trainer.source_model(**inputs)
+    cosines = [
+        F.cosine_similarity(ours.output[valid], trainer.semantic_map(theirs.output)[valid], dim=-1).mean()
+        for ours, theirs in ((state, source_state), (final, source_final))
+    ]
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), 2 - cosines[0] - cosines[1])
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "cosine" in entry]
+    assert len(logs) == 6 and all("steering" in entry and "kl" not in entry for entry in logs)
+    assert logs[-1]["cosine"] < logs[0]["cosine"]
 
 
 class Gradients(TrainerCallback):

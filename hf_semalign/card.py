@@ -32,6 +32,10 @@ LOSS_TEXTS = {
     "relation": "relation loss (a layer's update of the residual stream takes on the geometry of its source layer's)",
     "steering": "steering loss (a layer's states take on the direction of its source layer's)",
 }
+OUTPUT_TEXTS = {
+    "kl": f"{KL_LABEL} of the output distributions",
+    "cosine": "cosine loss of the final state (it takes on the direction of the source's)",
+}
 CITATION = """```bibtex
 @article{gu2025semalign,
   title={Beyond Neural Incompatibility: Cross-Scale Knowledge Transfer in Language Models through Latent Semantic Alignment},
@@ -149,7 +153,7 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
 def _summary(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
     settings, task = record["settings"], _text(_public(results["task"]))
     losses = [LOSS_TEXTS[settings["layer_loss"]]] * bool(settings["relation_weight"])
-    losses += [f"{KL_LABEL} of the output distributions"] * bool(settings["kl_weight"])
+    losses += [OUTPUT_TEXTS[settings["output_loss"]]] * bool(settings["kl_weight"])
     changes = [
         f"{measure.label} from {measure.shown('target')} to {measure.shown('semalign')}"
         + (f" (source: {measure.shown('source')})" if measure.percent and "source" in measure.values else "")

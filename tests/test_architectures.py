@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import random_rows
-from families import FAMILIES, build
+from families import COMMON, FAMILIES, build
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, Gemma3Config, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.signals import OnlineSignals
@@ -117,6 +117,25 @@ def test_two_families_over_one_vocabulary(tmp_path, source, target):
     assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[-1] < kl[0]
+
+
+def test_the_language_model_of_one_that_also_sees(tmp_path):
+    """Gemma 3 from 4B on: its vision tower bears names of LoRA modules and gets none."""
+    models = []
+    for layers, width in ((LAYERS + 1, 32), (LAYERS, 16)):
+        text = {**COMMON, **FAMILIES["Gemma3"].settings, "vocab_size": VOCAB, "hidden_size": width, "num_hidden_layers": layers}
+        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = Gemma3Config(
+            text_config={**text, "num_attention_heads": 4},
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_id=VOCAB - 1,
+        )
+        models.append(AutoModelForCausalLM.from_config(config).eval())
+    trainer, moved = train(tmp_path, *models)
+    assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
+    carriers = [name for name, _ in trainer.model.named_parameters() if "lora_A" in name]
+    assert len(carriers) == 4 * LAYERS and all("language_model.layers" in name for name in carriers)
 
 
 def test_a_model_whose_parts_are_not_found_trains_when_they_are_named(tmp_path):

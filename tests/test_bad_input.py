@@ -39,6 +39,7 @@ SETTINGS = [
     ({"frontier": "window"}, "frontier is 'window'"),
     ({"stage_budget": "even"}, "stage_budget is 'even'"),
     ({"layer_loss": "mse"}, "layer_loss is 'mse'"),
+    ({"output_loss": "mse"}, r"output_loss is 'mse': expected one of \('kl', 'cosine'\)"),
     ({"relation_weight": -1.0}, "must not be negative"),
     ({"relation_weight": 0.0, "kl_weight": 0.0}, "nor both zero"),
     ({"lora_r": 0}, "lora_r is 0"),

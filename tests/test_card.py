@@ -47,6 +47,7 @@ def record():
             "relation_weight": 1.0,
             "kl_weight": 1.0,
             "layer_loss": "relation",
+            "output_loss": "kl",
             "frontier": "single",
             "lora_targets": ["down_proj", "up_proj"],
             "learning_rate": 3e-4,
@@ -312,6 +313,7 @@ def test_settings_show_what_counted(record, results):
         ({}, ["one target layer at a time", "relation loss", "plus KL"], ["steering"]),
         ({"frontier": "joint", "relation_weight": 0.0}, ["in all target layers at once", "is the KL"], ["relation loss"]),
         ({"layer_loss": "steering", "kl_weight": 0.0}, ["steering loss"], ["relation loss", "plus KL"]),
+        ({"output_loss": "cosine"}, ["plus cosine loss of the final state"], ["plus KL"]),
     ],
 )
 def test_summary_follows_the_settings(record, results, settings, said, unsaid):

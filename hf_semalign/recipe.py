@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.guards import claimed
 from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
@@ -169,11 +171,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds.
     """
-    folder = Path(recipe.output_dir)
+    folder, args = Path(recipe.output_dir), recipe.config(Path(recipe.output_dir))
+    with claimed(folder) if args.should_save else nullcontext():
+        return _run(recipe, folder, args)
+
+
+def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     metrics: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
-    args = recipe.config(folder)
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = _load_tokenizer(recipe)

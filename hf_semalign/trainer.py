@@ -44,6 +44,7 @@ from hf_semalign.frontier import (
     stage_learning_rate,
     train_only,
 )
+from hf_semalign.guards import CheckpointOnSignal, claimed
 from hf_semalign.hooks import capture
 from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
@@ -279,6 +280,8 @@ class SemAlignTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(self._frontier_callback))
+        self._signals_taken = CheckpointOnSignal()
+        self.add_callback(self._signals_taken)
         self._sequences_in_batch: torch.Tensor | None = None
         self._term_sums = torch.zeros(2, device=args.device)
         self._terms_logged = 0
@@ -476,9 +479,25 @@ class SemAlignTrainer(Trainer):
                 losses = token_steering_losses(hidden, self.semantic_map(signals.final.float()))
             output_term = losses.sum() / tokens
         if self.model.training:
-            self._term_sums += torch.stack([layer_term.detach(), output_term.detach()])
+            self._last_terms = torch.stack([layer_term.detach(), output_term.detach()])
+            self._term_sums += self._last_terms
         loss = (self.args.relation_weight * layer_term + self.args.kl_weight * output_term) * ranks
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A step's forward and backward, and a look at its loss before anything is learnt from it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            args, step = self.args, self.state.global_step
+            where = f"step {step + 1} of {self.schedule.total_steps} (stage {self.schedule.stage(step) + 1})"
+            layer_term, output_term = (term.item() for term in self._last_terms)
+            checkpoint = get_last_checkpoint(args.output_dir) or "none was written"
+            raise FloatingPointError(
+                f"The loss is not finite at {where}: {args.layer_loss} {layer_term:.4g}, {args.output_loss} {output_term:.4g}, "
+                f"example_id {inputs['example_id'].tolist()}. Nothing was learnt from this batch; the last checkpoint: "
+                f"{checkpoint}. Lower the learning rate, or look at these examples."
+            )
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""
@@ -534,7 +553,13 @@ class SemAlignTrainer(Trainer):
     # Saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; a run that is resumed from its last step is over, where the Trainer would take one step more."""
+        """Train; a run that is resumed from its last step is over, where the Trainer would take one step more.
+
+        Raises:
+            ValueError: another process trains in this ``output_dir``.
+            FloatingPointError: a loss that is not finite; nothing was learnt from it, and the last checkpoint stays.
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
+        """
         path = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if path:
             state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
@@ -543,10 +568,13 @@ class SemAlignTrainer(Trainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with claimed(str(self.args.output_dir)) if self.args.should_save else nullcontext(), self._signals_taken.watching():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
         self.accelerator.wait_for_everyone()
+        if self.state.global_step < self.schedule.total_steps:
+            self._signals_taken.leave()
         if self._prefix is not None:  # an interrupted run keeps it
             self._prefix.close()
             self._prefix = None

@@ -9,7 +9,7 @@ import hf_semalign
 
 ORDER = (
     "symbols", "anatomy", "splits", "hooks", "tasks", "attribution", "pairing", "semantics", "losses", "frontier",
-    "states", "config", "loading", "source", "scores", "signals", "prefix", "trainer",
+    "states", "guards", "config", "loading", "source", "scores", "signals", "prefix", "trainer",
     "figures", "card", "evaluation", "hub", "baselines", "recipe", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent

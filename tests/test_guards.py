@@ -1,0 +1,133 @@
+"""Runs that end early: refused beside another one, stopped by a signal with a checkpoint, or by a loss that is not finite."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from test_trainer import ROWS, adapter, make_trainer
+from transformers import TrainerCallback
+
+from hf_semalign.guards import CheckpointOnSignal, claimed
+
+HOLD = """
+import sys
+from hf_semalign.guards import claimed
+with claimed(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another_run(tmp_path):
+    """Another process that holds the run folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.communicate()
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_over(tmp_path, another_run):
+    trainer = make_trainer(tmp_path)
+    before = adapter(trainer)
+    with pytest.raises(ValueError, match=f"Another run is at work in {tmp_path / 'run'}: wait for its end, or choose another"):
+        trainer.train()
+    assert torch.equal(adapter(trainer), before)
+    another_run.communicate()
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path, another_run):
+    another_run.kill()
+    another_run.wait()
+    with claimed(tmp_path / "run"), claimed(tmp_path / "run"):
+        pass
+
+
+class SignalAt(TrainerCallback):
+    """A signal to the own process in the middle of some step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_to_the_same_adapter(tmp_path, number, ends):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped = make_trainer(tmp_path, callbacks=[SignalAt(3, number)])
+    with pytest.raises(ends) as error:
+        stopped.train()
+    assert ends is KeyboardInterrupt or error.value.code == 143
+    assert stopped.state.global_step == 3 and (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(adapter(again), adapter(whole), rtol=0, atol=0)
+
+
+def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[SignalAt(6, signal.SIGTERM)])
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_a_second_signal_is_obeyed_at_once():
+    guard = CheckpointOnSignal()
+    with guard.watching(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert guard.received is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    seen = []
+
+    def elsewhere():
+        with CheckpointOnSignal().watching():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+class Break(TrainerCallback):
+    """The target's head gives infinities from some step on."""
+
+    def __init__(self, step):
+        self.step, self.trainer, self.before = step, None, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.before = adapter(self.trainer)
+            self.trainer._target_head.weight.fill_(torch.inf)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_learnt_from_it(tmp_path):
+    broken = Break(4)
+    trainer = make_trainer(tmp_path, callbacks=[broken], save_strategy="steps", save_steps=1)
+    broken.trainer = trainer
+    pattern = (
+        r"not finite at step 4 of 6 \(stage 2\): relation 0\.\d+, kl nan, example_id \[\d+(, \d+){3}\]. .*checkpoint-3\. Lower"
+    )
+    with pytest.raises(FloatingPointError, match=pattern) as error:
+        trainer.train()
+    assert torch.equal(adapter(trainer), broken.before)
+    known = {row["example_id"] for row in trainer.train_dataset}
+    named = str(error.value).partition("example_id [")[2].partition("]")[0]
+    assert {int(one) for one in named.split(", ")} <= known and len(ROWS) > 16
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{k}" for k in (1, 2, 3)]

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from test_trainer import ROWS, adapter, make_trainer
+from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
 from hf_semalign.guards import CheckpointOnSignal, claimed
@@ -129,5 +129,5 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_learnt_from_it(tmp_p
     assert torch.equal(adapter(trainer), broken.before)
     known = {row["example_id"] for row in trainer.train_dataset}
     named = str(error.value).partition("example_id [")[2].partition("]")[0]
-    assert {int(one) for one in named.split(", ")} <= known and len(ROWS) > 16
+    assert {int(one) for one in named.split(", ")} <= known
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{k}" for k in (1, 2, 3)]

@@ -115,7 +115,7 @@ def test_run_folder_is_complete(run):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith(("kd/", "_signals/"))}
     expected = {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors", "_lock"}
     expected |= {f"figures/{name}.{kind}" for name in ("layers", "losses", "comparison") for kind in ("png", "svg")}
     assert files == expected
     assert json.loads((folder / "results.json").read_text()) == results

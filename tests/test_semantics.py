@@ -194,15 +194,15 @@ def models():
 
 @pytest.fixture
 def builds(monkeypatch):
-    """The maps that are built and not read, counted by the inverse that each takes of the target's Gram matrix."""
+    """The maps that are built and not read, counted by the pseudoinverse that each takes of the target's head."""
     widths = []
-    inverse = semantics._inverse
+    pseudoinverse = semantics._pseudoinverse
 
-    def counted(gram):
-        widths.append(len(gram))
-        return inverse(gram)
+    def counted(weight):
+        widths.append(weight.shape[1])
+        return pseudoinverse(weight)
 
-    monkeypatch.setattr(semantics, "_inverse", counted)
+    monkeypatch.setattr(semantics, "_pseudoinverse", counted)
     return widths
 
 

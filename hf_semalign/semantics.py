@@ -27,7 +27,7 @@ from hf_semalign.anatomy import CausalLM, dissect
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
-CHUNK = 2048  # vocabulary rows in float64 at a time
+CHUNK = 1024  # vocabulary rows in float64 at a time
 BLOCK = 512  # columns of a Gram matrix at a time: what lies above the diagonal is left out
 TOLERANCE = 1e-10  # relative error of a pseudoinverse by one Gram matrix, from which on a second one is taken
 EPSILON = torch.finfo(torch.float64).eps

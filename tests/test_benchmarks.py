@@ -72,7 +72,7 @@ def test_efficiency(tmp_path):
 
 @pytest.mark.slow
 def test_kernels(tmp_path):
-    times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("kernels.py", tmp_path))
+    times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("loss_kernels.py", tmp_path))
     assert len(times) == 5  # a case of each table, none of which failed
     assert all(0 < float(low) <= float(median) <= float(high) for median, low, high in times)
 

@@ -1,6 +1,6 @@
 """The map between two heads: accuracy, time beside ``torch.linalg.pinv`` of both heads, and memory.
 
-    OMP_NUM_THREADS=2 python benchmarks/maps.py [--smoke]
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python benchmarks/maps.py [--smoke]
 
 Random heads of a given condition number, in bfloat16 where costs are measured: each case in a process of its own, contenders
 in turn, in wall seconds and in processor seconds of all threads, with the machine's load at the end. Prints Markdown tables,
@@ -147,19 +147,18 @@ def main() -> None:
     smoke = "--smoke" in sys.argv
     few, medium, large = ((600, (48, 32)),) * 3 if smoke else ((2000, (300, 200)), (32000, (2048, 1024)), (32000, (5120, 4096)))
     conditions = (1e4,) if smoke else (1.0, 1e2, 1e4, 1e6)
-    maps = [*((kind, 1.0) for kind in KINDS), ("readout", 1e4)]
-    repeats = [(n, maps + [(pinv, 1.0) for pinv in PINVS[: 1 if n else 2]]) for n in range(1 if smoke else 3)]
+    contenders = [*((kind, 1.0) for kind in KINDS), (PINVS[0], 1.0)] * (1 if smoke else 3)
+    once = [("readout", 1e4), (PINVS[1], 1.0)]
     plan = {
-        "Accuracy": (few, [(kind, c, {}) for c in conditions for kind in KINDS]),
-        "Time": (medium, [(*which, {"repeat": n}) for n, contenders in repeats for which in contenders]),
-        "Memory": (large, [("readout", 1.0, {"repeat": 0}), ("cosine", 1e4, {"repeat": 0})]),
+        "Accuracy": (few, accuracy, [(kind, c) for c in conditions for kind in KINDS]),
+        "Time": (medium, measured, contenders + once),
+        "Memory": (large, measured, [("readout", 1.0), ("cosine", 1e4)]),
     }
     machine = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
     numbers: dict[str, list[Case]] = {title: [] for title in plan}
-    for title, ((rows, widths), cases) in plan.items():
-        for method, condition, extra in cases:
-            case = {"V": rows, "widths": widths, "method": method, "condition": condition}
-            numbers[title].append(measured(case | extra) if extra else accuracy(case))
+    for title, ((rows, widths), measure, cases) in plan.items():
+        for method, condition in cases:
+            numbers[title].append(measure({"V": rows, "widths": widths, "method": method, "condition": condition}))
             if not smoke:
                 (RESULTS / "maps.md").write_text(report(machine, numbers))
                 (RESULTS / "maps.json").write_text(json.dumps({"machine": machine, **numbers}, indent=1) + "\n")

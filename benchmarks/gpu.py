@@ -5,7 +5,7 @@
 ``schedule``: a short schedule of all stages with cached signals. ``gkd``: TRL's GKD (lmbda 0) on the same batches, in the
 largest micro-batch that fits. ``stream``: memory with the source read from disk a layer at a time, with activation
 checkpointing and without. ``map``: the map between the heads, and ``torch.linalg.pinv`` of both in float32. ``kernels``:
-``kernels.py``, in what is left of the budget. Every job has a process of its own; tables and numbers go to
+``loss_kernels.py``, in what is left of the budget. Every job has a process of its own; tables and numbers go to
 ``benchmarks/results/gpu.{md,json}`` after each, and to ``$OUT`` where that is set. ``--smoke``: tiny models on any device, all
 in one process, into ``runs/gpu-smoke``.
 
@@ -406,7 +406,7 @@ def main() -> None:
         for names in [jobs] if options.smoke and jobs else [[name] for name in jobs]:
             run(names, scratch)
         if "kernels" in wanted:
-            command = [str(HERE / "kernels.py"), *(["--smoke"] if options.smoke else [])]
+            command = [str(HERE / "loss_kernels.py"), *(["--smoke"] if options.smoke else [])]
             failed = call(command, end - time.perf_counter(), scratch / "log")
             write("kernels", failed or {"return code": 0, "output": (scratch / "log").read_text(errors="replace")})
     print(tables.read_text())

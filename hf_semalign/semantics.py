@@ -2,7 +2,7 @@
 
 A hidden state is decomposed into the source's vocabulary semantics and recomposed in the target's space. Both steps are
 linear, so they collapse into one matrix ``M`` ``[D_tgt, D_src]``, found from Gram matrices that are accumulated in float64
-over chunks of the vocabulary: neither a basis nor a pseudoinverse ``[V, D]`` is ever held.
+over chunks of the vocabulary: neither a basis nor a pseudoinverse ``[V, D]`` is ever held (docs/maps.md).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,7 +27,10 @@ from hf_semalign.anatomy import CausalLM, dissect
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
-CHUNK = 4096  # vocabulary rows in float64 at a time
+CHUNK = 1024  # vocabulary rows in float64 at a time
+BLOCK = 512  # columns of a Gram matrix at a time: what lies above the diagonal is left out
+TOLERANCE = 1e-10  # relative error of a pseudoinverse by one Gram matrix, from which on a second one is taken
+EPSILON = torch.finfo(torch.float64).eps
 MIN_SHARED = 0.9  # share of the smaller vocabulary that two tokenizers must have in common
 SAMPLE = "The 3 foxes' naïve re-run: 12.50 km -> 1,024 tests?\n\tdef f_1(x):\n        return x**2  # 東京 😀"
 
@@ -39,7 +44,8 @@ def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
     """
-    return head_weight.detach().double() @ _inverse(_gram(head_weight, head_weight))[0]
+    rows, dual, _ = _pseudoinverse(head_weight)
+    return torch.cat([chunk @ dual.T for chunk in rows])
 
 
 class SemanticMap(nn.Module):
@@ -105,14 +111,14 @@ class SemanticMap(nn.Module):
         fingerprint = _fingerprint(kind, source_weight, target_weight)
         known = cls.load(cache) if cache is not None else None
         if known is not None and known.fingerprint == fingerprint:
-            return known.to(source_weight.device)
-        target_inverse, condition = _inverse(_gram(target_weight, target_weight))
+            return known.to(target_weight.device)
+        source_weight = source_weight.to(target_weight.device)
+        target, target_dual, condition = _pseudoinverse(target_weight)
         if kind == "readout":
-            matrix = target_inverse @ _gram(target_weight, source_weight)
+            matrix = target_dual @ _cross_gram(target, _Rows(source_weight))
         else:
-            source_inverse, _ = _inverse(_gram(source_weight, source_weight))
-            norms = _basis_norms(source_weight, source_inverse) if kind == "cosine" else None
-            matrix = target_inverse @ _gram(target_weight, source_weight, norms) @ source_inverse
+            source, source_dual, _ = _pseudoinverse(source_weight)
+            matrix = target_dual @ _cross_gram(target, source, source_dual if kind == "cosine" else None) @ source_dual.T
         built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
         if cache is not None:
             built.save(cache)
@@ -240,38 +246,64 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
         return []
 
 
-def _gram(left: torch.Tensor, right: torch.Tensor, row_norms: torch.Tensor | None = None) -> torch.Tensor:
-    """``left^T diag(1 / row_norms) right`` in float64, ``[D_left, D_right]``, over chunks of rows."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    for start in range(0, len(left), CHUNK):
-        rows = slice(start, start + CHUNK)
-        weighted = right[rows].detach().double()
-        if row_norms is not None:
-            weighted = weighted / row_norms[rows, None]
-        total += left[rows].detach().double().T @ weighted.to(left.device)
+@dataclass(frozen=True)
+class _Rows:
+    """``W B`` ``[V, rank]`` in float64, a chunk of rows at a time; a basis ``B`` ``[D, rank]`` that is None is the identity."""
+
+    weight: torch.Tensor
+    basis: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for chunk in self.weight.detach().split(CHUNK):
+            yield chunk.double() if self.basis is None else chunk.double() @ self.basis
+
+    @property
+    def rank(self) -> int:
+        return (self.weight if self.basis is None else self.basis).shape[1]
+
+
+def _pseudoinverse(weight: torch.Tensor) -> tuple[_Rows, torch.Tensor, float]:
+    """``W B``, ``K`` ``[D, rank]`` and the condition number of a head, with ``pinv(W) = K (W B)^T``.
+
+    With ``K = G^-1`` and no ``B`` the error is the rounding of ``G = W^T W`` times the condition number squared. Where that is
+    too much, ``B`` holds the principal directions, each divided by its singular value: ``W B`` is orthonormal up to this same
+    error, and its own Gram matrix shows what is left, which ``K`` takes away (as CholeskyQR2 does in a QR decomposition).
+    Directions below the numerical rank are dropped, with a warning.
+    """
+    values, vectors = torch.linalg.eigh(_gram(_Rows(weight)))
+    cutoff = values[-1] * len(values) * EPSILON
+    condition = (values[-1] / values[0].clamp_min(cutoff)).sqrt().item()
+    missing = int((values <= cutoff).sum())
+    if missing:
+        logger.warning(
+            "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map says nothing "
+            "about the missing directions.", len(values), len(values) - missing,
+        )  # fmt: skip
+    basis = vectors[:, missing:].mul_(values[missing:].rsqrt())
+    if condition**2 * EPSILON <= TOLERANCE:
+        return _Rows(weight), basis @ basis.T, condition
+    rows = _Rows(weight, basis)
+    return rows, torch.cholesky_solve(basis.T, torch.linalg.cholesky(_gram(rows))).T, condition
+
+
+def _gram(rows: _Rows) -> torch.Tensor:
+    """Gram matrix ``[rank, rank]`` of rows; only the lower triangle is right."""
+    total = torch.zeros(rows.rank, rows.rank, dtype=torch.float64, device=rows.weight.device)
+    for chunk in rows:
+        for i in range(0, rows.rank, BLOCK):
+            total[i:, i : i + BLOCK].addmm_(chunk[:, i:].T, chunk[:, i : i + BLOCK])
     return total
 
 
-def _basis_norms(weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Norms of the semantic bases ``|s_i|`` ``[V]``, a chunk at a time; a zero row keeps the norm 1."""
-    chunks = [(weight[i : i + CHUNK].detach().double() @ inverse).norm(dim=-1) for i in range(0, len(weight), CHUNK)]
-    norms = torch.cat(chunks)
-    return torch.where(norms > 0, norms, 1.0)
-
-
-def _inverse(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Inverse of a Gram matrix and the condition number of its head; the pseudoinverse, with a warning, when singular."""
-    eigenvalues = torch.linalg.eigvalsh(gram)
-    cutoff = eigenvalues[-1] * len(gram) * torch.finfo(gram.dtype).eps
-    condition = (eigenvalues[-1] / eigenvalues[0].clamp_min(cutoff)).sqrt().item()
-    if eigenvalues[0] > cutoff:
-        return torch.cholesky_inverse(torch.linalg.cholesky(gram)), condition
-    rank = int((eigenvalues > cutoff).sum())
-    logger.warning(
-        "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map says nothing about "
-        "the missing directions.", len(gram), rank,
-    )  # fmt: skip
-    return torch.linalg.pinv(gram, rtol=(cutoff / eigenvalues[-1]).item(), hermitian=True), condition
+def _cross_gram(left: _Rows, right: _Rows, right_dual: torch.Tensor | None = None) -> torch.Tensor:
+    """``left^T right``; with ``right_dual``, each row of ``right`` is divided by the norm of its token's basis, if not zero."""
+    total = torch.zeros(left.rank, right.rank, dtype=torch.float64, device=left.weight.device)
+    for left_chunk, right_chunk in zip(left, right, strict=True):
+        if right_dual is not None:
+            norms = (right_chunk @ right_dual.T).norm(dim=-1, keepdim=True)
+            right_chunk = right_chunk / torch.where(norms > 0, norms, 1.0)
+        total.addmm_(left_chunk.T, right_chunk)
+    return total
 
 
 def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:

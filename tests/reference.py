@@ -1,9 +1,11 @@
 """The method's equations in float64 and plain loops, written from the specification and not from the package.
 
 Slow on purpose: every sum is a loop over tokens, pairs or vocabulary, so that it can be read against the paper. What comes
-out is differentiable by autograd, which gives the reference gradients.
+out is differentiable by autograd, which gives the reference gradients. The map of ill-conditioned heads has a reference in 50
+digits.
 """
 
+import mpmath
 import torch
 
 EPSILON = 1e-8
@@ -73,6 +75,29 @@ def map_state(kind, source_weight, target_weight, state):
             coefficient = source_bases[token].dot(state) / (source_bases[token].norm() * state.norm())
         recomposed = recomposed + coefficient * target_bases[token]
     return recomposed
+
+
+def exact_map(kind, source_head, target_head):
+    """Matrix of the map, computed in 50 digits; each head ``L R`` is given as its factors ``[V, r]`` and ``[r, D]``."""
+    with mpmath.workdps(50):
+        source, target = (exact_bases(*factors) for factors in (source_head, target_head))
+        if kind == "readout":
+            source = exact(source_head[0]) * exact(source_head[1])
+        if kind == "cosine":
+            for i in range(source.rows):
+                source[i, :] /= mpmath.norm(source[i, :])
+        return torch.tensor((target.T * source).tolist(), dtype=torch.float64)
+
+
+def exact_bases(left, right):
+    """Semantic bases of ``L R``: the transposed ``pinv(R) pinv(L)``."""
+    left, right = exact(left), exact(right)
+    return left * (left.T * left) ** -1 * (right * right.T) ** -1 * right
+
+
+def exact(tensor):
+    """A tensor as a matrix of exact numbers."""
+    return mpmath.matrix(tensor.double().tolist())
 
 
 def gradient_times_activation(model, layers, rows, aggregate):

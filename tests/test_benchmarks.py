@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from hf_semalign.semantics import KINDS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -70,9 +72,20 @@ def test_efficiency(tmp_path):
 
 @pytest.mark.slow
 def test_kernels(tmp_path):
-    times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("kernels.py", tmp_path))
+    times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("loss_kernels.py", tmp_path))
     assert len(times) == 5  # a case of each table, none of which failed
     assert all(0 < float(low) <= float(median) <= float(high) for median, low, high in times)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_maps(tmp_path):
+    output = smoke("maps.py", tmp_path)
+    rows = re.findall(r"\| 1e\+04 \| [a-z]+ \| (\S+) \| \S+ \| (\S+e-\S+) \|", output)
+    errors = [(float(ours), float(single)) for ours, single in rows]
+    assert len(errors) == len(KINDS) and all(0 < ours < 1e-8 < single for ours, single in errors)
+    runs = re.findall(r"\| ([a-z]+[ \w]*) \| 1e\+0[04] \| 1 \|", output)  # of the map and of pinv, then of the larger heads
+    assert runs == [*KINDS, "pinv float64", "readout", "pinv float32", "readout", "cosine"]
 
 
 @pytest.mark.slow

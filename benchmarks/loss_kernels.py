@@ -1,6 +1,6 @@
 """Loss kernels: seconds and memory of the output KL and the relation loss, and of what could stand in their place.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py [--smoke]
+    OMP_NUM_THREADS=1 python benchmarks/loss_kernels.py [--smoke]
 
 Forward and backward of each case in a process of its own, on CUDA where there is a GPU. Prints Markdown tables, and writes
 them and all numbers to ``benchmarks/results/kernels.{md,json}`` (not with ``--smoke``). trl and Liger are measured where

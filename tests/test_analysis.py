@@ -1,12 +1,19 @@
-"""Analyses: recomposition against plain loops, CKA against Gram matrices over all positions."""
+"""Analyses: recomposition against plain loops, CKA against Gram matrices over all positions, and the command."""
+
+import json
+import logging
+import shutil
 
 import pytest
 import torch
 from conftest import batches_of, random_rows, tiny_llama
 from reference import bases as reference_bases
+from test_recipe import QUICKSTART, ROOT
 
 from hf_semalign import SemanticMap, analysis
 from hf_semalign.analysis import LinearCKA, layer_cka, layer_states, recomposition, recomposition_cosines, vocabulary_bases
+from hf_semalign.cli import main
+from hf_semalign.recipe import load_recipe, run_recipe
 from hf_semalign.splits import valid_positions
 
 ROWS = random_rows([(3, 5), (6, 2), (2, 7), (1, 1), (5, 4)])
@@ -229,3 +236,92 @@ def test_a_model_is_like_itself_and_its_map_changes_nothing():
     found = layer_cka(model, model, batches_of(ROWS, 5), SemanticMap.from_models(model, model))
     assert [found["unaligned"][k][k] for k in range(3)] == pytest.approx([1, 1, 1])
     torch.testing.assert_close(torch.tensor(found["aligned"]), torch.tensor(found["unaligned"]))
+
+
+# The command
+
+SMALL = ["data.extract=4", "data.align=16", "data.eval=8", "baselines=[]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose source is a folder, which its record does not name."""
+    folder = tmp_path_factory.mktemp("analysis")
+    shutil.copytree(ROOT / "hf_semalign" / "data" / "pair" / "source", folder / "big")
+    settings = [*SMALL, "training.max_steps=2", f"source={folder / 'big'}", f"output_dir={folder / 'run'}"]
+    run_recipe(load_recipe(QUICKSTART, settings))
+    return folder
+
+
+def written(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["vectors", "cka", "pairing"])
+def test_analysis_of_a_recipe(tmp_path, name, capsys):
+    assert main(["analyze", name, str(QUICKSTART), *SMALL, f"output_dir={tmp_path}"]) == 0
+    folder = tmp_path / "analysis"
+    assert str(folder / f"{name}.png") in capsys.readouterr().out
+    assert written(folder) == {f"{name}.{end}" for end in ("png", "svg", "json")}
+    record = json.loads((folder / f"{name}.json").read_text())
+    if name == "vectors":
+        assert [len(record[role]["cosines"]["cosine"]["output"]["layers"]) for role in ("source", "target")] == [6, 4]
+    elif name == "cka":
+        assert [(len(record[key]), len(record[key][0])) for key in ("unaligned", "aligned")] == [(6, 4), (6, 4)]
+        assert record["models"] == {"source": "embedded:source", "target": "embedded:target"}
+    else:
+        assert record["pairing"]["scores"] == record["attribution"]["values"]
+        assert len(record["pairing"]["source_layers"]) == 4
+        assert record["attribution"]["num_examples"] == 4
+
+
+def test_pairing_of_a_run_is_its_record(run, tmp_path):
+    assert main(["analyze", "pairing", str(run / "run"), "--output", str(tmp_path)]) == 0
+    recorded = json.loads((run / "run" / "semalign.json").read_text())["pairing"]
+    assert json.loads((tmp_path / "pairing.json").read_text()) == {"pairing": recorded}
+    assert written(tmp_path) == {"pairing.png", "pairing.svg", "pairing.json"}
+
+
+def test_pairing_of_a_run_cannot_be_changed(run, caplog):
+    assert main(["analyze", "pairing", str(run / "run"), "training.pairing=last"]) == 2
+    assert "['training.pairing=last'] cannot change" in caplog.text
+
+
+def test_a_run_is_analysed_with_its_adapter(run, tmp_path, caplog):
+    named = [f"source={run / 'big'}", "--output", str(tmp_path)]
+    assert main(["analyze", "cka", str(run / "run"), *named]) == 0
+    assert main(["analyze", "cka", str(QUICKSTART), *SMALL, "--output", str(tmp_path / "before")]) == 0
+    assert "not the one of the run" not in caplog.text
+    after, before = (json.loads((folder / "cka.json").read_text()) for folder in (tmp_path, tmp_path / "before"))
+    assert (after["trained"], before["trained"]) == (True, False)
+    assert after["eval"] == before["eval"]
+    assert after["unaligned"] != before["unaligned"]
+    assert str(run) not in (tmp_path / "cka.json").read_text()
+
+
+def test_other_data_than_the_run_saw_are_noticed(run, tmp_path, caplog):
+    named = [f"source={run / 'big'}", "data.seed=7", "--output", str(tmp_path)]
+    assert main(["analyze", "vectors", str(run / "run"), *named]) == 0
+    assert "The eval split is not the one of the run" in caplog.text
+
+
+def test_a_model_that_the_record_cannot_name(run, caplog):
+    assert main(["analyze", "cka", str(run / "run")]) == 2
+    assert "The source 'big' was not found: name a folder or Hub id by source=" in caplog.text
+
+
+def test_a_run_without_results_needs_its_recipe(run, tmp_path, caplog):
+    shutil.copy(run / "run" / "semalign.json", tmp_path)
+    assert main(["analyze", "vectors", str(tmp_path)]) == 2
+    assert "has no results.json, which names the task: pass the recipe" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [("nowhere.yaml", "No recipe 'nowhere.yaml'"), (".", r"has no semalign.json: it is not a run folder")],
+)
+def test_origins_that_are_neither(tmp_path, monkeypatch, caplog, origin, message):
+    caplog.set_level(logging.ERROR)
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", "pairing", origin]) == 2
+    assert message in caplog.text

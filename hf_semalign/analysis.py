@@ -130,14 +130,18 @@ class LinearCKA:
     """
 
     def __init__(self) -> None:
-        self._cross = self._left = self._right = torch.zeros(())
+        self._moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def update(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Take in features of some positions: ``[A, N, D]`` and ``[B, N, E]`` float64."""
         left, right = _with_norms(left), _with_norms(right)
-        self._cross = self._cross.to(left) + torch.einsum("and,bne->abde", left, right)
-        self._left = self._left.to(left) + left.mT @ left
-        self._right = self._right.to(left) + right.mT @ right
+        (a, _, d), (b, _, e) = left.shape, right.shape
+        if self._moments is None:
+            self._moments = left.new_zeros(a, d, b, e), left.new_zeros(a, d, d), right.new_zeros(b, e, e)
+        cross, own_left, own_right = self._moments
+        cross.view(a * d, b * e).addmm_(left.mT.flatten(0, 1), right.transpose(0, 1).flatten(1))
+        own_left.baddbmm_(left.mT, left)
+        own_right.baddbmm_(right.mT, right)
 
     def values(self) -> torch.Tensor:
         """CKA of all pairs, ``[A, B]``.
@@ -145,9 +149,11 @@ class LinearCKA:
         Raises:
             ValueError: fewer than four positions, of which there is no unbiased estimate.
         """
-        if self._cross.ndim == 0 or self._cross[0, 0, -1, -1] < 4:
+        if self._moments is None or self._moments[1][0, -1, -1] < 4:
             raise ValueError("The debiased CKA needs at least four valid positions: give more rows, or longer answers.")
-        return hsic(self._cross) / (hsic(self._left)[:, None] * hsic(self._right)).sqrt()
+        cross, left, right = self._moments
+        rows = torch.stack([hsic(pairs.transpose(0, 1)) for pairs in cross])  # one source layer's temporaries at a time
+        return rows / (hsic(left)[:, None] * hsic(right)).sqrt()
 
 
 def hsic(moments: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_semalign.analysis import layer_cka, recomposition_cosines
-from hf_semalign.anatomy import CausalLM, dissect
+from hf_semalign.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.hub import load_transfer, read_record
 from hf_semalign.loading import load_model, skeleton
@@ -22,10 +22,11 @@ from hf_semalign.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap
 from hf_semalign.source import Source
-from hf_semalign.splits import Collator, encode, fingerprint
+from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
 from hf_semalign.symbols import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
+COLLATOR = Collator(pad_token_id=0)  # masked, whatever it is
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ def _pairing(recipe: Recipe) -> dict[str, Any]:
     """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy."""
     args, tokenizer = recipe.config(Path(recipe.output_dir)), load_tokenizer(recipe)
     extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
-    source, target = Source(_find(recipe, "source"), bf16=args.bf16), _find(recipe, "target")
-    scores = layer_scores(source, extract, _collator(tokenizer), None, device=args.device)
-    pairing = pair_layers(scores, len(dissect(skeleton(target)).layers), args.pairing).named(source.name, public_name(target))
+    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
+    target = _find(recipe, "target")
+    depth = len(dissect(skeleton(target, args.target_parts)).layers)
+    scores = layer_scores(source, extract, COLLATOR, None, device=args.device)
+    pairing = pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))
     return {"pairing": {**pairing.to_dict(), "scores": scores.values}, "attribution": asdict(scores)}
 
 
@@ -99,14 +103,18 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
         ValueError: a model that is not found, or tokenizers that differ.
     """
     args = recipe.config(Path(recipe.output_dir))
-    source, target_name = Source(_find(recipe, "source"), bf16=args.bf16), _find(recipe, "target")
+    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    target_name = _find(recipe, "target")
     tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run)
     rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
     if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
         logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")
     target: CausalLM
     target = load_model(target_name, bf16=args.bf16) if run is None else load_transfer(run, target=target_name)[0]
+    name_parts(base_model(target).config, args.target_parts)
     target = cast(CausalLM, target.to(args.device).eval())  # type: ignore[arg-type]
+    embedded = {"source": source.embedding_rows, "target": embedding_rows(base_model(target))}
+    check_token_ids({"eval": rows}, embedded, tokenizer)
     model = source.model(args.device)
     semantic_map = SemanticMap.from_models(model, target, source.tokenizer, tokenizer, kind=args.map_kind)
     facts = {
@@ -115,7 +123,7 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
         "map": {"kind": semantic_map.kind, "shared_tokens": semantic_map.shared_tokens},
         "eval": {"rows": len(rows), "fingerprint": fingerprint(rows)},
     }
-    batches = DataLoader(cast(Any, rows), args.per_device_eval_batch_size, collate_fn=_collator(tokenizer))
+    batches = DataLoader(cast(Any, rows), args.per_device_eval_batch_size, collate_fn=COLLATOR)
     return Pair(model, target, semantic_map, batches, facts)
 
 
@@ -130,7 +138,3 @@ def _find(recipe: Recipe, role: str) -> str:
             f"that a model from a folder must be named again. ({str(error).splitlines()[0]})"
         ) from error
     return name
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
-    return Collator(tokenizer.pad_token_id or 0)  # masked, whatever it is

@@ -75,11 +75,11 @@ def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), outp
 
 def _pairing(recipe: Recipe) -> dict[str, Any]:
     """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy."""
-    args, tokenizer = recipe.config(Path(recipe.output_dir)), load_tokenizer(recipe)
-    extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
+    args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    target, tokenizer = _find(recipe, "target"), load_tokenizer(recipe)
+    extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
     check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
-    target = _find(recipe, "target")
     depth = len(dissect(skeleton(target, args.target_parts)).layers)
     scores = layer_scores(source, extract, COLLATOR, None, device=args.device)
     pairing = pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))

@@ -310,6 +310,12 @@ def test_a_model_that_the_record_cannot_name(run, caplog):
     assert "The source 'big' was not found: name a folder or Hub id by source=" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["cka", "pairing"])
+def test_a_model_that_is_not_there(tmp_path, name, caplog):
+    assert main(["analyze", name, str(QUICKSTART), f"target={tmp_path / 'gone'}"]) == 2
+    assert "gone' was not found: name a folder or Hub id by target=" in caplog.text
+
+
 def test_a_run_without_results_needs_its_recipe(run, tmp_path, caplog):
     shutil.copy(run / "run" / "semalign.json", tmp_path)
     assert main(["analyze", "vectors", str(tmp_path)]) == 2

@@ -24,6 +24,11 @@ COMMANDS = {
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
     ),
 }
+ANALYSES = {
+    "vectors": "how well hidden states are rebuilt from vocabulary bases, layer by layer",
+    "cka": "how alike source and target layers are, without and with the map",
+    "pairing": "attribution scores and the pairs of layers",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,15 +39,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=short, description=description, epilog=f"Example: {example}")
         command.add_argument("--config", required=True, help="YAML file of the recipe")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as training.seed=2")
+    analyze = commands.add_parser(
+        "analyze",
+        help="look into a pair of models: states as vectors, alikeness of layers, pairing",
+        description="Draw one of the analyses of docs/analyses.md, as PNG and SVG, with all numbers as JSON.",
+        epilog="Example: semalign analyze cka recipes/quickstart/semalign.yaml data.eval=200",
+    )
+    analyze.add_argument("analysis", choices=ANALYSES, help="; ".join(f"{name}: {what}" for name, what in ANALYSES.items()))
+    analyze.add_argument("origin", metavar="RUN_OR_PAIR", help="a run folder, or the YAML file of a recipe")
+    analyze.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as source=FOLDER")
+    analyze.add_argument("--output", metavar="DIR", help="folder for the files; by default analysis/ in the run folder")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_semalign").setLevel(logging.INFO)
+    if options.command == "analyze":
+        return _analyze(options.analysis, options.origin, options.overrides, options.output)
     return _run(options.command, options.config, options.overrides)
+
+
+def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str | None) -> int:
+    from rich.console import Console
+
+    from hf_semalign.studies import run_analysis
+
+    try:
+        path = run_analysis(analysis, origin, overrides, output)
+    except (ValueError, FileNotFoundError) as error:
+        logging.getLogger("hf_semalign").error("error: %s", error)
+        return 2
+    Console(soft_wrap=True).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
+    return 0
 
 
 def _run(command: str, config: str, overrides: Sequence[str]) -> int:
     from hf_semalign.recipe import load_recipe
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_semalign").setLevel(logging.INFO)
     try:
         recipe = load_recipe(config, overrides)
         recipe.config(Path(recipe.output_dir))  # refuses bad settings

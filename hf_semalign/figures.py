@@ -1,4 +1,4 @@
-"""Figures of a run: layers and pairs, losses over steps, methods side by side; each as PNG and SVG.
+"""Figures of a run (layers and pairs, losses over steps, methods side by side) and of the analyses; each as PNG and SVG.
 
 matplotlib's objects alone, no pyplot; the colours are those of Okabe and Ito, which stay apart for colour-blind eyes.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 #: What readers call the methods; the order of the baselines is that of the run.
@@ -24,6 +25,10 @@ METHOD_NAMES = {
 KL_LABEL = "KL(source ‖ target)"
 WIDTH = 6.4  # inches; with 12 point text, legible at half of it
 BLUE, GREY, BLACK = "#0072B2", "#BBBBBB", "#333333"
+BASES = {
+    "output": (BLUE, "output-side bases"), "head": ("#009E73", "rows of the head"),
+    "input": ("#E69F00", "input-side bases"), "random": ("#666666", "random bases"),
+}  # fmt: skip
 BASELINE_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 FEW_TICKS: dict[str, Any] = {"nbins": 4, "steps": [1, 2, 5, 10]}
 STYLE: dict[Any, Any] = {
@@ -34,18 +39,19 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def draw_layers(record: dict[str, Any], folder: Path) -> Path:
+def draw_layers(record: dict[str, Any], folder: Path, name: str = "layers") -> Path:
     """Draw the attribution scores of the source layers, where there are any, and which target layer each one supervises.
 
     Args:
         record: content of ``semalign.json``.
-        folder: where ``layers.png`` and ``layers.svg`` go.
+        folder: where the PNG and the SVG go.
+        name: of these files.
 
     Returns:
         Path of the PNG.
     """
     with rc_context(STYLE):
-        return _save(_layers_figure(record), folder, "layers")
+        return _save(_layers_figure(record), folder, name)
 
 
 def draw_losses(results: dict[str, Any], record: dict[str, Any], folder: Path) -> Path:
@@ -75,6 +81,34 @@ def draw_comparison(results: dict[str, Any], folder: Path) -> Path:
     """
     with rc_context(STYLE):
         return _save(_comparison_figure(results), folder, "comparison")
+
+
+def draw_vectors(record: dict[str, Any], folder: Path) -> Path:
+    """Draw the cosine of each layer's output before and after decomposition and recomposition by ``cosine`` (figure 2).
+
+    Args:
+        record: ``source`` and ``target``, each from :func:`hf_semalign.analysis.recomposition_cosines`.
+        folder: where ``vectors.png`` and ``vectors.svg`` go.
+
+    Returns:
+        Path of the PNG.
+    """
+    with rc_context(STYLE):
+        return _save(_vectors_figure(record), folder, "vectors")
+
+
+def draw_cka(record: dict[str, Any], folder: Path) -> Path:
+    """Draw CKA between source and target layers, without and with alignment, as heat maps (figure 4).
+
+    Args:
+        record: what :func:`hf_semalign.analysis.layer_cka` returns.
+        folder: where ``cka.png`` and ``cka.svg`` go.
+
+    Returns:
+        Path of the PNG.
+    """
+    with rc_context(STYLE):
+        return _save(_cka_figure(record), folder, "cka")
 
 
 def method_order(methods: Iterable[str]) -> list[str]:
@@ -220,3 +254,38 @@ def _draw_kl(axes: Axes, kl: dict[str, float], colours: dict[str, str]) -> None:
     axes.set(xlabel=f"held-out {KL_LABEL}\n(nats per token)", xmargin=0.25, yticks=[], ylim=(len(kl) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")
+
+
+def _vectors_figure(record: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, role in zip(panels, ("source", "target"), strict=True):
+        for basis, (colour, label) in BASES.items():
+            cosines = record[role]["cosines"]["cosine"][basis]
+            depth = len(cosines["layers"])
+            style = "o-" if depth < 20 else "-"
+            axes.plot(
+                range(depth), cosines["layers"], style, color=colour, linewidth=2, markersize=5, label=label, clip_on=False
+            )
+            axes.axhline(cosines["random_states"], color=colour, linewidth=1.5, linestyle=":")
+        axes.set(title=f"{role}{', tied embeddings' if record[role]['tied'] else ''}", xlabel="layer (from 0)")
+        axes.set(xticks=_thinned(depth, 8), ylim=(0, 1))
+    panels[0].set_ylabel("cosine before and after")
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color=BLACK, linewidth=1.5, linestyle=":"))
+    figure.legend(handles, [*labels, "random states in the same bases"], loc="outside upper center", ncols=2, handlelength=1.5)
+    return figure
+
+
+def _cka_figure(record: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name, title in zip(panels, ("unaligned", "aligned"), ("without alignment", "with alignment"), strict=True):
+        values = record[name]
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, origin="lower", aspect="auto", interpolation="nearest")
+        axes.set(title=title, xlabel="target layer (from 0)", xticks=_thinned(len(values[0]), 6), yticks=_thinned(len(values)))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("source layer (from 0)")
+    figure.colorbar(image, ax=panels, label="linear CKA, debiased", ticks=[0, 0.25, 0.5, 0.75, 1])
+    return figure

@@ -66,12 +66,17 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
     """
     name = str(repo_id_or_folder)
     folder = Path(name)
-    if folder.is_dir():
-        record_path = folder / RECORD_NAME
-        if not record_path.is_file():
-            raise FileNotFoundError(f"{name} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    else:
-        record_path = Path(hf_hub_download(name, RECORD_NAME))
-    record = json.loads(record_path.read_text())
+    record = read_record(folder) if folder.is_dir() else json.loads(Path(hf_hub_download(name, RECORD_NAME)).read_text())
     base = AutoModelForCausalLM.from_pretrained(resolve_model(target or record["target"]), dtype="auto")
     return PeftModel.from_pretrained(base, name), record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of a run folder's ``semalign.json``.
+
+    Raises:
+        FileNotFoundError: a folder without it.
+    """
+    if not (folder / RECORD_NAME).is_file():
+        raise FileNotFoundError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
+    return json.loads((folder / RECORD_NAME).read_text())

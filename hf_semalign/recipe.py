@@ -34,6 +34,7 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed
+from hf_semalign.hub import read_record
 from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
@@ -115,6 +116,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     content = yaml.safe_load(Path(path).read_text())
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
+    return _checked(content, overrides, str(path))
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, as far as its folder tells: ids of the models, task, rows of the splits, settings.
+
+    Local paths are in no record: where the run had any, overrides name them again (``source=...``, ``data.files.eval=...``).
+
+    Args:
+        folder: what ``semalign train`` has left.
+        overrides: see :func:`load_recipe`.
+
+    Raises:
+        FileNotFoundError: a folder without ``semalign.json`` or ``results.json``.
+        ValueError: see :func:`load_recipe`.
+    """
+    record = read_record(folder)
+    if not (folder / "results.json").is_file():
+        raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
+    task = json.loads((folder / "results.json").read_text())["task"]
+    data = {"task": task, **{split: facts["rows"] for split, facts in record["data"].items()}}
+    models = {"source": record["source"], "target": record["target"]}
+    content = {**models, "output_dir": str(folder), "data": data, "training": record["settings"]}
+    return _checked(content, overrides, str(folder))
+
+
+def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Recipe:
+    """Content of a recipe with overrides, every key checked."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -182,7 +211,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     started = time.perf_counter()
     with timed("data", seconds):
         data = recipe.data.load()
-        tokenizer = _load_tokenizer(recipe)
+        tokenizer = load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     seconds |= trainer.seconds
@@ -230,7 +259,7 @@ def run_signals(recipe: Recipe) -> Path:
     args = recipe.config(Path(recipe.output_dir))
     if args.signals != "cached":
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
-    data, tokenizer = recipe.data.load(), _load_tokenizer(recipe)
+    data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, source, args, data, tokenizer)
     trainer.prepare_signals()
@@ -274,7 +303,12 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The target's tokenizer, with the recipe's pad token.
+
+    Raises:
+        ValueError: a pad token that it does not have.
+    """
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.target))
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():

@@ -1,6 +1,7 @@
 """Figures: the files, the labels in them, and that what is drawn is what was given."""
 
 import math
+import random
 
 import pytest
 from matplotlib import colors, rcParams
@@ -11,12 +12,16 @@ from hf_semalign.figures import (
     BLUE,
     GREY,
     METHOD_NAMES,
+    _cka_figure,
     _comparison_figure,
     _layers_figure,
     _losses_figure,
+    _vectors_figure,
+    draw_cka,
     draw_comparison,
     draw_layers,
     draw_losses,
+    draw_vectors,
     method_order,
 )
 
@@ -220,3 +225,59 @@ def test_comparison_of_a_diverged_run(tmp_path):
     assert [bar.get_height() for bar in left.containers[2]] == pytest.approx([0, math.nan], nan_ok=True)
     assert [text.get_text() for text in right.texts] == ["0.40", "0.10", ""]
     assert draw_comparison(results, tmp_path).is_file()
+
+
+def make_cosines(depth, tied=False):
+    values = {
+        name: {"layers": [start + k / (4 * depth) for k in range(depth)], "random_states": start}
+        for name, start in (("output", 0.2), ("head", 0.3), ("input", 0.4), ("random", 0.7))
+    }
+    return {"tied": tied, "positions": 100, "cosines": {"cosine": values}}
+
+
+def make_cka(depth, width):
+    draw = random.Random(0)
+    names = ("unaligned", "aligned")
+    return {"positions": 100, **{name: [[draw.uniform(-0.1, 1) for _ in range(width)] for _ in range(depth)] for name in names}}
+
+
+@pytest.mark.parametrize(("depth", "width"), [(6, 4), (40, 32), (1, 1)])
+@pytest.mark.filterwarnings("error")
+def test_files_of_the_analyses(tmp_path, depth, width):
+    vectors = draw_vectors({"source": make_cosines(depth), "target": make_cosines(width, tied=True)}, tmp_path)
+    cka = draw_cka(make_cka(depth, width), tmp_path)
+    pairing = draw_layers(make_record(range(width), depth), tmp_path, "pairing")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{end}" for name in ("vectors", "cka", "pairing") for end in ("png", "svg")
+    }
+    for path in (vectors, cka, pairing):
+        with Image.open(path) as image:
+            image.verify()
+            assert 500 <= image.size[0] <= 1100
+    labels = vectors.with_suffix(".svg").read_text() + cka.with_suffix(".svg").read_text()
+    for label in ("output-side bases", "random states in the same bases", "target, tied embeddings", "cosine before and after"):
+        assert f">{label}<" in labels
+    for label in ("without alignment", "with alignment", "source layer (from 0)", "linear CKA, debiased"):
+        assert f">{label}<" in labels
+
+
+def test_vectors_draws_a_curve_and_a_level_for_each_of_the_bases():
+    record = {"source": make_cosines(6), "target": make_cosines(4)}
+    for axes, role in zip(_vectors_figure(record).axes, ("source", "target"), strict=True):
+        curves, levels = axes.lines[::2], axes.lines[1::2]
+        for curve, level, values in zip(curves, levels, record[role]["cosines"]["cosine"].values(), strict=True):
+            assert list(curve.get_ydata()) == values["layers"]
+            assert list(level.get_ydata()) == [values["random_states"]] * 2
+            assert curve.get_color() == level.get_color()
+        assert len({curve.get_color() for curve in curves}) == 4
+
+
+def test_cka_shows_the_matrices_shallow_layers_first_on_one_scale():
+    record = make_cka(6, 4)
+    for axes, name in zip(_cka_figure(record).axes[:2], ("unaligned", "aligned"), strict=True):
+        (image,) = axes.images
+        assert image.get_array().tolist() == record[name]
+        assert image.get_clim() == (0, 1)
+        assert image.get_cmap().name == "viridis"
+        bottom, top = axes.get_ylim()
+        assert bottom < top

@@ -1,0 +1,140 @@
+"""The analyses as commands: models and data of a recipe or a run folder in, pictures and their numbers out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from hf_semalign.analysis import layer_cka, recomposition_cosines
+from hf_semalign.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
+from hf_semalign.figures import draw_cka, draw_layers, draw_vectors
+from hf_semalign.hub import load_transfer, read_record
+from hf_semalign.loading import load_model, skeleton
+from hf_semalign.pairing import pair_layers
+from hf_semalign.recipe import Recipe, load_recipe, load_run, load_tokenizer
+from hf_semalign.scores import layer_scores
+from hf_semalign.semantics import SemanticMap
+from hf_semalign.source import Source
+from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
+from hf_semalign.symbols import public_name, resolve_model
+
+logger = logging.getLogger(__name__)
+COLLATOR = Collator(pad_token_id=0)  # masked, whatever it is
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models in evaluation mode on one device, the map between them, and the eval split in batches."""
+
+    source: PreTrainedModel
+    target: CausalLM
+    semantic_map: SemanticMap
+    batches: DataLoader
+    facts: dict[str, Any]
+
+
+def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), output: str | None = None) -> Path:
+    """Run one analysis and write ``<analysis>.png``, ``.svg`` and ``.json``, the last with all numbers.
+
+    Args:
+        analysis: ``vectors``, ``cka`` or ``pairing``.
+        origin: a recipe, whose models are taken as they are, or a run folder, whose target has its adapter.
+        overrides: see :func:`hf_semalign.recipe.load_recipe` and :func:`hf_semalign.recipe.load_run`.
+        output: where the files go; by default ``analysis`` in the run's folder.
+
+    Returns:
+        Path of the PNG.
+
+    Raises:
+        FileNotFoundError: an origin that is neither.
+        ValueError: keys, models or data that cannot be used.
+    """
+    run = Path(origin) if Path(origin).is_dir() else None
+    if run is not None and analysis == "pairing":
+        if overrides:
+            raise ValueError(f"The pairing of {origin} is in its record, which {list(overrides)} cannot change: pass a recipe.")
+        home, record = run, {"pairing": read_record(run)["pairing"]}
+    else:
+        recipe = load_recipe(origin, overrides) if run is None else load_run(run, overrides)
+        home = Path(recipe.output_dir)
+        record = _pairing(recipe) if analysis == "pairing" else _states(analysis, load_pair(recipe, run))
+    folder = Path(output) if output else home / "analysis"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{analysis}.json").write_text(json.dumps(record, indent=1))
+    if analysis == "pairing":
+        return draw_layers(record, folder, analysis)
+    return (draw_cka if analysis == "cka" else draw_vectors)(record, folder)
+
+
+def _pairing(recipe: Recipe) -> dict[str, Any]:
+    """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy."""
+    args = recipe.config(Path(recipe.output_dir))
+    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    target, tokenizer = _find(recipe, "target"), load_tokenizer(recipe)
+    extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
+    check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
+    depth = len(dissect(skeleton(target, args.target_parts)).layers)
+    scores = layer_scores(source, extract, COLLATOR, None, device=args.device)
+    pairing = pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))
+    return {"pairing": {**pairing.to_dict(), "scores": scores.values}, "attribution": asdict(scores)}
+
+
+def _states(analysis: str, pair: Pair) -> dict[str, Any]:
+    """An analysis of the states of both models at the valid positions of the eval split."""
+    if analysis == "cka":
+        found = layer_cka(pair.source, pair.target, pair.batches, pair.semantic_map)
+    else:
+        models = {"source": pair.source, "target": pair.target}
+        found = {role: recomposition_cosines(model, pair.batches) for role, model in models.items()}
+    return {**pair.facts, **found}
+
+
+def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
+    """The models and the eval split of a recipe, see :func:`run_analysis`; of a run, the target with its adapter.
+
+    Raises:
+        ValueError: a model that is not found, or tokenizers that differ.
+    """
+    args = recipe.config(Path(recipe.output_dir))
+    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    target_name = _find(recipe, "target")
+    tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run)
+    rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
+    if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
+        logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")
+    target: CausalLM
+    target = load_model(target_name, bf16=args.bf16) if run is None else load_transfer(run, target=target_name)[0]
+    name_parts(base_model(target).config, args.target_parts)
+    target = cast(CausalLM, target.to(args.device).eval())  # type: ignore[arg-type]
+    embedded = {"source": source.embedding_rows, "target": embedding_rows(base_model(target))}
+    check_token_ids({"eval": rows}, embedded, tokenizer)
+    model = source.model(args.device)
+    semantic_map = SemanticMap.from_models(model, target, source.tokenizer, tokenizer, kind=args.map_kind)
+    facts = {
+        "models": {"source": source.name, "target": public_name(target_name)},
+        "trained": run is not None,
+        "map": {"kind": semantic_map.kind, "shared_tokens": semantic_map.shared_tokens},
+        "eval": {"rows": len(rows), "fingerprint": fingerprint(rows)},
+    }
+    batches = DataLoader(cast(Any, rows), args.per_device_eval_batch_size, collate_fn=COLLATOR)
+    return Pair(model, target, semantic_map, batches, facts)
+
+
+def _find(recipe: Recipe, role: str) -> str:
+    """Folder or Hub id of a recipe's model, looked up before any weight is loaded."""
+    name = resolve_model(getattr(recipe, role))
+    try:
+        AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
+            f"that a model from a folder must be named again. ({str(error).splitlines()[0]})"
+        ) from error
+    return name

@@ -6,14 +6,17 @@ at structure before names; what it cannot find can be named by hand (:func:`name
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,13 +24,18 @@ from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 CausalLM = PreTrainedModel | PeftModel
+Parts = Mapping[str, str] | str | None  # module paths by part, as JSON from a command line
 PARTS = ("decoder", "layers", "head")
-HEAD_TOLERANCE = 0.02  # relative: bfloat16 gives two products of the same numbers some 1e-3 apart
+HEAD_TOLERANCE = 1e-3  # relative error of logits that rounding makes in float32
+HALF_TOLERANCE = 0.02  # and in half precisions, and from quantised heads
 
-# FFN and attention modules that carry LoRA (method, section 6): up, down, value and output, or what a family fuses them into.
-LORA_TARGETS: tuple[str, ...] = (
+# Modules that carry LoRA (method, section 6): FFN up and down, attention value and output, or what a family fuses them into.
+FFN_TARGETS: tuple[str, ...] = (
     "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "input_linear",
     "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear",
+)  # fmt: skip
+LORA_TARGETS: tuple[str, ...] = (
+    *FFN_TARGETS,
     "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv",
     "o_proj", "out_proj", "dense",
     "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # of blocks without attention
@@ -59,7 +67,7 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., D]`` to ``[..., V]``, in float32 or better."""
+        """``[..., D]`` to ``[..., V]``: a product in the states' dtype, in float32 or better from there on."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -94,10 +102,8 @@ class Anatomy:
 
     def output_head(self) -> Head:
         """The head as tensors, detached, dequantised where it has to be, with the logit scale folded in."""
-        weight: torch.Tensor = self.head.get_parameter("weight")
+        weight: torch.Tensor = dequantize_module_weight(self.head)
         bias: torch.Tensor | None = getattr(self.head, "bias", None)
-        if not weight.is_floating_point():
-            weight = dequantize_module_weight(self.head)
         if self.logit_scale != 1.0:
             weight, bias = weight * self.logit_scale, None if bias is None else bias * self.logit_scale
         return Head(weight.detach(), None if bias is None else bias.detach(), self.softcap)
@@ -117,7 +123,7 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
 
 
-def name_parts(config: PretrainedConfig, parts: Mapping[str, str] | None) -> None:
+def name_parts(config: PretrainedConfig, parts: Parts) -> None:
     """Say by hand where the models of a configuration keep their parts; :func:`dissect` follows it, also after saving.
 
     Args:
@@ -130,9 +136,10 @@ def name_parts(config: PretrainedConfig, parts: Mapping[str, str] | None) -> Non
     """
     if not parts:
         return
+    parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"Unknown parts {unknown} of a model: name some of {PARTS} by their module paths.")
-    config.semalign_parts = dict(parts)
+    config.semalign_parts = parts
 
 
 def dissect(model: CausalLM) -> Anatomy:
@@ -155,21 +162,27 @@ def dissect(model: CausalLM) -> Anatomy:
             "(settings source_parts and target_parts)."
         )
     decoder = named.get("decoder") or model.get_decoder()
+    if decoder is model:
+        raise ValueError(
+            f"The decoder of {name} is not found: name the path of the part that ends with its final norm, and that of its "
+            "layers, by hand (settings source_parts and target_parts)."
+        )
     layers = named.get("layers") or _layers(decoder, name, getattr(config, "num_hidden_layers", None))
-    width = head.get_parameter("weight").shape[1]
-    if head.get_parameter("weight").is_floating_point() and width != config.hidden_size:
+    scale = _setting(config, "logit_scale", "lm_head_multiplier") or 1.0
+    scale /= _setting(config, "logits_scaling") or 1.0
+    softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    anatomy = Anatomy(name, decoder, cast(nn.ModuleList, layers), head, scale, softcap)
+    width = anatomy.head_weight().shape[1]
+    if width != config.hidden_size:
         raise ValueError(
             f"{name} has layers of {config.hidden_size} channels and a head of {width}: the map between spaces needs the same."
         )
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    return Anatomy(
-        name,
-        decoder,
-        cast(nn.ModuleList, layers),
-        head,
-        logit_scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
-    )
+    return anatomy
+
+
+def _setting(config: PretrainedConfig, *names: str) -> float | None:
+    """The first of some settings that a configuration has."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
 
 def _module(model: nn.Module, part: str, path: str) -> nn.Module:
@@ -195,26 +208,42 @@ def _layers(decoder: nn.Module, name: str, expected: int | None) -> nn.ModuleLis
 
 
 @torch.no_grad()
-def check_head(model: CausalLM) -> None:
+def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
     """Compare the model's logits for some tokens, each alone, with those of its head on its decoder's output.
 
+    Args:
+        model: a causal LM; its mode is restored.
+        embeds: what to enter with instead of the first tokens of the vocabulary, ``[B, 1, D]``.
+
     Raises:
-        ValueError: they differ: the family does something to its logits that :class:`Head` does not know.
+        ValueError: they differ: the family does something to its logits that :class:`Head` does not know; or its layers give
+            no states of the announced width.
     """
     model, anatomy = base_model(model), dissect(model)
-    ids = torch.arange(min(8, embedding_rows(model)), device=anatomy.device).unsqueeze(1)
+    given = torch.arange(min(8, embedding_rows(model)), device=anatomy.device).unsqueeze(1) if embeds is None else embeds
+    mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+    inputs = {"input_ids" if embeds is None else "inputs_embeds": given, "attention_mask": mask}
     finals: list[Any] = []
-    handle = anatomy.decoder.register_forward_hook(lambda module, args, output: finals.append(output[0]))
+    watched = (anatomy.layers[0], anatomy.decoder)
+    handles = [part.register_forward_hook(lambda module, args, output: finals.append(output)) for part in watched]
     was_training = model.training
     model.eval()
     try:
-        theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        theirs = model(**inputs, use_cache=False).logits.float()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.train(was_training)
-    ours = anatomy.output_head().logits(finals[0])
-    off = ((ours - theirs).norm() / theirs.norm()).item()
-    if not off < HEAD_TOLERANCE:
+    states, final = (output if isinstance(output, torch.Tensor) else output[0] for output in (finals[0], finals[-1]))
+    if states.shape != (*mask.shape, model.config.get_text_config().hidden_size):
+        raise ValueError(
+            f"The layers of {anatomy.name} give states of shape {tuple(states.shape)} for {tuple(mask.shape)} tokens: expected "
+            "one stream of hidden_size channels."
+        )
+    head = anatomy.output_head()
+    off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()
+    full = anatomy.head.get_parameter("weight").dtype in (torch.float32, torch.float64)
+    if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
         raise ValueError(
             f"The logits of {anatomy.name} are not those of its head on its decoder's output (relative difference {off:.2g}): "
             "the family scales, shifts or caps them in a way that is not known here, and the KL would be wrong."
@@ -224,8 +253,8 @@ def check_head(model: CausalLM) -> None:
 def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:
     """Module names that get LoRA, in every layer at least one of them.
 
-    Experts get none: their weights are fused tensors and see few tokens each. Nor does what fused kernels of state-space
-    mixers read past their modules, which is all but the input projection.
+    In a mixture of experts the attention modules alone get it: experts see few tokens each, and peft takes FFN names there for
+    theirs. Of state-space mixers the input projection gets it: fused kernels read the others past their modules.
 
     Args:
         layers: decoder layers of the target.
@@ -234,7 +263,10 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
     Raises:
         ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
     """
-    candidates = [_candidates(layer) for layer in layers]
+    experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
+    candidates = [{path.rpartition(".")[2] for path in _candidates(layer)} for layer in layers]
+    if experts:
+        candidates = [names.difference(FFN_TARGETS) for names in candidates]
     everywhere = set().union(*candidates)
     chosen = [name for name in wanted or LORA_TARGETS if name in everywhere]
     bare = [index for index, names in enumerate(candidates) if not names.intersection(chosen)]
@@ -245,27 +277,52 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
             f"LoRA modules not found: {what}. Candidates: {sorted(everywhere)}. Set lora_targets to some of them, at "
             "least one for every layer."
         )
-    if any(part == "experts" for layer in layers for path, _ in layer.named_modules() for part in path.split(".")):
-        logger.warning("The target is a mixture of experts: LoRA goes on %s, and its experts stay as they are.", chosen)
+    if experts:
+        logger.warning("The target is a mixture of experts: LoRA goes on %s, and its FFNs stay as they are.", chosen)
     return chosen
 
 
-def _candidates(layer: nn.Module) -> set[str]:
-    names = set()
+def _candidates(layer: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a layer that may get LoRA, by path."""
+    found: dict[str, nn.Module] = {}
     for path, module in layer.named_modules():
         parent, _, name = path.rpartition(".")
         if isinstance(module, (nn.Linear, Conv1D)) and "experts" not in path.split("."):
             mixer = hasattr(layer.get_submodule(parent), "A_log")
             if not mixer or name.startswith("in_proj"):
-                names.add(name)
-    return names
+                found[path] = module
+    return found
 
 
-def outside_lora(model: PreTrainedModel, layers: nn.ModuleList, names: list[str]) -> list[str]:
-    """Paths of modules that bear a LoRA module's name and must not get LoRA: in experts, or not in a decoder layer at all."""
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    return [
-        path
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] in names and (id(module) not in inside or "experts" in path.split("."))
-    ]
+def add_lora(target: PreTrainedModel, names: list[str], *, rank: int, alpha: int) -> PeftModel:
+    """A target with LoRA on the modules of :func:`lora_targets` in its decoder layers, and nowhere else.
+
+    Args:
+        target: the target.
+        names: module names.
+        rank: ``r``.
+        alpha: ``lora_alpha``.
+
+    Raises:
+        ValueError: peft put LoRA elsewhere.
+    """
+    layers = dissect(target).layers
+    allowed = {id(module) for layer in layers for module in _candidates(layer).values()}
+    named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
+    excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=names,
+        exclude_modules="|".join(excluded) or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(target, config)
+    carriers = {path for path, module in target.named_modules() if isinstance(module, LoraLayer)}
+    if carriers != (wanted := {path for path, module in named.items() if id(module) in allowed}):
+        raise ValueError(
+            f"peft put LoRA on other modules than those named in the decoder layers: on {sorted(carriers - wanted)[:5]} as "
+            f"well, and not on {sorted(wanted - carriers)[:5]}. Set lora_targets to other names."
+        )
+    return adapted

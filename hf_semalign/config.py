@@ -83,11 +83,11 @@ class SemAlignConfig(TrainingArguments):
         default="resident",
         metadata={"help": "resident: the source runs whole; stream: one of its layers at a time, whatever its size."},
     )
-    source_parts: dict[str, str] | None = field(
+    source_parts: dict | str | None = field(
         default=None,
         metadata={"help": "Module paths of the source's decoder, layers, head, of a model where they are not found."},
     )
-    target_parts: dict[str, str] | None = field(default=None, metadata={"help": "The same of the target."})
+    target_parts: dict | str | None = field(default=None, metadata={"help": "The same of the target."})
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})

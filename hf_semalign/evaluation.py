@@ -23,7 +23,7 @@ def answer_loss(model: CausalLM, batches: Iterable[Mapping[str, torch.Tensor]]) 
         batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
     """
     anatomy = dissect(model)
-    device = anatomy.device
+    device, head = anatomy.device, anatomy.output_head()
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -33,7 +33,7 @@ def answer_loss(model: CausalLM, batches: Iterable[Mapping[str, torch.Tensor]]) 
         hidden = anatomy.decoder(
             input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
         )[0]
-        losses = token_cross_entropy(hidden[valid], anatomy.output_head(), labels[:, 1:][valid[:, :-1]])
+        losses = token_cross_entropy(hidden[valid], head, labels[:, 1:][valid[:, :-1]])
         total, count = total + losses.sum().item(), count + len(losses)
     model.train(was_training)
     return total / count

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from hf_semalign.anatomy import name_parts
+from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
 
 logger = logging.getLogger(__name__)
@@ -50,15 +57,33 @@ def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 and own == torch.float16 else own
 
 
-def skeleton(name_or_path: str, parts: Mapping[str, str] | None = None) -> PreTrainedModel:
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether a model's weights are quantised.
+
+    Raises:
+        ValueError: by another method than bitsandbytes: none was tried.
+    """
+    quantisation: Any = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return False
+    facts = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    if facts.get("quant_method") != "bitsandbytes":
+        raise ValueError(
+            f"Weights quantised by {facts.get('quant_method')} are not supported: use bitsandbytes, or plain weights."
+        )
+    return True
+
+
+def skeleton(name_or_path: str, parts: Parts = None) -> PreTrainedModel:
     """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading."""
     config = AutoConfig.from_pretrained(name_or_path)
     name_parts(config, parts)
+    is_quantised(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Mapping[str, str] | None = None) -> PreTrainedModel:
+def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> PreTrainedModel:
     """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
     Args:
@@ -67,12 +92,13 @@ def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Mappi
         parts: see :func:`hf_semalign.anatomy.name_parts`.
 
     Raises:
-        ValueError: a model that carries LoRA already.
+        ValueError: a model that carries LoRA already, or weights quantised in a way that is not supported.
     """
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
+    is_quantised(model.config)
     name_parts(model.config, parts)
     return model
 

@@ -146,13 +146,13 @@ class TargetPrefix:
         inputs = {key: batch[key].to(self._device) for key in ("input_ids", "attention_mask")}
         mask, layers = inputs["attention_mask"].bool(), self._anatomy.layers
 
-        def forward() -> torch.Tensor:
-            return self._anatomy.decoder(**inputs, use_cache=False)[0][mask].float()
+        def forward(**given: torch.Tensor) -> torch.Tensor:
+            return self._anatomy.decoder(**given, attention_mask=inputs["attention_mask"], use_cache=False)[0][mask].float()
 
         with torch.random.fork_rng():
             with capture(layers) as states:
-                whole = forward()
-            if _differ(whole, forward()):
+                whole = forward(input_ids=inputs["input_ids"])
+            if _differ(whole, forward(input_ids=inputs["input_ids"])):
                 raise PrefixUnavailable("two forwards of one batch differ, as under dropout in the target's config")
             for k in range(1, len(layers)):
                 entering = states[k].input
@@ -160,10 +160,10 @@ class TargetPrefix:
                     raise PrefixUnavailable(f"layer {k} takes states of shape {tuple(entering.shape)}, not [B, T, D]")
                 padded = spread(entering[mask], mask)
                 with bypass(layers[:k], padded, as_tuples=self._as_tuples):
-                    if _differ(whole, forward()):
+                    if _differ(whole, forward(inputs_embeds=torch.full_like(padded, torch.nan))):
                         raise PrefixUnavailable(f"layer {k} and those above it depend on more than the states below them")
         return Column("states", states[1].input.shape[-1], states[1].input.dtype, everywhere=True)
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).norm() > TOLERANCE * one.norm())
+    return not bool((one - other).norm() <= TOLERANCE * one.norm())  # also where it is NaN

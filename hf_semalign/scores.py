@@ -120,12 +120,15 @@ def attribute_streamed(
                     batch = {key: tensor.to(device) for key, tensor in batch.items()}
                     mask, valid = batch["attention_mask"].bool(), valid_positions(batch["labels"])
                     entering = spread(folder.read(columns[k], [place]), mask).requires_grad_()
+                    unread = torch.full_like(entering, torch.nan)
                     with (
                         capture([anatomy.layers[k]]) as (state,),
                         bypass(anatomy.layers[:k], entering, as_tuples=as_tuples),
                     ):
                         final = anatomy.decoder(
-                            inputs_embeds=entering.detach(), attention_mask=batch["attention_mask"], use_cache=False
+                            inputs_embeds=unread,
+                            attention_mask=batch["attention_mask"],
+                            use_cache=False,
                         )[0]
                     if k == last:
                         loss = F.cross_entropy(head.logits(final[valid]), batch["labels"][:, 1:][valid[:, :-1]])

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -17,9 +17,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hf_semalign.anatomy import Anatomy, Head, check_head, dissect, embedding_rows, name_parts
-from hf_semalign.hooks import gives_tuples
-from hf_semalign.loading import find_tokenizer, load_dtype, load_model, skeleton
+from hf_semalign.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
+from hf_semalign.hooks import bypass, gives_tuples
+from hf_semalign.loading import find_tokenizer, is_quantised, load_dtype, load_model, skeleton
 from hf_semalign.semantics import checksum
 from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text
 from hf_semalign.symbols import public_name
@@ -53,19 +53,18 @@ class Source:
         ValueError: a model that the method cannot use, before any weight is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False, parts: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> None:
         self._given = model
         self._bf16 = bf16
         self._named = parts
+        self._checked = False
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
             self._facts = json.loads((Path(model) / FACTS).read_text())
         shape = skeleton(model, parts) if isinstance(model, str) else load_model(model, parts=parts)
         anatomy = dissect(shape)
-        if not isinstance(model, str):
-            check_head(model)
         self._shape = shape
-        self.quantised = getattr(shape.config, "quantization_config", None) is not None
+        self.quantised = is_quantised(shape.config)
         self.embedding_rows = embedding_rows(shape)
         self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
         self.num_layers = len(anatomy.layers)
@@ -75,23 +74,27 @@ class Source:
 
     @cached_property
     def identity(self) -> str:
-        """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors.
+        """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors, and
+        where its parts are.
 
         Raises:
             ValueError: a folder without weights.
         """
         if self._facts is not None:
             return self._facts["identity"]
+        anatomy = dissect(self._shape)
+        paths = {id(module): path for path, module in self._shape.named_modules()}
+        parts = [paths[id(part)] for part in (anatomy.decoder, anatomy.layers, anatomy.head)]
         if isinstance(self._given, PreTrainedModel):
             tensors = {name: checksum(tensor) for name, tensor in self._given.state_dict().items()}
-            return digest([tensors, config_facts(self._given.config)])
+            return digest([tensors, config_facts(self._given.config), parts])
         config = AutoConfig.from_pretrained(self._given)
         if getattr(config, "_commit_hash", None) is not None:
-            return digest([self._given, config._commit_hash, str(self.dtype)])
+            return digest([self._given, config._commit_hash, str(self.dtype), parts])
         files = sorted(Path(self._given).glob("*.safetensors")) or sorted(Path(self._given).glob("*.bin"))
         if not files:
             raise ValueError(f"{self._given} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
-        return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype)])
+        return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype), parts])
 
     def folder(self, root: Path) -> Path:
         """The folder that keeps what the source says, made if it does not exist.
@@ -121,14 +124,19 @@ class Source:
         if self._model is None:
             logger.info("Loading the source %s", self.name)
             self._model = load_model(self._given, bf16=self._bf16, parts=self._named)
-            check_head(self._model)
         self._move(device)
+        self._check()
         return self._model.eval().requires_grad_(False)
 
     def rest(self) -> None:
         """Take the model off the accelerator."""
         if self._model is not None:
             self._move("cpu")
+
+    def _check(self) -> None:
+        if self._model is not None and not self._checked:
+            check_head(self._model)
+            self._checked = True
 
     def _move(self, device: torch.device | str) -> None:
         if self._model is not None and not self.quantised:  # quantised weights stay where they were loaded
@@ -146,10 +154,17 @@ class Source:
         if path is not None and (known := load_tensor(path)) is not None:
             bias = known[:, self.width] if known.shape[1] > self.width else None
             return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
+        if self.quantised:
+            self.model("cpu")  # whole, because its packed weights are not read in parts
         if self._model is not None:
+            self._check()
             head = dissect(self._model).output_head().to("cpu")
         else:
-            with self._parts(layer=None, device="cpu") as anatomy:
+            as_tuples, states = self.as_tuples, torch.randn(8, 1, self.width, dtype=self.dtype)
+            with self._partly_loaded(None, "cpu") as model:
+                anatomy = dissect(model)
+                with bypass(anatomy.layers, states, as_tuples=as_tuples):
+                    check_head(model, states)
                 scaled = anatomy.output_head()
                 head = scaled._replace(weight=scaled.weight.clone(), bias=None if scaled.bias is None else scaled.bias.clone())
         if path is not None:
@@ -184,8 +199,8 @@ class Source:
         in memory lends its layer to the device.
         """
         if self._model is None:
-            with self._parts(layer=index, device=device) as anatomy:
-                yield anatomy
+            with self._partly_loaded(index, device) as model:
+                yield dissect(model)
             return
         anatomy = dissect(self._model.eval().requires_grad_(False))
         aside = {id(layer) for place, layer in enumerate(anatomy.layers) if place != index}
@@ -210,6 +225,8 @@ class Source:
     @cached_property
     def as_tuples(self) -> bool:
         """Whether its layers give tuples, see :func:`hf_semalign.hooks.gives_tuples`."""
+        if self.quantised:
+            self.model("cpu")
         if self._model is not None:
             anatomy = dissect(self._model)
             return gives_tuples(anatomy.decoder, anatomy.layers[0])
@@ -217,17 +234,20 @@ class Source:
             return gives_tuples(anatomy.decoder, anatomy.layers[0])
 
     @contextmanager
-    def _parts(self, layer: int | None, device: torch.device | str) -> Iterator[Anatomy]:
-        """The model with one layer's weights, or with its head's alone; all else is left on the disk."""
+    def _partly_loaded(self, layer: int | None, device: torch.device | str) -> Iterator[PreTrainedModel]:
+        """The model with one layer's weights, or with its head's, and the decoder's small parts; all else stays on the disk."""
         self._need_weights()
         shape, anatomy = self._shape, dissect(self._shape)
         places = {id(module): path for path, module in shape.named_modules()}
         inner = places[id(anatomy.decoder)]
-        homes: dict[str, str] = {f"{places[id(anatomy.layers)]}.{k}": "disk" for k in range(self.num_layers)}
+        homes: dict[str, str] = {  # what is not of the decoder, such as a vision tower
+            path: "disk"
+            for path, module in shape.named_modules()
+            if not f"{path}.".startswith(f"{inner}.") and next(module.parameters(recurse=False), None) is not None
+        }
+        homes |= {f"{places[id(anatomy.layers)]}.{k}": "disk" for k in range(self.num_layers)}
         homes |= {
-            f"{inner}.{name}": "disk" if layer is None else str(device)
-            for name, part in anatomy.decoder.named_children()
-            if part is not anatomy.layers
+            f"{inner}.{name}": str(device) for name, part in anatomy.decoder.named_children() if part is not anatomy.layers
         }
         embeddings, head = places[id(shape.get_input_embeddings())], places[id(anatomy.head)]
         tied = anatomy.head.weight is shape.get_input_embeddings().weight
@@ -242,7 +262,7 @@ class Source:
             for parameter in model.parameters():
                 if not parameter.is_meta:
                     parameter.data = parameter.data.to(self.dtype)
-            yield dissect(model.eval().requires_grad_(False))
+            yield model.eval().requires_grad_(False)
             for tensor in (*model.parameters(), *model.buffers()):  # at once, whoever still holds the model
                 tensor.data = tensor.new_empty(0)
 

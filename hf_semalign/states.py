@@ -306,7 +306,7 @@ def layer_pass(
                 with ExitStack() as stack:
                     if entering is not None:
                         states = spread(entering(range(place, place + len(rows))), mask)
-                        inputs = {"inputs_embeds": states}
+                        inputs = {"inputs_embeds": torch.full_like(states, torch.nan)}  # nothing above may read them
                         stack.enter_context(bypass(anatomy.layers[:start], states, as_tuples=as_tuples))
                     captures = dict(zip(layers, stack.enter_context(capture([anatomy.layers[k] for k in layers])), strict=True))
                     if not through:
@@ -316,6 +316,11 @@ def layer_pass(
                 for output in wanted:
                     full = final if output.layer is None else captures[output.layer].output
                     chosen = full[mask if output.column.everywhere else valid]
+                    if entering is not None and not chosen.isfinite().all():
+                        raise ValueError(
+                            f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
+                            "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
+                        )
                     parts[output.column].append(output.transform(chosen).to("cpu", output.column.dtype))
                 place += len(rows)
                 bar.update(len(rows))

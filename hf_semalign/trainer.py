@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -29,11 +29,10 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from hf_semalign.anatomy import base_model, check_head, dissect, embedding_rows, lora_targets, outside_lora
+from hf_semalign.anatomy import add_lora, base_model, check_head, dissect, embedding_rows, lora_targets
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     Frontier,
@@ -79,7 +78,7 @@ PREFIX = "_prefix"  # in the run folder; Trainer.push_to_hub leaves out _*
 PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
-    "lora_r", "lora_alpha", "lora_targets",
+    "lora_r", "lora_alpha", "lora_targets", "source_parts", "target_parts",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
 )  # fmt: skip
@@ -166,7 +165,7 @@ class SemAlignTrainer(Trainer):
         if isinstance(source_model, Source):
             self.source = source_model
         else:
-            self.source = Source(source_model, bf16=args.bf16, parts=cast(Any, args.source_parts))
+            self.source = Source(source_model, bf16=args.bf16, parts=args.source_parts)
         if args.source_memory == "stream" and self.source.quantised:
             raise ValueError(f"{self.source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
         shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
@@ -209,9 +208,9 @@ class SemAlignTrainer(Trainer):
         self._lora_targets = lora_targets(anatomy.layers, args.lora_targets)
         with timed("loading the target", self.seconds):
             target = load_model(model, bf16=args.bf16, parts=args.target_parts)
-            check_head(target)
         self.target_anatomy = dissect(target)
-        adapted = _add_lora(target, args, self._lora_targets)
+        torch.manual_seed(args.seed)
+        adapted = add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
         self.lora_layers = [
             [p for name, p in layer.named_parameters() if "lora_" in name] for layer in self.target_anatomy.layers
         ]
@@ -225,6 +224,7 @@ class SemAlignTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        check_head(adapted)  # where it is going to run
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
         self._keeps_logits = "logits_to_keep" in inspect.signature(target.forward).parameters
@@ -248,7 +248,8 @@ class SemAlignTrainer(Trainer):
         with timed("semantic map", self.seconds), args.main_process_first():
             head = self.source.head(root).to(args.device)
             self._source_head = head.rows(token_ids)
-            self._target_head = self.target_anatomy.output_head().rows(token_ids)
+            self._own_head = self.target_anatomy.output_head()
+            self._target_head = self._own_head.rows(token_ids)
             cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
             self.semantic_map = semantic_map or SemanticMap.from_heads(
                 self._source_head.weight, self._target_head.weight, kind=args.map_kind, cache=cache
@@ -526,8 +527,7 @@ class SemAlignTrainer(Trainer):
             answers = inputs["labels"][:, 1:][valid[:, :-1]]
             rows = valid.nonzero()[:, 0]
             sums = torch.zeros(len(valid), 5, device=valid.device)
-            own_head = self.target_anatomy.output_head()
-            sums[:, 0].index_add_(0, rows, token_cross_entropy(hidden, own_head, answers))
+            sums[:, 0].index_add_(0, rows, token_cross_entropy(hidden, self._own_head, answers))
             sums[:, 1].index_add_(0, rows, token_kl(hidden, self._target_head, signals.final, self._source_head))
             sums[:, 2] = valid.sum(1)
             sums[:, 3] = torch.stack(
@@ -627,13 +627,14 @@ class SemAlignTrainer(Trainer):
         """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
         saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
         ours = json.loads(json.dumps(self.record()))
+        defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
         different = [
             name
             for name, mine, theirs in [
                 *((key, ours[key], saved[key]) for key in ("source", "target", "data", "stages")),
                 ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
                 ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),
-                *((key, value, saved["settings"][key]) for key, value in ours["settings"].items()),
+                *((key, value, saved["settings"].get(key, defaults.get(key))) for key, value in ours["settings"].items()),
             ]
             if mine != theirs
         ]
@@ -643,18 +644,3 @@ class SemAlignTrainer(Trainer):
                 "models, data and settings, or start anew in another output_dir."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _add_lora(target: PreTrainedModel, args: SemAlignConfig, names: list[str]) -> PeftModel:
-    torch.manual_seed(args.seed)
-    layers = dissect(target).layers
-    transposed = any(isinstance(module, Conv1D) for module in layers.modules())
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=names,
-        exclude_modules=outside_lora(target, layers, names) or None,
-        fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(target, config)

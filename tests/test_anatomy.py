@@ -7,14 +7,15 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from hf_semalign import anatomy
 from hf_semalign.anatomy import (
+    add_lora,
     base_model,
     check_head,
     dissect,
     embedding_rows,
     lora_targets,
     name_parts,
-    outside_lora,
 )
 
 LAYERS, VOCAB = 3, 50
@@ -23,14 +24,14 @@ LAYERS, VOCAB = 3, 50
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoder_and_head_make_the_models_own_logits(family):
     model = build(family)
-    anatomy = dissect(model)
+    parts = dissect(model)
     ids = torch.tensor([[1, 7, 9, 30], [1, 4, 4, 49]])
     with torch.no_grad():
-        hidden = anatomy.decoder(input_ids=ids, use_cache=False)[0]
+        hidden = parts.decoder(input_ids=ids, use_cache=False)[0]
         logits = model(input_ids=ids).logits
-    head = anatomy.output_head()
+    head = parts.output_head()
     torch.testing.assert_close(head.logits(hidden), logits)
-    assert anatomy.logit_scale == FAMILIES[family].scale and head.weight.shape == (VOCAB, 16)
+    assert parts.logit_scale == FAMILIES[family].scale and head.weight.shape == (VOCAB, 16)
     assert head.weight is not None and not head.weight.requires_grad and embedding_rows(model) == VOCAB
     check_head(model)
 
@@ -50,7 +51,7 @@ def test_lora_modules_of_the_family_are_found_and_accepted_by_peft(family):
     model = build(family)
     targets = lora_targets(dissect(model).layers)
     assert targets == FAMILIES[family].lora
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "GPT2"))
+    adapted = add_lora(model, targets, rank=2, alpha=4)
     for layer in dissect(adapted).layers:
         assert any(name.endswith("lora_A.default.weight") for name, _ in layer.named_parameters())
 
@@ -117,7 +118,6 @@ def test_a_logit_scale_scales_the_bias_too():
 def test_logits_that_the_head_does_not_explain_are_refused():
     model = build("Granite")
     check_head(model)
-    model.config.logits_scaling = 4.0  # the model reads it at every forward; this one was built with 8
     model.lm_head.register_forward_hook(lambda module, args, output: output * 3)
     with pytest.raises(ValueError, match="logits of GraniteForCausalLM are not those of its head"):
         check_head(model)
@@ -176,19 +176,38 @@ def test_layers_without_known_modules_are_refused_with_the_candidates():
     assert lora_targets(layers, ["mixing"]) == ["mixing"]
 
 
-def test_experts_and_what_is_not_in_the_layers_get_no_lora(caplog):
+def test_what_is_not_in_the_layers_gets_no_lora():
+    """Also at the root, where a path is the end of many others."""
     model = tiny_llama(2, 16)
     model.tower = nn.ModuleDict({"v_proj": nn.Linear(16, 16)})
-    for layer in model.model.layers:
-        layer.mlp.experts = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(16, 16)})])
-    layers = model.model.layers
-    names = lora_targets(layers)
-    assert names == ["up_proj", "down_proj", "v_proj", "o_proj"] and "mixture of experts" in caplog.text
-    outside = outside_lora(model, layers, names)
-    assert outside == ["model.layers.0.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.0.up_proj", "tower.v_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, exclude_modules=outside))
+    model.o_proj = nn.Linear(16, 16)
+    names = lora_targets(model.model.layers)
+    adapted = add_lora(model, names, rank=2, alpha=4)
     carriers = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
-    assert len(carriers) == 8 and not any("experts" in name or "tower" in name for name in carriers)
+    assert len(carriers) == 8 and all("model.layers." in name for name in carriers)
+
+
+def test_a_mixture_of_experts_gets_lora_on_its_attention_alone(caplog):
+    """Its dense layers as well: peft would take the names of their FFNs for those of experts."""
+    model = build("Qwen3Moe", mlp_only_layers=[0])
+    layers = dissect(model).layers
+    names = lora_targets(layers)
+    assert names == ["v_proj", "o_proj"] and "mixture of experts" in caplog.text
+    with pytest.raises(ValueError, match=r"\['down_proj'\] occur in no layer"):
+        lora_targets(layers, ["down_proj", "o_proj"])
+    adapted = add_lora(model, names, rank=2, alpha=4)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2 * LAYERS
+
+
+def test_lora_that_peft_puts_elsewhere_is_refused(monkeypatch):
+    model = tiny_llama(2, 16)
+    monkeypatch.setattr(
+        anatomy, "get_peft_model", lambda target, config: get_peft_model(target, LoraConfig(target_modules=["q_proj"]))
+    )
+    with pytest.raises(
+        ValueError, match=r"on \['model.layers.0.self_attn.q_proj', .* as well, and not on \['model.layers.0.self_attn.v"
+    ):
+        add_lora(model, ["v_proj"], rank=2, alpha=4)
 
 
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconH1", "Bamba"])

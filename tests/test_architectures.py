@@ -39,9 +39,9 @@ class Moved(TrainerCallback):
 
 def train(folder, source, target, **settings):
     moved = Moved()
+    settings = {"max_steps": 6 * LAYERS, **settings}  # more than two epochs, so that there is a prefix
     args = SemAlignConfig(
         output_dir=str(folder),
-        max_steps=6 * LAYERS,  # more than two epochs, so that there is a prefix
         learning_rate=1e-2,
         per_device_train_batch_size=4,
         logging_steps=1,
@@ -61,6 +61,33 @@ def adapter(trainer):
     return torch.cat([p.detach().flatten() for layer in trainer.lora_layers for p in layer])
 
 
+def seeing(layers, width):
+    """A Gemma 3 with a vision tower."""
+    text = {**COMMON, **FAMILIES["Gemma3"].settings, "vocab_size": VOCAB, "hidden_size": width, "num_hidden_layers": layers}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, "num_attention_heads": 4},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_id=VOCAB - 1,
+    )
+    torch.manual_seed(layers)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def assert_same_signals(trainer, source):
+    """The trainer's signals of some rows are those that the source gives when it runs on them."""
+    batch = trainer.data_collator(trainer.train_dataset.select(range(4)))
+    valid = valid_positions(batch["labels"])
+    kept = trainer.signals(batch, range(LAYERS))
+    made = OnlineSignals(source, trainer.pairing, trainer.semantic_map)(batch, range(LAYERS))
+    assert tuple(kept.final.shape) == (int(valid.sum()), 32)
+    assert [tuple(states.shape) for states in kept.supervision] == [(*valid.shape, 16)] * LAYERS
+    torch.testing.assert_close(kept.final, made.final, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(kept.supervision, made.supervision, strict=True):
+        torch.testing.assert_close(ours[valid], theirs[valid], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_teaches_and_learns(tmp_path, family):
     source = build(family, layers=LAYERS + 1, width=32, vocab=VOCAB, seed=1)
@@ -73,17 +100,10 @@ def test_a_family_teaches_and_learns(tmp_path, family):
     for layer in trainer.lora_layers:
         assert len(layer) >= 2 and any(p.any() for p in layer[1::2])
 
-    batch = trainer.data_collator(trainer.train_dataset.select(range(4)))
-    signals = trainer.signals(batch, range(LAYERS))
-    shapes = [tuple(states.shape) for states in signals.supervision]
-    assert shapes == [(*batch["labels"].shape, 16)] * LAYERS
-    valid = valid_positions(batch["labels"])
-    assert tuple(signals.final.shape) == (int(valid.sum()), 32)
-    online = OnlineSignals(source, trainer.pairing, trainer.semantic_map)(batch, range(LAYERS))
-    torch.testing.assert_close(signals.final, online.final, rtol=1e-4, atol=1e-4)
-    for kept, made in zip(signals.supervision, online.supervision, strict=True):
-        torch.testing.assert_close(kept[valid], made[valid], rtol=1e-4, atol=1e-4)
+    assert_same_signals(trainer, source)
 
+    batch = trainer.data_collator(trainer.train_dataset.select(range(4)))
+    valid = valid_positions(batch["labels"])
     trainer.save_model(tmp_path / "adapter")
     again = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -121,18 +141,7 @@ def test_two_families_over_one_vocabulary(tmp_path, source, target):
 
 def test_the_language_model_of_one_that_also_sees(tmp_path):
     """Gemma 3 from 4B on: its vision tower bears names of LoRA modules and gets none."""
-    models = []
-    for layers, width in ((LAYERS + 1, 32), (LAYERS, 16)):
-        text = {**COMMON, **FAMILIES["Gemma3"].settings, "vocab_size": VOCAB, "hidden_size": width, "num_hidden_layers": layers}
-        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = Gemma3Config(
-            text_config={**text, "num_attention_heads": 4},
-            vision_config={**vision, "image_size": 28, "patch_size": 14},
-            mm_tokens_per_image=4,
-            image_token_id=VOCAB - 1,
-        )
-        models.append(AutoModelForCausalLM.from_config(config).eval())
-    trainer, moved = train(tmp_path, *models)
+    trainer, moved = train(tmp_path, seeing(LAYERS + 1, 32), seeing(LAYERS, 16))
     assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]
     carriers = [name for name, _ in trainer.model.named_parameters() if "lora_A" in name]
     assert len(carriers) == 4 * LAYERS and all("language_model.layers" in name for name in carriers)

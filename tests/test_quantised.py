@@ -64,6 +64,19 @@ def test_quantised_source_and_target(tmp_path, bits):
         torch.testing.assert_close(again(input_ids=ids).logits, trainers[0].model.eval()(input_ids=ids).logits)
 
 
+def test_a_quantised_source_by_path_whose_layers_need_no_scores(tmp_path):
+    """Nothing has loaded it when its head is wanted."""
+    quantised(tmp_path / "whole", 5, 2, **BITS["4 bits"]).save_pretrained(tmp_path / "source")
+    train(tmp_path / "run", tiny_llama(3, 64, seed=1, pad_token_id=0), str(tmp_path / "source"), pairing="last")
+
+
+def test_other_quantisation_is_refused(tmp_path):
+    model = tiny_llama(3, 64, pad_token_id=0)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="Weights quantised by fp8 are not supported: use bitsandbytes, or plain weights"):
+        train(tmp_path, model, tiny_llama(5, 64))
+
+
 def test_a_quantised_head_is_dequantised_for_the_map_and_the_kl(tmp_path):
     model = quantised(tmp_path / "source", 2, 1, **BITS["4 bits"], llm_int8_skip_modules=["none"])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source")

@@ -257,6 +257,20 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, stop, accu
     torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
 
 
+def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed(tmp_path):
+    """A setting that its record lacks had the value that is the default now."""
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    record = tmp_path / "run" / "checkpoint-3" / "semalign.json"
+    saved = json.loads(record.read_text())
+    del saved["settings"]["output_loss"]
+    record.write_text(json.dumps(saved))
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(record.parent))
+    assert resumed.state.global_step == 6
+    with pytest.raises(ValueError, match="made with other output_loss"):
+        make_trainer(tmp_path, output_loss="cosine").train(resume_from_checkpoint=str(record.parent))
+
+
 @pytest.mark.parametrize("resume", [True, "path"])
 def test_resuming_a_finished_run_changes_nothing(tmp_path, resume):
     settings = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}

@@ -69,7 +69,7 @@ def grid(*cells: tuple[str, dict[str, Any]]) -> Grid:
 
 
 def screening() -> Grid:
-    """Each frontier's base and changes to it, one at a time; what won before; KD and SFT."""
+    """KD, SFT, and the frontiers with, without and with more of the layer loss; the paper's setting and the prototype's."""
     return grid(
         ("KD", {}),
         ("SFT", {}),
@@ -82,6 +82,12 @@ def screening() -> Grid:
         ("single", {"relation_weight": 0.0}),
         ("single", {}),
         ("single", {"pairing": "attribution", "relation_weight": 1.0}),  # the paper
+    )
+
+
+def factors() -> Grid:
+    """All layers at once, with one other setting at a time."""
+    return grid(
         ("joint", {"pairing": "attribution"}),
         ("joint", {"pairing": "proportional"}),
         ("joint", {"scale": "match"}),
@@ -93,10 +99,22 @@ def screening() -> Grid:
 
 
 def compute() -> Grid:
-    """Equal compute instead of equal steps, and the whole budget to every stage."""
+    """Equal compute instead of equal steps; that of ``joint`` and ``cumulative`` is KD's already."""
     return grid(
         ("SFT", {"budget": "equal compute"}),
         ("single", {"budget": "equal compute"}),
+    )
+
+
+def long() -> Grid:
+    """Four times the steps, and the whole budget to every stage."""
+    budget = {"budget": "four times the steps"}
+    return grid(
+        *((base, budget) for base in ("KD", "SFT", "joint")),
+        ("joint", {**PROTOTYPE, **budget}),
+        ("joint", {"layer_loss": "steering", **budget}),
+        ("cumulative", {**PROTOTYPE, **budget}),
+        ("single", budget),
         ("single", {"stage_budget": "per_stage"}),
     )
 
@@ -107,20 +125,32 @@ def rank() -> Grid:
 
 
 def trials() -> Grid:
-    """What is not in the library, and what it is to be compared with where that is not in the screening."""
+    """What is not in the library, each one change from a cell of the screening."""
+    paper = {"pairing": "attribution", "relation_weight": 1.0}
     return grid(
         ("joint", {"method": "balanced"}),
         ("joint", {"method": "annealed", "relation_weight": 1.0}),
-        ("joint", {"method": "ends at last"}),
-        ("single", {"method": "one schedule"}),
         ("cumulative", {"method": "one schedule"}),
-        ("cumulative", {"pairing": "banded"}),
-        ("cumulative", {"pairing": "banded", "method": "dealt by score"}),
-        ("cumulative", {"method": "balanced"}),
+        ("cumulative", {"method": "half to last"}),
+        ("single", {"method": "one schedule"}),
+        ("single", {**paper, "method": "dealt by score"}),
+        ("single", {"method": "ends at last", "relation_weight": 1.0}),
     )
 
 
-GRIDS = {"embedded": embedded, "screening": screening, "compute": compute, "rank": rank, "trials": trials}
+def residual() -> Grid:
+    """The one trial that wins: the layer loss's gradient reaches lower layers through the residual alone."""
+    trial = {"method": "through residual"}
+    return grid(
+        ("joint", trial),
+        ("joint", {"relation_weight": 1.0, **trial}),
+        ("joint", {**PROTOTYPE, **trial}),
+        ("cumulative", trial),
+        ("cumulative", {**PROTOTYPE, **trial}),
+    )
+
+
+GRIDS = {grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, residual)}
 
 
 def run_cell(recipe: Path, settings: dict[str, Any] | None, seed: int, folder: Path) -> dict[str, Any]:
@@ -131,17 +161,27 @@ def run_cell(recipe: Path, settings: dict[str, Any] | None, seed: int, folder: P
 
 
 def summarise(ends: Mapping[str, Any], results: Mapping[str, list[dict[str, Any]]]) -> str:
-    """A Markdown table: mean and standard deviation over seeds, best KL first."""
+    """A Markdown table: mean and standard deviation over seeds, best KL first.
+
+    Beside KD stands the difference in KL from it, seed by seed: the seeds share LoRA's start and the order of the rows.
+    """
     skills = list(ends["target"].get("exact_match", {}))
-    lines = ["| | KL | loss | " + "".join(f"{skill} % | " for skill in skills) + "s |", "|---" * (len(skills) + 4) + "|"]
-    rows = [("*target before*", [ends["target"]], ""), ("*source*", [ends["source"]], "")]
-    after = [(name, [run["metrics"]["semalign"] for run in runs], runs) for name, runs in results.items()]
-    for name, metrics, runs in rows + sorted(after, key=lambda row: statistics.mean(run["kl"] for run in row[1])):
-        values = [spread([run["kl"] for run in metrics], 3), spread([run["loss"] for run in metrics], 3)]
+    columns = ["", "KL", *(["from KD"] if "KD" in results else []), "loss", *(f"{skill} %" for skill in skills), "s"]
+    found = {name: [run["metrics"]["semalign"] for run in runs] for name, runs in results.items()}
+    rows = {"*target before*": [ends["target"]], "*source*": [ends["source"]]}
+    rows |= dict(sorted(found.items(), key=lambda row: statistics.mean(run["kl"] for run in row[1])))
+    lines = [columns, ["---"] * len(columns)]
+    for name, metrics in rows.items():
+        kl, known = [run["kl"] for run in metrics], name in found
+        values = [spread(kl, 3)]
+        if "KD" in found:
+            pairs = zip(kl, found["KD"], strict=True) if known and name != "KD" else ()
+            values.append(spread([value - kd["kl"] for value, kd in pairs], 3) if pairs else "")
+        values += [spread([run["loss"] for run in metrics], 3)]
         values += [spread([100 * run["exact_match"][skill] for run in metrics], 1) for skill in skills]
-        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}" if runs else ""
-        lines.append(f"| {' | '.join([name, *values, seconds])} |")
-    return "\n".join(lines)
+        values += [f"{statistics.median(run['seconds'] for run in results[name]):.0f}" if known else ""]
+        lines.append([name, *values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def slug(name: str) -> str:

@@ -114,6 +114,8 @@ def train(material: Material, settings: dict[str, Any], seed: int, folder: Path)
         "signals_dir": str(folder.parent / "_signals"),
     }
     args = recipe.config(folder / "trainer", **{**quiet, "seed": seed, **settings})
+    if budget == "four times the steps":
+        args.max_steps *= 4
     if budget == "equal compute":
         batches = len(material.rows["align"]) / args.train_batch_size
         args.max_steps = equal_steps(args.max_steps, method, batches, *map(sizes, (material.source, target)))
@@ -136,6 +138,7 @@ def train(material: Material, settings: dict[str, Any], seed: int, folder: Path)
     found = {"metrics": {"semalign": material.evaluate(trainer.model)}, "steps": trainer.state.global_step, "seconds": seconds}
     if method != "sft":
         found |= {"source_layers": trainer.pairing.source_layers, "scales": trainer.scales}
+        found |= {"relation_weight": args.relation_weight}  # which some trials change as they go
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,37 @@ class OneSchedule(SemAlignTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._learning_rate_factor = self._factor(FrontierSchedule(1, self.schedule.total_steps))
-
-    def _factor(self, schedule: FrontierSchedule) -> Any:
-        args = self.args
-        return stage_learning_rate(schedule, args.lr_scheduler_type, args.learning_rate, args.get_warmup_steps)
+        _restart(self, FrontierSchedule(1, self.schedule.total_steps))
 
 
-class DealtByScore(OneSchedule):
+class DealtByScore(SemAlignTrainer):
     """A stage's share of the steps is the attribution score of its source layer among those of all pairs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        scores = [self.pairing.scores[layer] for layer in self.pairing.source_layers]
-        ends = (round(self.schedule.total_steps * share / sum(scores)) for share in accumulate(scores))
-        self.schedule.boundaries = (0, *ends)
-        self._learning_rate_factor = self._factor(self.schedule)
+        _deal(self, [self.pairing.scores[layer] for layer in self.pairing.source_layers])
+
+
+class HalfToLast(SemAlignTrainer):
+    """The last stage has half of the steps, the others share the rest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _deal(self, [1.0] * (self.schedule.num_stages - 1) + [self.schedule.num_stages - 1.0])
+
+
+def _deal(trainer: SemAlignTrainer, shares: Sequence[float]) -> None:
+    """Stages as long as their shares, each with a warmup and a decay."""
+    schedule = trainer.schedule
+    schedule.boundaries = (0, *(round(schedule.total_steps * share / sum(shares)) for share in accumulate(shares)))
+    _restart(trainer, schedule)
+
+
+def _restart(trainer: SemAlignTrainer, schedule: FrontierSchedule) -> None:
+    """A learning rate that warms up and decays in each stage of a schedule."""
+    args = trainer.args
+    factor = stage_learning_rate(schedule, args.lr_scheduler_type, args.learning_rate, args.get_warmup_steps)
+    trainer._learning_rate_factor = factor
 
 
 class Balanced(SemAlignTrainer):
@@ -62,6 +78,20 @@ class Balanced(SemAlignTrainer):
                 lengths.append(torch.stack([g.norm() for g in gradients if g is not None]).norm().item())
             self.args.relation_weight, self.args.kl_weight = self._share * lengths[1] / lengths[0], 1.0
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class ThroughResidual(SemAlignTrainer):
+    """The layer loss's gradient reaches the layers below through what a layer adds, and not through what it passes on.
+
+    The loss is of ``y - x`` with ``x`` detached. Where the layers below train as well, their gradient through ``y`` would move
+    ``x`` without being told that ``x`` is taken off again.
+    """
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs, states, signals = super()._forward(*args, **kwargs)
+        for state in states[:-1]:
+            state.output = state.output - state.input + state.input.detach()
+        return outputs, states, signals
 
 
 class Annealed(SemAlignTrainer):
@@ -102,7 +132,9 @@ TRIALS: dict[str, type[SemAlignTrainer]] = {
     "semalign": SemAlignTrainer,
     "one schedule": OneSchedule,
     "dealt by score": DealtByScore,
+    "half to last": HalfToLast,
     "balanced": Balanced,
     "annealed": Annealed,
+    "through residual": ThroughResidual,
     "ends at last": EndsAtLast,
 }

@@ -71,6 +71,25 @@ def test_efficiency(tmp_path):
 
 
 @pytest.mark.slow
+def test_pairs_and_ablation(tmp_path):
+    built = smoke("pairs.py", tmp_path, "styles")
+    pair = tmp_path / "runs" / "pairs" / "styles-smoke"
+    models = json.loads((pair / "pair.json").read_text())
+    assert models.keys() == {"source", "absent", "weak"} and "knows the styles" in built
+    check(models, {"parameters", "layers", "loss", "entropy"})
+    arguments = ["--recipe", str(pair / "weak.yaml"), "--grids", "compute", "trials", "--seeds", "1", "--jobs", "1"]
+    smoke("ablation.py", tmp_path, *arguments)
+    content = written("ablation", tmp_path)
+    assert len(content["cells"]) == 5
+    check(content["cells"], {"kl", "loss", "steps", "seconds"})
+    steps = {name: cell["runs"][0]["steps"] for name, cell in content["cells"].items()}
+    assert steps["SFT, equal compute"] > 8
+    results = next((tmp_path / "runs").rglob("ends/results.json"))
+    results.write_text(json.dumps({"metrics": content["ends"] | {"source": {"kl": 0.0, "loss": 7.25}}}))
+    assert "7.250" in smoke("ablation.py", tmp_path, *arguments)  # nothing that is there runs again
+
+
+@pytest.mark.slow
 def test_kernels(tmp_path):
     times = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\)", smoke("loss_kernels.py", tmp_path))
     assert len(times) == 5  # a case of each table, none of which failed

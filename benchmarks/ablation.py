@@ -138,19 +138,13 @@ def trials() -> Grid:
     )
 
 
-def residual() -> Grid:
-    """The one trial that wins: the layer loss's gradient reaches lower layers through the residual alone."""
-    trial = {"method": "through residual"}
-    return grid(
-        ("joint", trial),
-        ("joint", {"relation_weight": 1.0, **trial}),
-        ("joint", {**PROTOTYPE, **trial}),
-        ("cumulative", trial),
-        ("cumulative", {**PROTOTYPE, **trial}),
-    )
+def maps() -> Grid:
+    """The map in the relation loss against one without its stretching, and against a random one."""
+    others = [{"method": name, "relation_weight": weight} for weight in (0.3, 1.0) for name in ("even map", "random map")]
+    return grid(*((base, changes) for base in ("joint", "single") for changes in ({}, {"relation_weight": 1.0}, *others)))
 
 
-GRIDS = {grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, residual)}
+GRIDS = {grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, maps)}
 
 
 def run_cell(recipe: Path, settings: dict[str, Any] | None, seed: int, folder: Path) -> dict[str, Any]:

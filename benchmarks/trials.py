@@ -16,6 +16,7 @@ from hf_semalign.anatomy import dissect
 from hf_semalign.frontier import FrontierSchedule, stage_learning_rate
 from hf_semalign.pairing import pair_layers
 from hf_semalign.scores import layer_scores
+from hf_semalign.semantics import SemanticMap
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator
 
@@ -80,20 +81,6 @@ class Balanced(SemAlignTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class ThroughResidual(SemAlignTrainer):
-    """The layer loss's gradient reaches the layers below through what a layer adds, and not through what it passes on.
-
-    The loss is of ``y - x`` with ``x`` detached. Where the layers below train as well, their gradient through ``y`` would move
-    ``x`` without being told that ``x`` is taken off again.
-    """
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs, states, signals = super()._forward(*args, **kwargs)
-        for state in states[:-1]:
-            state.output = state.output - state.input + state.input.detach()
-        return outputs, states, signals
-
-
 class Annealed(SemAlignTrainer):
     """The weight of the layer loss falls to zero over the run."""
 
@@ -128,6 +115,53 @@ class EndsAtLast(SemAlignTrainer):
         )  # fmt: skip
 
 
+class OtherMap(SemAlignTrainer):
+    """Another matrix of the size and norm of the map in its place."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source_model: Source,
+        args: SemAlignConfig,
+        train_dataset: Dataset,
+        extract_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+    ) -> None:
+        known = SemanticMap.from_models(source_model.model("cpu"), model)
+        other = self.other(known.matrix)
+        other *= known.matrix.norm() / other.norm()
+        facts = {"kind": known.kind, "shared_tokens": known.shared_tokens, "condition_number": known.condition_number}
+        changed = SemanticMap(other, **facts, fingerprint=type(self).__name__ + known.fingerprint)
+        super().__init__(
+            model, source_model, args, train_dataset, None, extract_dataset, processing_class, semantic_map=changed
+        )  # fmt: skip
+
+    @staticmethod
+    def other(matrix: torch.Tensor) -> torch.Tensor:
+        """The other matrix, ``[D_tgt, D_src]``."""
+        raise NotImplementedError
+
+
+class EvenMap(OtherMap):
+    """The map with all of its singular values alike: its directions without their stretching (docs/analyses.md)."""
+
+    @staticmethod
+    def other(matrix: torch.Tensor) -> torch.Tensor:
+        """Its polar factor."""
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left @ right
+
+
+class RandomMap(OtherMap):
+    """Random orthonormal rows: a control that knows nothing of the vocabulary."""
+
+    @staticmethod
+    def other(matrix: torch.Tensor) -> torch.Tensor:
+        """The same for all seeds of a run."""
+        columns = torch.randn(matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+        return torch.linalg.qr(columns)[0].T
+
+
 TRIALS: dict[str, type[SemAlignTrainer]] = {
     "semalign": SemAlignTrainer,
     "one schedule": OneSchedule,
@@ -135,6 +169,7 @@ TRIALS: dict[str, type[SemAlignTrainer]] = {
     "half to last": HalfToLast,
     "balanced": Balanced,
     "annealed": Annealed,
-    "through residual": ThroughResidual,
+    "even map": EvenMap,
+    "random map": RandomMap,
     "ends at last": EndsAtLast,
 }

@@ -149,6 +149,30 @@ def test_joint_loss_averages_the_layers(tmp_path):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), 0.5 * mean + terms[0][1])
 
 
+def test_the_relation_loss_reaches_layers_below_through_the_residual_alone(tmp_path):
+    """Under ``joint`` the gradient is that of ``d = y - x`` with both in it, which is what the layer adds to its input."""
+    trainer = make_trainer(tmp_path, frontier="joint", kl_weight=0.0)
+    for layer in trainer.lora_layers:
+        for parameter in layer[1::2]:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
+    inputs, valid = {key: batch[key] for key in ("input_ids", "attention_mask")}, valid_positions(batch["labels"])
+    with capture(trainer.model.get_base_model().model.layers) as states:
+        trainer.model(**inputs)
+    supervision = trainer.signals(batch, range(TARGET_LAYERS)).supervision
+    expected = sum(
+        relation_loss(torch.zeros_like(state.input), state.output - state.input, wanted - state.input.detach(), valid)
+        for state, wanted in zip(states, supervision, strict=True)
+    )
+    loss = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss, expected / TARGET_LAYERS)
+    trained = [p for layer in trainer.lora_layers for p in layer]
+    ours, theirs = torch.autograd.grad(loss, trained), torch.autograd.grad(expected / TARGET_LAYERS, trained)
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-7)
+    assert ours[0].norm() > 1e-3
+
+
 def test_version_1_of_the_paper_is_two_cosines(tmp_path):
     """Layer and final state, each along the source's, which the map carries into the target's space."""
     version_1 = {"pairing": "proportional", "map_kind": "cosine", "layer_loss": "steering", "output_loss": "cosine"}

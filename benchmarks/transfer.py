@@ -40,7 +40,7 @@ def measure(model: CausalLM, source: CausalLM, batches: Iterable[Mapping[str, to
         valid = valid_positions(batch["labels"])
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         own, theirs = (
-            (anatomy.decoder(**inputs)[0][valid], anatomy.head_weight()) for anatomy in map(dissect, (model, source))
+            (anatomy.decoder(**inputs)[0][valid], anatomy.output_head()) for anatomy in map(dissect, (model, source))
         )
         kl += token_kl(*own, *theirs).sum().item()
         loss += token_cross_entropy(*own, batch["labels"][:, 1:][valid[:, :-1]]).sum().item()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.anatomy import dissect
@@ -97,69 +96,42 @@ class Annealed(SemAlignTrainer):
 class EndsAtLast(SemAlignTrainer):
     """The last target layer goes with the last source layer; the others with the best-scored of the rest."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        source_model: Source,
-        args: SemAlignConfig,
-        train_dataset: Dataset,
-        extract_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-    ) -> None:
-        collator = Collator(processing_class.pad_token_id)
-        scores = layer_scores(source_model, extract_dataset, collator, Path(str(args.signals_dir)), progress=False)
+    def __init__(self, model: PreTrainedModel, source_model: Source, args: SemAlignConfig, *rest: Any, **given: Any) -> None:
+        collator = Collator(given["processing_class"].pad_token_id)
+        scores = layer_scores(source_model, given["extract_dataset"], collator, Path(str(args.signals_dir)), progress=False)
         chosen = pair_layers(scores.values[:-1], len(dissect(model).layers) - 1, "attribution").source_layers
         pairing = pair_layers(source_model.num_layers, len(chosen) + 1, [*chosen, source_model.num_layers - 1])
-        super().__init__(
-            model, source_model, args, train_dataset, None, extract_dataset, processing_class, pairing=pairing
-        )  # fmt: skip
+        super().__init__(model, source_model, args, *rest, **given, pairing=pairing)
 
 
-class OtherMap(SemAlignTrainer):
-    """Another matrix of the size and norm of the map in its place."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        source_model: Source,
-        args: SemAlignConfig,
-        train_dataset: Dataset,
-        extract_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-    ) -> None:
-        known = SemanticMap.from_models(source_model.model("cpu"), model)
-        other = self.other(known.matrix)
-        other *= known.matrix.norm() / other.norm()
-        facts = {"kind": known.kind, "shared_tokens": known.shared_tokens, "condition_number": known.condition_number}
-        changed = SemanticMap(other, **facts, fingerprint=type(self).__name__ + known.fingerprint)
-        super().__init__(
-            model, source_model, args, train_dataset, None, extract_dataset, processing_class, semantic_map=changed
-        )  # fmt: skip
-
-    @staticmethod
-    def other(matrix: torch.Tensor) -> torch.Tensor:
-        """The other matrix, ``[D_tgt, D_src]``."""
-        raise NotImplementedError
-
-
-class EvenMap(OtherMap):
+class EvenMap(SemAlignTrainer):
     """The map with all of its singular values alike: its directions without their stretching (docs/analyses.md)."""
 
-    @staticmethod
-    def other(matrix: torch.Tensor) -> torch.Tensor:
-        """Its polar factor."""
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left @ right
+    def __init__(self, model: PreTrainedModel, source_model: Source, *rest: Any, **given: Any) -> None:
+        known = SemanticMap.from_models(source_model.model("cpu"), model)
+        left, _, right = torch.linalg.svd(known.matrix, full_matrices=False)
+        super().__init__(model, source_model, *rest, **given, semantic_map=_replaced(known, left @ right, "even"))
 
 
-class RandomMap(OtherMap):
-    """Random orthonormal rows: a control that knows nothing of the vocabulary."""
+class RandomMap(SemAlignTrainer):
+    """Random orthonormal rows, the same for all seeds of a run: a control that knows nothing of the vocabulary."""
 
-    @staticmethod
-    def other(matrix: torch.Tensor) -> torch.Tensor:
-        """The same for all seeds of a run."""
-        columns = torch.randn(matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
-        return torch.linalg.qr(columns)[0].T
+    def __init__(self, model: PreTrainedModel, source_model: Source, *rest: Any, **given: Any) -> None:
+        known = SemanticMap.from_models(source_model.model("cpu"), model)
+        columns = torch.randn(known.matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=known.matrix.dtype)
+        rows = torch.linalg.qr(columns)[0].T
+        super().__init__(model, source_model, *rest, **given, semantic_map=_replaced(known, rows, "random"))
+
+
+def _replaced(known: SemanticMap, matrix: torch.Tensor, name: str) -> SemanticMap:
+    """Another matrix with the norm of a map in its place."""
+    return SemanticMap(
+        matrix * (known.matrix.norm() / matrix.norm()),
+        kind=known.kind,
+        shared_tokens=known.shared_tokens,
+        condition_number=known.condition_number,
+        fingerprint=name + known.fingerprint,
+    )
 
 
 TRIALS: dict[str, type[SemAlignTrainer]] = {

@@ -171,13 +171,12 @@ def dissect(model: CausalLM) -> Anatomy:
     scale = _setting(config, "logit_scale", "lm_head_multiplier") or 1.0
     scale /= _setting(config, "logits_scaling") or 1.0
     softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    anatomy = Anatomy(name, decoder, cast(nn.ModuleList, layers), head, scale, softcap)
-    width = anatomy.head_weight().shape[1]
+    width = getattr(head, "in_features", None) or head.get_parameter("weight").shape[1]  # packed weights have other shapes
     if width != config.hidden_size:
         raise ValueError(
             f"{name} has layers of {config.hidden_size} channels and a head of {width}: the map between spaces needs the same."
         )
-    return anatomy
+    return Anatomy(name, decoder, cast(nn.ModuleList, layers), head, scale, softcap)
 
 
 def _setting(config: PretrainedConfig, *names: str) -> float | None:

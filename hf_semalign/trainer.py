@@ -466,8 +466,10 @@ class SemAlignTrainer(Trainer):
         layer_terms = []
         for state, supervision in zip(states[:-1], signals.supervision, strict=True):
             if self.args.layer_loss == "relation":
-                # Of y = x + f(x) the loss is about f(x): through x it would train the layers below for another one's residual.
-                output = state.output + (state.input.detach() - state.input)
+                output = state.output
+                if state.input.requires_grad:
+                    # Of y = x + f(x) the loss is about f(x): through x it would train layers below for another one's residual.
+                    output = output + (state.input.detach() - state.input)
                 losses = sequence_relation_losses(state.input, output, supervision, valid)
                 layer_terms.append(losses.sum() / sequences.clamp_min(1))
             else:

@@ -26,14 +26,13 @@ import yaml
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_semalign.baselines import kd
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.guards import claimed
+from hf_semalign.guards import claimed, last_checkpoint
 from hf_semalign.hub import read_record
 from hf_semalign.source import Source
 from hf_semalign.states import digest
@@ -221,7 +220,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     if args.signals == "cached":
         source.release()
     with timed("training", seconds):
-        trainer.train(resume_from_checkpoint=_checkpoint(args))
+        trainer.train(resume_from_checkpoint=_checkpoint(args, args.resume_from_checkpoint))
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics["semalign"] = _measure(trainer, data, tokenizer)
@@ -239,7 +238,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         with timed(f"baseline {name}", seconds):
             settings = recipe.config(folder / name, signals_dir=str(signals_root(args)), **BASELINES[name])
             baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
-            baseline.train(resume_from_checkpoint=_checkpoint(settings) if args.resume_from_checkpoint is True else None)
+            baseline.train(resume_from_checkpoint=_checkpoint(settings, args.resume_from_checkpoint is not False))
             metrics[name] = _measure(baseline, data, tokenizer)
         _write(folder, trainer, results, started)
     return results
@@ -267,10 +266,9 @@ def run_signals(recipe: Recipe) -> Path:
     return source.folder(signals_root(args))
 
 
-def _checkpoint(args: SemAlignConfig) -> str | None:
-    """Where to go on: ``resume_from_checkpoint: true`` means the last checkpoint of the run folder, if there is one."""
-    wanted = args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if wanted is True else wanted
+def _checkpoint(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
+    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere."""
+    return last_checkpoint(str(args.output_dir)) if wanted is None or wanted is True else wanted
 
 
 def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:

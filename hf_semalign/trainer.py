@@ -635,10 +635,10 @@ class SemAlignTrainer(Trainer):
 
     def _checkpoint(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to go on from, the same for all ranks, and whole."""
-        if not wanted:
-            return None
-        path = last_checkpoint(str(self.args.output_dir)) if wanted is True else wanted
+        path = last_checkpoint(str(self.args.output_dir)) if wanted is True else wanted or None
         (path,) = broadcast_object_list([path])
+        if path is None and wanted is not True:
+            return None
         found = f"none in {self.args.output_dir} is whole" if path is None else damage(Path(path))
         if found:
             raise ValueError(

@@ -1,7 +1,8 @@
-"""What keeps a run whole: one at a time in a folder, a checkpoint before it ends on a signal, no step on a broken loss."""
+"""What keeps a run whole: one at a time in a folder, a checkpoint before it ends on a signal, and no damaged checkpoint."""
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -13,9 +14,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from hf_semalign.states import file_digest, write_text
 
 logger = logging.getLogger(__name__)
 LOCK = "_lock"  # Trainer.push_to_hub leaves out _*
+CHECKSUMS = "checksums.json"
 
 
 @contextmanager
@@ -39,21 +44,58 @@ def claimed(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def seal(checkpoint: Path) -> None:
+    """Write down the checksums of a checkpoint's files, as the last thing of it: without them it is unfinished."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_text(
+        checkpoint / CHECKSUMS,
+        json.dumps({path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}, indent=1),
+    )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; ``None`` when its files are as :func:`seal` found them."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / CHECKSUMS).is_file():
+        return f"it was never finished: {CHECKSUMS} is missing"
+    try:
+        known = dict(json.loads((checkpoint / CHECKSUMS).read_text()).items())
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} is damaged"
+    missing = [name for name in known if not (checkpoint / name).is_file()]
+    altered = [name for name in known if name not in missing and file_digest(checkpoint / name) != known[name]]
+    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("altered", altered)) if names]
+    return "; ".join(found) or None
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a run that is whole; what is wrong with a newer one is logged."""
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        wrong = damage(Path(checkpoint))
+        if wrong is None:
+            return checkpoint
+        logger.warning("%s is not used: %s.", checkpoint, wrong)
+    return None
+
+
 class CheckpointOnSignal(TrainerCallback):
     """On SIGINT or SIGTERM the step in hand is finished and a checkpoint written, and training ends; a second signal is obeyed
     at once.
 
     Attributes:
         received: the signal, once there was one.
+        agreed: whether some rank had received one when the step's gradient was there; all ranks end after the same step.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.agreed = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Take the signals inside the block; elsewhere than in the main thread they cannot be taken, and are left alone."""
-        self.received = None
+        self.received, self.agreed = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -74,12 +116,12 @@ class CheckpointOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Have a checkpoint written, and end."""
-        if self.received is not None:
+        if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def leave(self) -> None:
-        """End the process as the signal would have: Ctrl-C as ``KeyboardInterrupt``, SIGTERM with the code 143."""
+        """End the process as the signal would have: Ctrl-C with ``KeyboardInterrupt``, SIGTERM, of any rank, with 143."""
         if self.received is signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is not None:
-            raise SystemExit(128 + self.received)
+        if self.agreed:
+            raise SystemExit(128 + signal.SIGTERM)

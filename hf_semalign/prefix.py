@@ -16,7 +16,7 @@ from hf_semalign.anatomy import CausalLM, base_model, dissect
 from hf_semalign.hooks import bypass, capture, gives_tuples
 from hf_semalign.semantics import checksum
 from hf_semalign.source import config_facts
-from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
+from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread, writing_lock
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # relative; where a target can be entered at all, the numbers are the very same
@@ -73,11 +73,13 @@ class TargetPrefix:
         self._root = root
         self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
         self._column = self._probe()
-        needed = 2 * self._column.size(examples)
         root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+        self._lock = writing_lock(root)
+        needed = 2 * self._column.size(examples)
+        with self._lock:
+            free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         if needed > free:
-            shutil.rmtree(root)
+            self.close()
             raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free")
         frozen = {name: checksum(p) for name, p in base_model(model).named_parameters() if "lora_" not in name}
         self._facts = {"target": digest([frozen, config_facts(base_model(model).config)]), "precision": precision}
@@ -90,20 +92,26 @@ class TargetPrefix:
             PrefixUnavailable: too little space on the disk.
         """
         self._folder = self._generation(layer) if layer else None
-        if self._folder is not None and self._folder.missing(self._column):
+        if self._folder is not None:
+            with self._lock:
+                self._advance(self._folder, layer)
+        self.layer = layer
+
+    def _advance(self, folder: StateFolder, layer: int) -> None:
+        if folder.missing(self._column):
             earlier = ((k, self._generation(k)) for k in range(layer - 1, 0, -1))
             start, before = next(((k, one) for k, one in earlier if not one.missing(self._column)), (0, None))
             for path in self._root.iterdir():
-                if path not in (self._folder.path, None if before is None else before.path):
+                if path.is_dir() and path not in (folder.path, None if before is None else before.path):
                     shutil.rmtree(path)
-            needed, free = self._column.size(self._examples), self._folder.free
+            needed, free = self._column.size(self._examples), folder.free
             if needed > free:
                 raise PrefixUnavailable(
                     f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root}, with {free / 1e9:.1f} GB free"
                 )
             layer_pass(
                 self._anatomy,
-                self._folder,
+                folder,
                 [Output(self._column, layer - 1)],
                 self._collate,
                 start=start,
@@ -113,7 +121,6 @@ class TargetPrefix:
                 device=self._device,
                 progress=f"target prefix, layer {layer}" if self._progress else None,
             )
-        self.layer = layer
 
     @contextmanager
     def entered(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:

@@ -390,18 +390,18 @@ def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrai
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
     name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
-    known = None if root is None else source.recall(root, name)
-    if known is not None:
-        return known
-    if args.source_memory == "stream":
-        logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
-        return {"kl": 0.0}
-    batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-    model = source.model(args.device)
-    metrics = {"kl": 0.0, "loss": answer_loss(model, batches)} | _generated(model, data, tokenizer)
-    if root is not None:
-        source.rest()
-        if trainer.is_world_process_zero():
+    with nullcontext() if root is None else source.lock(root):
+        known = None if root is None else source.recall(root, name)
+        if known is not None:
+            return known
+        if args.source_memory == "stream":
+            logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
+            return {"kl": 0.0}
+        batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        model = source.model(args.device)
+        metrics = {"kl": 0.0, "loss": answer_loss(model, batches)} | _generated(model, data, tokenizer)
+        if root is not None:
+            source.rest()
             source.keep(root, name, metrics)
     return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,17 +47,18 @@ def layer_scores(
         progress: show progress bars.
     """
     name = f"scores-{digest([fingerprint(extract), precision])[:16]}"
-    known = None if root is None else source.recall(root, name)
-    if known is not None:
-        return LayerScores.from_dict(known)
-    if stream and root is not None and source.num_layers > 1:
-        scores = attribute_streamed(source, extract, collate, root, precision=precision, device=device, progress=progress)
-    else:
-        batches = DataLoader(cast(Any, extract), batch_size, collate_fn=collate)
-        bar = tqdm(batches, desc="attribution", disable=not progress)
-        scores = attribute_layers(source.model(device), bar)
-    if root is not None:
-        source.keep(root, name, asdict(scores))
+    with nullcontext() if root is None else source.lock(root):
+        known = None if root is None else source.recall(root, name)
+        if known is not None:
+            return LayerScores.from_dict(known)
+        if stream and root is not None and source.num_layers > 1:
+            scores = attribute_streamed(source, extract, collate, root, precision=precision, device=device, progress=progress)
+        else:
+            batches = DataLoader(cast(Any, extract), batch_size, collate_fn=collate)
+            bar = tqdm(batches, desc="attribution", disable=not progress)
+            scores = attribute_layers(source.model(device), bar)
+        if root is not None:
+            source.keep(root, name, asdict(scores))
     return scores
 
 

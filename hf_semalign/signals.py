@@ -165,7 +165,7 @@ class SourceSignals:
             KeyError: an example of another data set.
         """
         valid = valid_positions(batch["labels"])
-        places = [self._states.examples.index[key] for key in batch["example_id"].tolist()]
+        places = [self._states.examples.index[key] for key in batch["example_id"][valid.any(1)].tolist()]
         supervision = [
             spread(self._states.read(self._mapped(layer), places), valid).float() * self.scales[layer]
             for layer in target_layers

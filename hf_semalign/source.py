@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +31,7 @@ from hf_semalign.loading import (
     skeleton,
 )
 from hf_semalign.semantics import checksum
-from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text
+from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text, writing_lock
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -113,12 +114,17 @@ class Source:
         folder = root / f"{readable}-{self.identity[:16]}"
         if not (folder / FACTS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            self._shape.config.save_pretrained(folder)
-            if isinstance(self._given, str) and self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
-            write_text(folder / FACTS, json.dumps(facts, indent=1))
+            with writing_lock(folder):
+                self._shape.config.save_pretrained(folder)
+                if isinstance(self._given, str) and self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder)
+                facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
+                write_text(folder / FACTS, json.dumps(facts, indent=1))
         return folder
+
+    def lock(self, root: Path) -> FileLock:
+        """Held while the source is asked for something that is kept, see :func:`hf_semalign.states.writing_lock`."""
+        return writing_lock(self.folder(root))
 
     def model(self, device: torch.device | str) -> PreTrainedModel:
         """The whole model on a device, frozen, in evaluation mode; loaded at the first call.
@@ -156,26 +162,31 @@ class Source:
 
     def head(self, root: Path | None = None) -> Head:
         """The head on the CPU; from ``root`` if it is kept there, a bias as one more column of the weight."""
-        path = None if root is None else self.folder(root) / "head.safetensors"
-        if path is not None and (known := load_tensor(path)) is not None:
-            bias = known[:, self.width] if known.shape[1] > self.width else None
-            return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
+        if root is None:
+            return self._read_head()
+        path = self.folder(root) / "head.safetensors"
+        with self.lock(root):
+            known = load_tensor(path)
+            if known is not None:
+                bias = known[:, self.width] if known.shape[1] > self.width else None
+                return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
+            head = self._read_head()
+            save_tensor(head.weight if head.bias is None else torch.column_stack((head.weight, head.bias)), path)
+        return head
+
+    def _read_head(self) -> Head:
         if self.quantised:
             self.model("cpu")  # whole, because its packed weights are not read in parts
         if self._model is not None:
             self._check()
-            head = dissect(self._model).output_head().to("cpu")
-        else:
-            as_tuples, states = self.as_tuples, torch.randn(8, 1, self.width, dtype=self.dtype)
-            with self._partly_loaded(None, "cpu") as model:
-                anatomy = dissect(model)
-                with bypass(anatomy.layers, states, as_tuples=as_tuples):
-                    check_head(model, states)
-                scaled = anatomy.output_head()
-                head = scaled._replace(weight=scaled.weight.clone(), bias=None if scaled.bias is None else scaled.bias.clone())
-        if path is not None:
-            save_tensor(head.weight if head.bias is None else torch.column_stack((head.weight, head.bias)), path)
-        return head
+            return dissect(self._model).output_head().to("cpu")
+        as_tuples, states = self.as_tuples, torch.randn(8, 1, self.width, dtype=self.dtype)
+        with self._partly_loaded(None, "cpu") as model:
+            anatomy = dissect(model)
+            with bypass(anatomy.layers, states, as_tuples=as_tuples):
+                check_head(model, states)
+            head = anatomy.output_head()
+            return head._replace(weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
     def recall(self, root: Path, name: str) -> dict[str, Any] | None:
         """A record that :meth:`keep` wrote; ``None`` when there is none or it is damaged, which is logged."""
@@ -192,7 +203,7 @@ class Source:
         return None
 
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:
-        """Keep a record of plain JSON values with what the source says."""
+        """Keep a record of plain JSON values with what the source says; call it under :meth:`lock`."""
         path = self.folder(root) / f"{name}.json"
         write_text(path, json.dumps({"record": record, "checksum": digest(record)}, indent=1))
 

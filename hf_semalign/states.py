@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -147,11 +146,12 @@ class StateFolder:
         self.examples = examples
         self.path = root / digest(facts)[:16]
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / "writing.lock")  # reentrant; held by who writes
+        self.lock = writing_lock(self.path)
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
         self._open: dict[str, list[torch.Tensor]] = {}
         if not (self.path / MANIFEST).is_file():
-            write_text(self.path / MANIFEST, json.dumps(facts, indent=1))
+            with self.lock:
+                write_text(self.path / MANIFEST, json.dumps(facts, indent=1))
 
     def missing(self, column: Column) -> list[int]:
         """Numbers of the shards that a column lacks; every file is verified once a process."""
@@ -214,6 +214,8 @@ class StateFolder:
             column: a whole column.
             places: places of the examples, see :attr:`Examples.index`.
         """
+        if not places:
+            return torch.empty(0, column.width, dtype=column.dtype)
         if column.name not in self._open:
             paths = [self._path(column, number) for number in range(len(self.examples.shards))]
             self._open[column.name] = [_open(path)[0] for path in paths]
@@ -328,6 +330,14 @@ def layer_pass(
         bar.close()
 
 
+def writing_lock(folder: Path) -> FileLock:
+    """The lock of a folder that several processes share: whoever writes holds it, others wait, and find it written.
+
+    Unlike a collective it may be waited for as long as the work takes, and machines without a common disk each do theirs.
+    """
+    return FileLock(folder / "writing.lock", is_singleton=True)  # reentrant
+
+
 def digest(content: Any) -> str:
     """Digest of plain JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -343,15 +353,18 @@ def file_digest(path: Path) -> str:
 
 
 def save_tensor(tensor: torch.Tensor, path: Path) -> None:
-    """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name."""
-    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name.
+
+    Call it under the lock of its folder.
+    """
+    unfinished = path.with_suffix(".unfinished")
     save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
     unfinished.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    """Write a file that appears whole or not at all; call it under the lock of its folder."""
+    unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
 

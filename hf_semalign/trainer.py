@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,7 +30,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from hf_semalign.anatomy import add_lora, base_model, check_head, dissect, embedding_rows, lora_targets
 from hf_semalign.config import SemAlignConfig
@@ -43,7 +43,7 @@ from hf_semalign.frontier import (
     stage_learning_rate,
     train_only,
 )
-from hf_semalign.guards import CheckpointOnSignal, claimed
+from hf_semalign.guards import CHECKSUMS, CheckpointOnSignal, claimed, damage, last_checkpoint, seal
 from hf_semalign.hooks import capture
 from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
@@ -56,10 +56,11 @@ from hf_semalign.losses import (
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap, shared_token_ids
+from hf_semalign.semantics import SemanticMap, checksum, shared_token_ids
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import (
+    IGNORED,
     Collator,
     Record,
     check_disjoint,
@@ -234,7 +235,7 @@ class SemAlignTrainer(Trainer):
         extract = encoded.get("extract")
         root = None if args.signals == "online" else signals_root(args)
         if pairing is None:
-            with timed("attribution", self.seconds), args.main_process_first():
+            with timed("attribution", self.seconds):
                 scores = layer_scores(
                     self.source,
                     cast(Dataset, extract),
@@ -247,25 +248,25 @@ class SemAlignTrainer(Trainer):
                     progress=not args.disable_tqdm,
                 )
                 pairing = pair_layers(scores, depths[1], args.pairing)
-        with timed("semantic map", self.seconds), args.main_process_first():
+        with timed("semantic map", self.seconds):
             head = self.source.head(root).to(args.device)
             self._source_head = head.rows(token_ids)
             self._own_head = self.target_anatomy.output_head()
             self._target_head = self._own_head.rows(token_ids)
-            cache = Path(str(args.output_dir)) / "semantic_map.safetensors" if args.should_save else None
-            self.semantic_map = semantic_map or SemanticMap.from_heads(
-                self._source_head.weight, self._target_head.weight, kind=args.map_kind, cache=cache
-            )
-            self.semantic_map.to(args.device, torch.float32)
-        # Backward kernels may differ in the last bits between ranks; all must train on the same pairs.
-        (pairing,) = broadcast_object_list([pairing])
+            if semantic_map is None and self.accelerator.is_main_process:
+                cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
+                weights = self._source_head.weight, self._target_head.weight
+                semantic_map = SemanticMap.from_heads(*weights, kind=args.map_kind, cache=cache).cpu()
+        # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
+        pairing, semantic_map = broadcast_object_list([pairing, semantic_map])
+        self.semantic_map = semantic_map.to(args.device, torch.float32)
         self.pairing = pairing.named(self.source_id, self.target_id)
         self.scales: tuple[float, ...] = (1.0,) * depths[1]
         self.signals: OnlineSignals | CachedSignals
         if root is None:
             self.signals = OnlineSignals(self.source.model(args.device), self.pairing, self.semantic_map)
         else:
-            with timed("source signals", self.seconds), args.main_process_first():
+            with timed("source signals", self.seconds):
                 self.signals = self._cache(encoded, root, digest(processing_class.get_vocab()) if processing_class else None)
             if isinstance(source_model, Source):  # whose maker may want more of it
                 self.source.rest()
@@ -286,6 +287,8 @@ class SemAlignTrainer(Trainer):
         self._signals_taken = CheckpointOnSignal()
         self.add_callback(self._signals_taken)
         self._sequences_in_batch: torch.Tensor | None = None
+        self._examples_in_batch: list[torch.Tensor] = []
+        self._broken: list[str] = []  # what is not finite in the step in hand
         self._term_sums = torch.zeros(2, device=args.device)
         self._terms_logged = 0
 
@@ -316,12 +319,17 @@ class SemAlignTrainer(Trainer):
         return self.lr_scheduler
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
+            # An evaluation before training prepared it without DDP; accelerate would leave it so, and no gradient be averaged.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.activation_checkpointing:
             # Checkpointing makes the embeddings' output require a gradient, which would drive backward through all layers.
             base_model(self.model).disable_input_require_grads()
         self._term_sums.zero_()
         self._terms_logged = self.state.global_step
+        self._broken.clear()
         self._prefix = self._make_prefix()
         return prepared
 
@@ -378,7 +386,7 @@ class SemAlignTrainer(Trainer):
             OSError: a disk that does not hold them.
         """
         if isinstance(self.signals, CachedSignals):
-            with self.args.main_process_first(), self.accelerator.autocast():
+            with self.accelerator.autocast():
                 self.signals.training.prepare(self._layers_from(0))
 
     def _layers_from(self, stage: int) -> range:
@@ -388,9 +396,17 @@ class SemAlignTrainer(Trainer):
         return range(self.frontier.supervised(stage)[0], self.frontier.num_layers)
 
     def _enter_stage(self, stage: int) -> None:
-        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
+        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it.
+
+        Raises:
+            RuntimeError: the ranks' adapters differ, as they would if a gradient had not been averaged.
+        """
+        lora = [checksum(p) for layer in self.lora_layers for p in layer]
+        others = gather_object([digest(lora)])
+        if len(set(others)) > 1:
+            raise RuntimeError(f"The ranks' adapters differ at stage {stage + 1}: {others}. They must train as one.")
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
-        with self.args.main_process_first(), self.accelerator.autocast():
+        with self.accelerator.autocast():
             if isinstance(self.signals, CachedSignals) and self._in_groups:
                 self.signals.training.prepare(self._layers_from(stage), in_groups=True)
                 self.source.release()
@@ -434,11 +450,23 @@ class SemAlignTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples, num_items = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
         if samples:
             counts = [relation_sequences(valid_positions(batch["labels"])).sum() for batch in samples]
             self._sequences_in_batch = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
+        self._examples_in_batch = [batch["example_id"] for batch in samples]
         return samples, num_items
+
+    def _without_repeats(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """accelerate fills the last global batch of an epoch with rows of its start, for all ranks to have as many: they count
+        for nothing here, so that one process and several learn from the same rows.
+        """
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = len(batch["labels"])
+            fresh = state.remainder - rows * self.accelerator.process_index
+            batch["labels"][max(fresh, 0) :] = IGNORED
+        return batch
 
     def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
         """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals."""
@@ -492,19 +520,40 @@ class SemAlignTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A step's forward and backward, and a look at its loss before anything is learnt from it."""
+        """A step's forward and backward, and a look at its loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            args, step = self.args, self.state.global_step
-            where = f"step {step + 1} of {self.schedule.total_steps} (stage {self.schedule.stage(step) + 1})"
-            layer_term, output_term = (term.item() for term in self._last_terms)
-            checkpoint = get_last_checkpoint(args.output_dir) or "none was written"
-            raise FloatingPointError(
-                f"The loss is not finite at {where}: {args.layer_loss} {layer_term:.4g}, {args.output_loss} {output_term:.4g}, "
-                f"example_id {inputs['example_id'].tolist()}. Nothing was learnt from this batch; the last checkpoint: "
-                f"{checkpoint}. Lower the learning rate, or look at these examples."
-            )
+            self._broken.append(f"the loss of the examples {inputs['example_id'].tolist()} is ({self._terms()})")
         return loss
+
+    def _terms(self) -> str:
+        names = self.args.layer_loss, self.args.output_loss
+        return ", ".join(f"{name} {term.item():.4g}" for name, term in zip(names, self._last_terms, strict=True))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of a step's gradient: the moment at which all ranks agree whether anything is learnt from it.
+
+        Raises:
+            FloatingPointError: some loss or the gradient is not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        fp16 = self.accelerator.scaler is not None  # which drops such a step, and goes on with a smaller scale
+        odd = not fp16 and not torch.isfinite(torch.as_tensor(norm))
+        news = torch.tensor([bool(self._broken), odd, self._signals_taken.received is not None], device=self.args.device)
+        loss, gradient, stopped = self.accelerator.reduce(news.int(), "sum").bool().tolist()
+        if loss or gradient:
+            if not loss:
+                ids = torch.cat(self._examples_in_batch).tolist()
+                self._broken.append(f"the gradient of the examples {ids} is, of a finite loss ({self._terms()})")
+            step = self.state.global_step
+            where = f"step {step + 1} of {self.schedule.total_steps} (stage {self.schedule.stage(step) + 1})"
+            raise FloatingPointError(
+                f"Not finite at {where}: {'; '.join(gather_object(self._broken))}. Nothing was learnt from this step; the last "
+                f"checkpoint: {last_checkpoint(str(self.args.output_dir)) or 'none was written'}. Lower the learning rate, or "
+                "look at these examples."
+            )
+        self._signals_taken.agreed = stopped
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""
@@ -562,11 +611,11 @@ class SemAlignTrainer(Trainer):
         """Train; a run that is resumed from its last step is over, where the Trainer would take one step more.
 
         Raises:
-            ValueError: another process trains in this ``output_dir``.
-            FloatingPointError: a loss that is not finite; nothing was learnt from it, and the last checkpoint stays.
+            ValueError: another process trains in this ``output_dir``; a checkpoint that is damaged, or of another run.
+            FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
         """
-        path = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        path = self._checkpoint(resume_from_checkpoint)
         if path:
             state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
             if state.global_step >= self.schedule.total_steps:
@@ -575,7 +624,7 @@ class SemAlignTrainer(Trainer):
                 return TrainOutput(state.global_step, 0.0, {})
         try:
             with claimed(str(self.args.output_dir)) if self.args.should_save else nullcontext(), self._signals_taken.watching():
-                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(path, *args, **kwargs)
         finally:
             skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
         self.accelerator.wait_for_everyone()
@@ -585,6 +634,36 @@ class SemAlignTrainer(Trainer):
             self._prefix.close()
             self._prefix = None
         return output
+
+    def _checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, the same for all ranks, and whole."""
+        if not wanted:
+            return None
+        path = last_checkpoint(str(self.args.output_dir)) if wanted is True else wanted
+        (path,) = broadcast_object_list([path])
+        found = f"none in {self.args.output_dir} is whole" if path is None else damage(Path(path))
+        if found:
+            raise ValueError(
+                f"The run cannot go on from {path or 'a checkpoint'}: {found}. Name another one, or start anew with "
+                "resume_from_checkpoint=False. Machines without a common disk need save_on_each_node."
+            )
+        return path
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint whose files have checksums, which are written last; older ones go only then."""
+        folder, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / CHECKSUMS).unlink(missing_ok=True)
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint)
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""

@@ -11,7 +11,7 @@ import torch
 from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
-from hf_semalign.guards import CheckpointOnSignal, claimed
+from hf_semalign.guards import CheckpointOnSignal, claimed, damage, last_checkpoint, seal
 
 HOLD = """
 import sys
@@ -122,12 +122,56 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_learnt_from_it(tmp_p
     trainer = make_trainer(tmp_path, callbacks=[broken], save_strategy="steps", save_steps=1)
     broken.trainer = trainer
     pattern = (
-        r"not finite at step 4 of 6 \(stage 2\): relation 0\.\d+, kl nan, example_id \[\d+(, \d+){3}\]. .*checkpoint-3\. Lower"
+        r"Not finite at step 4 of 6 \(stage 2\): the loss of the examples \[\d+(, \d+){3}\] is \(relation 0\.\d+, kl nan\)\. "
+        r"Nothing was learnt from this step; the last checkpoint: .*checkpoint-3\. Lower"
     )
     with pytest.raises(FloatingPointError, match=pattern) as error:
         trainer.train()
     assert torch.equal(adapter(trainer), broken.before)
     known = {row["example_id"] for row in trainer.train_dataset}
-    named = str(error.value).partition("example_id [")[2].partition("]")[0]
+    named = str(error.value).partition("examples [")[2].partition("]")[0]
     assert {int(one) for one in named.split(", ")} <= known
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{k}" for k in (1, 2, 3)]
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before, (first, *_) = adapter(trainer), trainer.lora_layers[0]
+    first.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(
+        FloatingPointError, match=r"step 1 of 6 \(stage 1\): the gradient of the examples \[.*\] is, of a finite loss \(rel"
+    ):
+        trainer.train()
+    assert torch.equal(adapter(trainer), before)
+
+
+def test_a_checkpoint_that_is_damaged_is_named_and_passed_over(tmp_path, caplog):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    run = tmp_path / "run"
+    assert last_checkpoint(run) == str(run / "checkpoint-6")
+    weights = bytearray((run / "checkpoint-6" / "adapter_model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (run / "checkpoint-6" / "adapter_model.safetensors").write_bytes(weights)
+    (run / "checkpoint-4" / "checksums.json").unlink()
+    assert last_checkpoint(run) == str(run / "checkpoint-2")
+    assert "checkpoint-6 is not used: altered adapter_model.safetensors" in caplog.text
+    assert "checkpoint-4 is not used: it was never finished: checksums.json is missing" in caplog.text
+    with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint-6: altered adapter_model.safetensors. Name another"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    (run / "checkpoint-2" / "optimizer.pt").unlink()
+    assert damage(run / "checkpoint-2") == "missing optimizer.pt"
+    with pytest.raises(ValueError, match=r"cannot go on from a checkpoint: none in .* is whole"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_older_checkpoints_go_when_a_new_one_is_whole(tmp_path, monkeypatch):
+    there = []
+
+    def watched(checkpoint):
+        there.append(sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")))
+        seal(checkpoint)
+
+    monkeypatch.setattr("hf_semalign.trainer.seal", watched)
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+    assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]

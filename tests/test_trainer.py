@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.guards import seal
 from hf_semalign.hooks import capture
 from hf_semalign.losses import output_kl, relation_loss, steering_loss
 from hf_semalign.pairing import pair_layers
@@ -288,6 +286,7 @@ def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed(tmp_path):
     saved = json.loads(record.read_text())
     del saved["settings"]["output_loss"]
     record.write_text(json.dumps(saved))
+    seal(record.parent)
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(record.parent))
     assert resumed.state.global_step == 6
@@ -619,42 +618,6 @@ def test_pairing_may_come_from_a_command_line(tmp_path):
 def test_pushing_is_refused(tmp_path):
     with pytest.raises(NotImplementedError, match="push_to_hub is not supported yet"):
         make_trainer(tmp_path).push_to_hub()
-
-
-DDP = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from test_trainer import gradients_with
-steps, trainer = gradients_with(Path({folder!r}), per_device_train_batch_size={size}, max_steps=6)
-if trainer.is_world_process_zero():
-    torch.save({{"steps": steps, "logs": trainer.state.log_history[:6], "eval": trainer.evaluate()}}, {out!r})
-else:
-    trainer.evaluate()
-"""
-
-
-def test_two_ranks_give_the_gradient_of_one(tmp_path):
-    """Through signals and prefix that the first rank wrote: six epochs, each stage entered at its layer."""
-    results = []
-    for ranks in (1, 2):
-        out = tmp_path / f"{ranks}.pt"
-        script = tmp_path / f"ranks{ranks}.py"
-        settings = {"tests": str(Path(__file__).parent), "folder": str(tmp_path / str(ranks)), "out": str(out)}
-        script.write_text(DDP.format(size=16 // ranks, **settings))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
-    for left, right in zip(one["steps"], two["steps"], strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
-    for left, right in zip(one["logs"], two["logs"], strict=True):
-        for key in ("loss", "kl", "relation"):
-            assert left[key] == pytest.approx(right[key], rel=1e-4), key
-    for key in ("eval_kl", "eval_loss", "eval_relation"):
-        assert one["eval"][key] == pytest.approx(two["eval"][key], rel=1e-4), key
 
 
 @pytest.mark.parametrize(("source_rows", "target_rows"), [(97, 98), (98, 97), (104, 112), (97, 97)])

@@ -1,0 +1,112 @@
+"""One rank of ``tests/test_engines.py``, started by torchrun: what it learns in each case after every stage, and how it ends.
+
+torchrun --nproc_per_node 2 tests/ranks.py FOLDER CASE ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from conftest import random_rows
+from test_trainer import adapter, make_trainer
+from transformers import TrainerCallback
+
+ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(46)], seed=1)
+GLOBAL_BATCH = 16
+CASES = {  # 35 rows: the last batch of an epoch has 3, all of them at the first rank
+    "cached": {},
+    "online": {"signals": "online"},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "accumulated online": {"gradient_accumulation_steps": 2, "signals": "online", "frontier": "cumulative"},
+    "joint": {"frontier": "joint", "scale": "match", "learning_rate": 3e-3},
+}
+
+
+class Note(TrainerCallback):
+    """Keeps the adapter after each stage, and whether all ranks had the same gradient in each step."""
+
+    def __init__(self):
+        self.trainer, self.stages, self.agreed = None, [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [p.grad.flatten() for layer in self.trainer.lora_layers for p in layer if p.grad is not None]
+        everywhere = gather_object([torch.cat(gradients)])
+        self.agreed.append(all(torch.equal(everywhere[0], other) for other in everywhere) and bool(everywhere[0].any()))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.trainer.schedule.boundaries:
+            self.stages.append(adapter(self.trainer))
+
+
+def make(folder: Path, case: str, ranks: int):
+    """A trainer at equal global batch, whatever the number of ranks."""
+    note, settings = Note(), dict(CASES[case])
+    accumulated = settings.pop("gradient_accumulation_steps", 1)
+    if accumulated > 1:  # the micro-batch stays, and fewer are needed
+        settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": GLOBAL_BATCH // 4 // ranks}
+    else:
+        settings["per_device_train_batch_size"] = GLOBAL_BATCH // ranks
+    trainer = make_trainer(folder, train=ROWS[:35], evaluation=ROWS[35:], callbacks=[note], max_steps=12, **settings)
+    note.trainer = trainer
+    return trainer, note
+
+
+def train(folder: Path, case: str, ranks: int):
+    """One case from the start to the end."""
+    trainer, note = make(folder, case, ranks)
+    trainer.evaluate()  # it prepares the model, after which accelerate would not wrap it for training
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "stage" in entry]
+    history = [[entry[key] for key in ("loss", "relation", "kl", "grad_norm")] for entry in logged]
+    metrics = trainer.evaluate()
+    ends = [metrics[f"eval_{key}"] for key in ("kl", "loss", "relation")]
+    return {"stages": note.stages, "agreed": note.agreed, "history": torch.tensor(history), "metrics": ends}
+
+
+class Trouble(TrainerCallback):
+    """At some step, something happens to the last rank alone."""
+
+    def __init__(self, step, happen):
+        self.step, self.happen = step, happen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            self.happen()
+
+
+def stopped(folder: Path, case: str, ranks: int):
+    """One rank gets SIGTERM in step 6: all end after it with a checkpoint, and go on to the same end."""
+    trainer, _ = make(folder, case, ranks)
+    trainer.add_callback(Trouble(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    try:
+        trainer.train()
+    except SystemExit as end:
+        code, step = end.code, trainer.state.global_step
+    trainer, note = make(folder, case, ranks)
+    trainer.train(resume_from_checkpoint=True)
+    return {"code": code, "step": step, "agreed": note.agreed, "adapter": adapter(trainer)}
+
+
+def broken(folder: Path, case: str, ranks: int):
+    """One rank's loss is not finite in step 5: all stop before anything is learnt from it, and say whose it was."""
+    trainer, _ = make(folder, case, ranks)
+    trainer.add_callback(Trouble(5, lambda: trainer._target_head.weight.fill_(torch.inf)))
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        message, whole = str(error), bool(adapter(trainer).isfinite().all())
+    ids = [one.tolist() for one in trainer._examples_in_batch]
+    return {"messages": gather_object([message]), "whole": gather_object([whole]), "ids": gather_object(ids)}
+
+
+if __name__ == "__main__":
+    into, ranks = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    found = {case: train(into / case, case, ranks) for case in sys.argv[2:]}
+    found |= {"stopped": stopped(into / "stopped", "cached", ranks), "broken": broken(into / "broken", "cached", ranks)}
+    if os.environ["RANK"] == "0":
+        torch.save(found, into / "found.pt")

@@ -1,0 +1,131 @@
+"""Several processes give the adapter that one gives, stage by stage: torchrun over gloo, on CPUs."""
+
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import CASES, train
+from safetensors.torch import load_file
+
+from hf_semalign.cli import main
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def run(arguments, timeout=400):
+    """Start a program; its output, if it fails, is the failure."""
+    done = subprocess.run([str(one) for one in arguments], capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process learns, by case."""
+    return {case: train(tmp_path_factory.mktemp("alone"), case, 1) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What several learn, and how many they are."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run([*LAUNCH, "--standalone", "--nproc_per_node", request.param, Path(__file__).with_name("ranks.py"), folder, *CASES])
+    return torch.load(folder / "found.pt", weights_only=True), request.param
+
+
+def distance(one, other):
+    """Relative to the first."""
+    return ((one - other).norm() / one.norm()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_learn_what_one_process_learns(alone, ranks, case):
+    """At equal global batch, after every stage; with a last batch that leaves all ranks but the first without rows."""
+    expected, found = alone[case], ranks[0][case]
+    assert len(found["stages"]) == len(expected["stages"]) == (1 if case == "joint" else 3)
+    for stage, (one, other) in enumerate(zip(expected["stages"], found["stages"], strict=True)):
+        assert distance(one, other) < 1e-5, stage
+    torch.testing.assert_close(found["history"], expected["history"], rtol=1e-4, atol=1e-6)
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_have_one_gradient(ranks, case):
+    """Bit for bit, in every step of every stage."""
+    assert ranks[0][case]["agreed"] == [True] * 12
+
+
+def test_a_signal_to_one_rank_ends_all_after_one_step(alone, ranks):
+    found = ranks[0]["stopped"]
+    assert (found["code"], found["step"]) == (143, 6)
+    assert found["agreed"] == [True] * 6
+    assert distance(alone["cached"]["stages"][-1], found["adapter"]) < 1e-5
+
+
+def test_a_loss_that_is_not_finite_at_one_rank_stops_all(ranks):
+    found, number = ranks
+    found = found["broken"]
+    assert len(set(found["messages"])) == 1 and len(found["messages"]) == number
+    last = found["ids"][-1]
+    assert f"Not finite at step 5 of 12 (stage 2): the loss of the examples {last} is (relation" in found["messages"][0]
+    assert found["whole"] == [True] * number
+
+
+RECIPE = ["--config", "recipes/quickstart/semalign.yaml"]
+SETTINGS = [
+    "training.max_steps=8", "training.frontier=single", "training.pairing=attribution", "training.save_strategy=steps",
+    "training.save_steps=2", "data.align=60", "data.eval=16", "baselines=[]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe_alone(tmp_path_factory):
+    """The run folder of a recipe in one process."""
+    folder = tmp_path_factory.mktemp("recipe")
+    assert main(["train", *RECIPE, *SETTINGS, f"output_dir={folder}"]) == 0
+    return folder
+
+
+def same_adapters(one, other):
+    """After every stage, and at the end."""
+    names = [*(f"checkpoint-{step}" for step in (2, 4, 6, 8)), "."]
+    for name in names:
+        expected, found = (load_file(folder / name / "adapter_model.safetensors") for folder in (one, other))
+        flat = [torch.cat([tensors[key].flatten() for key in sorted(expected)]) for tensors in (expected, found)]
+        assert distance(*flat) < 1e-5, name
+
+
+def accelerate(config, *arguments, folder):
+    """`accelerate launch` of the recipe's script."""
+    settings = [*SETTINGS, "training.per_device_train_batch_size=16", f"output_dir={folder}"]
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", f"recipes/accelerate/{config}.yaml"]
+    return [*launch, "--num_processes", "2", *arguments, "recipes/train.py", *RECIPE, *settings]
+
+
+def test_a_recipe_under_ddp(tmp_path, recipe_alone):
+    """What the source says is written once, and the others find it."""
+    done = run(accelerate("ddp", folder=tmp_path))
+    same_adapters(recipe_alone, tmp_path)
+    assert len(list(tmp_path.rglob("_signals/*/*/manifest.json"))) == done.stderr.count("MB of states go to") == 3
+
+
+def test_a_recipe_on_two_machines_without_a_common_disk(tmp_path, recipe_alone):
+    """Each has signals of its own; the first keeps the adapter."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    with ThreadPoolExecutor(2) as pool:
+        machines = [
+            pool.submit(run, accelerate("machines", *place, "--machine_rank", rank, folder=tmp_path / str(rank)))
+            for rank in range(2)
+        ]
+        for machine in machines:
+            assert machine.result().stderr.count("Loading the source") == 1
+    same_adapters(recipe_alone, tmp_path / "0")
+    assert not (tmp_path / "1" / "adapter_model.safetensors").exists()
+    assert all(len(list((tmp_path / str(rank)).rglob("_signals/*/*/manifest.json"))) == 3 for rank in range(2))

@@ -82,21 +82,18 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def check_adapter(folder: Path, *others: str) -> None:
-    """Refuse a folder that lacks an adapter in safetensors, or other files, or where one of them is damaged.
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: a file is damaged.
     """
-    needed = (*ADAPTER, *others)
-    if missing := [name for name in needed if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {missing}: expected a folder with {', '.join(needed)}.")
-    for name in needed:
-        if name.endswith(".json"):
-            read_json(folder / name)
-        else:
-            _check_header(folder / name)
+    if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
+    weights, config = ADAPTER
+    _check_header(folder / weights)
+    read_json(folder / config)
 
 
 def _check_header(path: Path) -> None:

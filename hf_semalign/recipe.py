@@ -26,7 +26,6 @@ import yaml
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_semalign.baselines import kd
@@ -34,14 +33,14 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.guards import claimed
+from hf_semalign.guards import claimed, damage
 from hf_semalign.hub import read_record
-from hf_semalign.loading import check_adapter, check_engine, find_config, find_tokenizer, read_json
+from hf_semalign.loading import check_engine, find_config, find_tokenizer, read_json
 from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
-from hf_semalign.trainer import RECORD_NAME, SemAlignTrainer, signals_root, timed
+from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
 BASELINES = {"kd": kd.SETTINGS}
@@ -302,8 +301,8 @@ def _checkpoint(args: SemAlignConfig) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is True:
         return get_last_checkpoint(args.output_dir)
-    if wanted:
-        check_adapter(Path(wanted), RECORD_NAME, TRAINER_STATE_NAME)
+    if wanted and (found := damage(Path(wanted))):
+        raise ValueError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
     return wanted
 
 

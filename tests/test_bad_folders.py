@@ -111,12 +111,13 @@ def test_tokenizers(good, refused, no_weights, tmp_path, damage, message):
 
 
 CHECKPOINTS = [
-    ("no adapter", without("adapter_model.safetensors"), "lacks .'adapter_model.safetensors'.: expected a folder with adapter"),
-    ("adapter cut short", cut("adapter_model.safetensors"), "adapter_model.safetensors is damaged or cut short"),
-    ("adapter pickled", pickled("adapter_model.safetensors"), "lacks .'adapter_model.safetensors'."),
-    ("no record", without("semalign.json"), "lacks .'semalign.json'."),
-    ("record no JSON", text("semalign.json", "{oops"), "semalign.json is damaged .*: copy it again, or make its folder anew"),
-    ("state no JSON", text("trainer_state.json", "{"), "trainer_state.json is damaged"),
+    ("no adapter", without("adapter_model.safetensors"), "missing adapter_model.safetensors. Name another checkpoint, or none"),
+    ("adapter cut short", cut("adapter_model.safetensors"), "altered adapter_model.safetensors"),
+    ("adapter pickled", pickled("adapter_model.safetensors"), "missing adapter_model.safetensors"),
+    ("no record", without("semalign.json"), "missing semalign.json"),
+    ("record no JSON", text("semalign.json", "{oops"), "altered semalign.json"),
+    ("no state", without("trainer_state.json", "optimizer.pt"), "missing optimizer.pt, trainer_state.json"),
+    ("unfinished", without("checksums.json"), "it was never finished: checksums.json is missing"),
 ]
 
 
@@ -124,7 +125,7 @@ CHECKPOINTS = [
 def test_checkpoints(good, refused, no_weights, tmp_path, damage, message):
     shutil.copytree(good / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
     damage(tmp_path / "checkpoint-2")
-    refused(message, f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
+    refused(f"The run cannot go on from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
 
 
 def test_a_checkpoint_of_another_run(good, refused):

@@ -68,7 +68,7 @@ FOLDERS = [
     ("signals_dir of signals", "signals", "training.signals_dir={}", "signals_dir .* cannot be written to"),
     ("output of an analysis", "cka", "--output={}", "output .* cannot be written to"),
     ("a source to analyse", "pairing", "source={}/model", "The source '.*' was not found: name a folder or Hub id by source="),
-    ("no checkpoint", "train", "training.resume_from_checkpoint={}/checkpoint-2", "lacks .'adapter_model.safetensors', "),
+    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "cannot go on from .*: there is no such folder"),
 ]
 
 

@@ -132,11 +132,14 @@ def name_parts(config: PretrainedConfig, parts: Parts) -> None:
             without.
 
     Raises:
-        ValueError: another key.
+        ValueError: another key, or no keys.
     """
     if not parts:
         return
-    parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
+    try:
+        parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"Unknown parts {unknown} of a model: name some of {PARTS} by their module paths.")
     config.semalign_parts = parts
@@ -238,6 +241,11 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
         raise ValueError(
             f"The layers of {anatomy.name} give states of shape {tuple(states.shape)} for {tuple(mask.shape)} tokens: expected "
             "one stream of hidden_size channels."
+        )
+    if not theirs.isfinite().all():
+        raise ValueError(
+            f"The logits of {anatomy.name} {model.name_or_path!r} are not finite: its weights hold nan or inf, or overflow in "
+            f"{model.dtype}. Copy or download them again, or load them in another dtype."
         )
     head = anatomy.output_head()
     off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()

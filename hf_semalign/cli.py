@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hf_semalign.recipe import Recipe
 
 COMMANDS = {
     "train": (
@@ -52,44 +49,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_semalign").setLevel(logging.INFO)
-    if options.command == "analyze":
-        return _analyze(options.analysis, options.origin, options.overrides, options.output)
-    return _run(options.command, options.config, options.overrides)
+    try:
+        if options.command == "analyze":
+            _analyze(options.analysis, options.origin, options.overrides, options.output)
+        else:
+            (_signals if options.command == "signals" else _train)(options.config, options.overrides)
+    except (ValueError, OSError) as error:
+        if not _refused(error):
+            raise
+        logging.getLogger("hf_semalign").error("error: %s", error)
+        return 2
+    return 0
 
 
-def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str | None) -> int:
+def _refused(error: Exception) -> bool:
+    """Whether a ``raise`` of this package made an error, which says what to do: any other is a bug, and keeps its traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and str(last.line).startswith("raise ")
+
+
+def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str | None) -> None:
     from rich.console import Console
 
     from hf_semalign.studies import run_analysis
 
-    try:
-        path = run_analysis(analysis, origin, overrides, output)
-    except (ValueError, FileNotFoundError) as error:
-        logging.getLogger("hf_semalign").error("error: %s", error)
-        return 2
+    path = run_analysis(analysis, origin, overrides, output)
     Console(soft_wrap=True).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
-    return 0
 
 
-def _run(command: str, config: str, overrides: Sequence[str]) -> int:
-    from hf_semalign.recipe import load_recipe
-
-    try:
-        recipe = load_recipe(config, overrides)
-        recipe.config(Path(recipe.output_dir))  # refuses bad settings
-    except (ValueError, FileNotFoundError) as error:
-        logging.getLogger("hf_semalign").error("error: %s", error)
-        return 2
-    (_signals if command == "signals" else _train)(recipe)
-    return 0
-
-
-def _train(recipe: Recipe) -> None:
+def _train(config: str, overrides: Sequence[str]) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_semalign.recipe import results_table, run_recipe
+    from hf_semalign.recipe import load_recipe, results_table, run_recipe
 
+    recipe = load_recipe(config, overrides)
     results = run_recipe(recipe)
     if PartialState().is_main_process:
         console = Console()
@@ -97,13 +91,13 @@ def _train(recipe: Recipe) -> None:
         console.print(f"Run folder: {recipe.output_dir} (adapter, README.md as its card, figures, results.json)")
 
 
-def _signals(recipe: Recipe) -> None:
+def _signals(config: str, overrides: Sequence[str]) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_semalign.recipe import run_signals
+    from hf_semalign.recipe import load_recipe, run_signals
 
-    folder = run_signals(recipe)
+    folder = run_signals(load_recipe(config, overrides))
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from os import PathLike
+from types import NoneType
+from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -23,6 +28,14 @@ CHOICES = {
     "signals": ("cached", "online"),
     "source_memory": ("resident", "stream"),
 }
+LEAST = {
+    "learning_rate": 0, "num_train_epochs": 0, "relation_weight": 0, "kl_weight": 0, "seed": 0, "max_length": 1,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "lora_r": 1,
+    "lora_alpha": 1,
+}  # fmt: skip
+NUMBERS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
+}  # fmt: skip
 REFUSED = {
     "push_to_hub": "train, then publish the run folder with push_transfer",
     "auto_find_batch_size": "another batch size would move the stages; choose per_device_train_batch_size",
@@ -32,6 +45,21 @@ REFUSED = {
     "fsdp": "use one process or DDP",
     "deepspeed": "use one process or DDP",
 }
+
+
+def check_numbers(values: Mapping[str, Any], settings: type) -> None:
+    """Refuse values of another type where the fields of a dataclass are numbers, or true or false.
+
+    Raises:
+        ValueError: names the value and what was expected.
+    """
+    for name, hint in get_type_hints(settings).items():
+        kind = next((kind for kind in NUMBERS if hint in (kind, kind | None)), None)
+        if kind is None or name not in values or (values[name] is None and hint is not kind):
+            continue
+        accepted, words = NUMBERS[kind]
+        if not isinstance(values[name], accepted) or isinstance(values[name], bool) != (kind is bool):
+            raise ValueError(f"{name} is {values[name]!r}: expected {words}.")
 
 
 @dataclass
@@ -100,16 +128,25 @@ class SemAlignConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
-        if isinstance(self.pairing, str) and self.pairing.startswith("["):
-            self.pairing = json.loads(self.pairing)
-        if isinstance(self.pairing, str) and self.pairing not in STRATEGIES:
-            raise ValueError(f"pairing is {self.pairing!r}: expected one of {STRATEGIES} or a list of source layers.")
-        if self.relation_weight < 0 or self.kl_weight < 0 or self.relation_weight + self.kl_weight == 0:
-            raise ValueError(
-                f"relation_weight {self.relation_weight} and kl_weight {self.kl_weight} must not be negative, nor both zero."
-            )
-        if self.lora_r < 1 or self.lora_alpha <= 0:
-            raise ValueError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: both must be positive.")
+        check_numbers(vars(self), SemAlignConfig)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}: expected a finite number of at least {least}.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps is {self.max_steps}: expected at least 1, or -1 for num_train_epochs.")
+        if self.relation_weight + self.kl_weight == 0:
+            raise ValueError("relation_weight and kl_weight are both 0: expected at least one loss to train on.")
+        with suppress(TypeError, json.JSONDecodeError):
+            self.pairing = json.loads(self.pairing)  # a list from a command line
+        pairing: Any = self.pairing
+        listed = isinstance(pairing, (list, tuple)) and all(isinstance(layer, Integral) for layer in pairing)
+        if not listed and pairing not in STRATEGIES:
+            raise ValueError(f"pairing is {pairing!r}: expected one of {STRATEGIES} or a list of source layers, as numbers.")
+        if isinstance(self.lora_targets, str):
+            raise ValueError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
+        if not isinstance(self.signals_dir, (str, PathLike, NoneType)):
+            raise ValueError(f"signals_dir is {self.signals_dir!r}: expected a path.")
         if self.source_memory == "stream" and self.signals == "online":
             raise ValueError("source_memory 'stream' makes cached signals: with signals='online' the source must be resident.")
         if self.label_smoothing_factor != 0:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
+from hf_semalign.loading import ADAPTER, brief, check_adapter, load_weights, read_json
 from hf_semalign.symbols import resolve_model
 from hf_semalign.trainer import RECORD_NAME
 
-NEEDED = ("adapter_model.safetensors", "adapter_config.json", RECORD_NAME, "README.md")
+NEEDED = (*ADAPTER, RECORD_NAME, "README.md")
+KEYS = ("source", "target", "pairing", "settings", "data")  # of a record, that others read
 PUBLISHED = [
     *NEEDED,
     "results.json",
@@ -62,12 +63,21 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
         The target with its adapter in evaluation mode, and the content of ``semalign.json``.
 
     Raises:
-        FileNotFoundError: a folder without ``semalign.json``.
+        FileNotFoundError: a folder without ``semalign.json`` or adapter, or an id that cannot be reached.
+        ValueError: one of these is damaged, or the target is not found.
     """
     name = str(repo_id_or_folder)
-    folder = Path(name)
-    record = read_record(folder) if folder.is_dir() else json.loads(Path(hf_hub_download(name, RECORD_NAME)).read_text())
-    base = AutoModelForCausalLM.from_pretrained(resolve_model(target or record["target"]), dtype="auto")
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(hf_hub_download(name, RECORD_NAME)).parent
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(f"{name!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
+    record = read_record(folder)
+    if Path(name).is_dir():
+        check_adapter(folder)
+    try:
+        base = load_weights(resolve_model(target or record["target"]), dtype="auto")
+    except ValueError as error:
+        raise ValueError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
     return PeftModel.from_pretrained(base, name), record
 
 
@@ -76,7 +86,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: a folder without it.
+        ValueError: it is damaged.
     """
     if not (folder / RECORD_NAME).is_file():
         raise FileNotFoundError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    return json.loads((folder / RECORD_NAME).read_text())
+    return read_json(folder / RECORD_NAME, *KEYS)

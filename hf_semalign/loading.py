@@ -1,13 +1,22 @@
-"""Engines, models and tokenizers that a trainer is given: loaded, or refused with a clear error."""
+"""Engines, folders, models and tokenizers that a trainer is given: loaded, or refused with a clear error."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +30,13 @@ from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
 
 logger = logging.getLogger(__name__)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def check_engine(args: SemAlignConfig) -> None:
-    """Refuse other settings than a :class:`SemAlignConfig`, and engines that are not supported, however they are asked for."""
+    """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
+    folders that cannot be written to.
+    """
     if not isinstance(args, SemAlignConfig):
         raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     if args.n_gpu > 1:
@@ -37,14 +49,100 @@ def check_engine(args: SemAlignConfig) -> None:
     for variable, name in wanted.items():
         if os.environ.get(variable, "no").lower() not in ("no", "false", "0", ""):
             raise ValueError(f"The accelerate config asks for {name} ({variable}): {REFUSED[name]}.")
+    for name in ("output_dir", "signals_dir"):
+        if args.should_save and getattr(args, name) is not None:
+            make_folder(name, getattr(args, name))
+
+
+def make_folder(name: str, folder: str | Path) -> None:
+    """Make a folder that a setting or option names.
+
+    Raises:
+        ValueError: nothing can be written to it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Content of a JSON file that this package or one of its companions has written.
+
+    Raises:
+        ValueError: it is broken, or lacks one of the keys.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
+    return content
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is damaged.
+    """
+    if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
+    weights, config = ADAPTER
+    _check_header(folder / weights)
+    read_json(folder / config)
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
+
+
+@contextmanager
+def _readable(name_or_path: str) -> Iterator[None]:
+    """What a library cannot read of a model is told in one sentence, with what to do."""
+    try:
+        yield
+    except (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
+            f"whole causal language model. ({brief(error)})"
+        ) from error
+
+
+def brief(error: BaseException | None) -> str:
+    """A library's message on one line, without most of what it lists."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
+
+
+def find_config(name_or_path: str) -> PretrainedConfig:
+    """The configuration of a Hub id or folder.
+
+    Raises:
+        ValueError: there is none, or it is broken.
+    """
+    with _readable(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path)
 
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
+    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one.
+
+    Raises:
+        ValueError: its files are broken.
+    """
     try:
         if name_or_path:
             return AutoTokenizer.from_pretrained(name_or_path)
         reason = "it was made in memory"
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
     logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name_or_path, reason)
@@ -53,7 +151,7 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
 
 def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
     """The dtype to load a model in: its own; of float16 weights under bf16 bfloat16, lest layers give out float32."""
-    own = AutoConfig.from_pretrained(name_or_path).dtype or torch.float32
+    own: Any = find_config(name_or_path).dtype or torch.float32
     return torch.bfloat16 if bf16 and own == torch.float16 else own
 
 
@@ -74,13 +172,48 @@ def is_quantised(config: PretrainedConfig) -> bool:
     return True
 
 
-def skeleton(name_or_path: str, parts: Parts = None) -> PreTrainedModel:
-    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading."""
-    config = AutoConfig.from_pretrained(name_or_path)
+def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
+    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading.
+
+    Args:
+        name_or_path: Hub id or folder.
+        parts: see :func:`hf_semalign.anatomy.name_parts`.
+        weights: whether a folder has to hold weights; of those in safetensors the headers are read.
+
+    Raises:
+        ValueError: no causal language model, or weights that are missing, damaged or quantised in a way that is not supported.
+    """
+    config = find_config(name_or_path)
     name_parts(config, parts)
     is_quantised(config)
-    with torch.device("meta"):
+    if weights and Path(name_or_path).is_dir():
+        files = list(Path(name_or_path).glob("model*.safetensors"))
+        if not files and not list(Path(name_or_path).glob("pytorch_model*.bin")):
+            raise ValueError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
+        for file in files:
+            _check_header(file)
+    with torch.device("meta"), _readable(name_or_path):
         return AutoModelForCausalLM.from_config(config)
+
+
+def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, with every weight from the files: none is left as it was drawn at random.
+
+    Raises:
+        ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
+    """
+    with _readable(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, report = loaded
+    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unfit:
+        raise ValueError(
+            f"The weights of {name_or_path} do not fit its config.json: {len(unfit)} of them are missing or of another shape, "
+            f"such as {unfit[:3]}. Copy or download both again."
+        )
+    return model
 
 
 def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> PreTrainedModel:
@@ -92,10 +225,11 @@ def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts
         parts: see :func:`hf_semalign.anatomy.name_parts`.
 
     Raises:
-        ValueError: a model that carries LoRA already, or weights quantised in a way that is not supported.
+        ValueError: a model that carries LoRA already, weights that do not fit, or that are quantised in a way that is not
+            supported.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
+        model = load_weights(model, dtype=load_dtype(model, bf16))
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)

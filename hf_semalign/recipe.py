@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -25,15 +25,16 @@ import torch
 import yaml
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.baselines import kd
 from hf_semalign.card import render_card
-from hf_semalign.config import SemAlignConfig
+from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.guards import claimed, last_checkpoint
+from hf_semalign.guards import claimed, damage, last_checkpoint
 from hf_semalign.hub import read_record
+from hf_semalign.loading import check_engine, find_config, find_tokenizer, read_json
 from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
@@ -42,6 +43,7 @@ from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
 BASELINES = {"kd": kd.SETTINGS}
+LISTED = 20  # known names in an error; SemAlignConfig has many more
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,16 @@ class Recipe:
     baselines: tuple[str, ...] = ()
 
     def config(self, folder: Path, **changes: Any) -> SemAlignConfig:
-        """The training settings for a run in ``folder``."""
+        """The training settings for a run in ``folder``.
+
+        Raises:
+            ValueError: one that cannot be used, by our rules or the Trainer's.
+        """
         settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, "max_length": self.data.max_length}
-        return SemAlignConfig(output_dir=str(folder), **settings)
+        try:
+            return SemAlignConfig(output_dir=str(folder), **settings)
+        except ValueError as error:
+            raise ValueError(f"The recipe's training section cannot be used: {error}") from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -108,11 +117,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key that does not exist (the message has the nearest one), a missing key or a malformed override.
+        ValueError: no YAML, a key that does not exist (the message has the nearest one), a missing key, a value of another
+            type or a malformed override.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
-    content = yaml.safe_load(Path(path).read_text())
+    content = _read_yaml(Path(path).read_bytes(), f"The recipe {path}")
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
     return _checked(content, overrides, str(path))
@@ -134,7 +144,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     record = read_record(folder)
     if not (folder / "results.json").is_file():
         raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
-    task = json.loads((folder / "results.json").read_text())["task"]
+    task = read_json(folder / "results.json", "task")["task"]
     data = {"task": task, **{split: facts["rows"] for split, facts in record["data"].items()}}
     models = {"source": record["source"], "target": record["target"]}
     content = {**models, "output_dir": str(folder), "data": data, "training": record["settings"]}
@@ -153,7 +163,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
                 raise ValueError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
-        section[name] = yaml.safe_load(value)
+        section[name] = _read_yaml(value, f"The override {override!r}")
     _check_keys(content, Recipe, f"recipe {path}")
     _check_keys(content["data"], DataSettings, f"data section of {path}")
     training = content.get("training") or {}
@@ -163,11 +173,26 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
             raise ValueError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
     numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
     for name in numbers & training.keys():
-        training[name] = float(training[name])  # YAML reads 1e-4, without a dot, as text
+        if isinstance(training[name], str):
+            with suppress(ValueError):
+                training[name] = float(training[name])  # YAML reads 1e-4, without a dot, as text
+    check_numbers(content["data"], DataSettings)
+    for name in ("source", "target", "output_dir"):
+        if not isinstance(content[name], str):
+            raise ValueError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
     _check_names([content["data"]["task"]], TASKS, f"data section of {path}")
-    baselines = tuple(content.get("baselines") or ())
+    baselines = content.get("baselines") or ()
+    if not isinstance(baselines, (list, tuple)):
+        raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as {list(BASELINES)}.")
     _check_names(baselines, BASELINES, f"baselines of {path}")
-    return Recipe(**{**content, "data": DataSettings(**content["data"]), "training": training, "baselines": baselines})
+    return Recipe(**{**content, "data": DataSettings(**content["data"]), "training": training, "baselines": tuple(baselines)})
+
+
+def _read_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_keys(section: Any, settings: type, where: str) -> None:
@@ -186,7 +211,8 @@ def _check_names(names: Iterable[str], known: Iterable[str], where: str) -> None
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}."
+            listed = "see its documentation" if len(known) > LISTED else f"known: {sorted(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"{listed}."
             raise ValueError(f"Unknown key {name!r} in the {where}: {hint}")
 
 
@@ -200,6 +226,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         What ``results.json`` holds.
     """
     folder, args = Path(recipe.output_dir), recipe.config(Path(recipe.output_dir))
+    check_engine(args)
     with claimed(folder) if args.should_save else nullcontext():
         return _run(recipe, folder, args)
 
@@ -208,6 +235,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     metrics: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
+    checkpoint = _checkpoint(args, args.resume_from_checkpoint)
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = load_tokenizer(recipe)
@@ -220,7 +248,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     if args.signals == "cached":
         source.release()
     with timed("training", seconds):
-        trainer.train(resume_from_checkpoint=_checkpoint(args, args.resume_from_checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics["semalign"] = _measure(trainer, data, tokenizer)
@@ -256,6 +284,7 @@ def run_signals(recipe: Recipe) -> Path:
         OSError: a disk that does not hold the signals of all target layers.
     """
     args = recipe.config(Path(recipe.output_dir))
+    check_engine(args)
     if args.signals != "cached":
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
@@ -267,8 +296,16 @@ def run_signals(recipe: Recipe) -> Path:
 
 
 def _checkpoint(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
-    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere."""
-    return last_checkpoint(str(args.output_dir)) if wanted is None or wanted is True else wanted
+    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere.
+
+    Raises:
+        ValueError: a named checkpoint that is not whole.
+    """
+    if wanted is None or wanted is True:
+        return last_checkpoint(str(args.output_dir))
+    if wanted and (found := damage(Path(wanted))):
+        raise ValueError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
+    return wanted
 
 
 def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
@@ -305,9 +342,13 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The target's tokenizer, with the recipe's pad token.
 
     Raises:
-        ValueError: a pad token that it does not have.
+        ValueError: a target without a tokenizer, or a pad token that it does not have.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.target))
+    name = resolve_model(recipe.target)
+    find_config(name)  # a model that is not there is not one without a tokenizer
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(f"The target {recipe.target!r} has no tokenizer: save it beside its weights, with save_pretrained.")
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise ValueError(

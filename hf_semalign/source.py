@@ -15,12 +15,21 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_semalign.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.hooks import bypass, gives_tuples
-from hf_semalign.loading import find_tokenizer, is_quantised, load_dtype, load_model, skeleton
+from hf_semalign.loading import (
+    find_config,
+    find_tokenizer,
+    is_quantised,
+    load_dtype,
+    load_model,
+    load_weights,
+    read_json,
+    skeleton,
+)
 from hf_semalign.semantics import checksum
 from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text, writing_lock
 from hf_semalign.symbols import public_name
@@ -61,8 +70,10 @@ class Source:
         self._checked = False
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
-            self._facts = json.loads((Path(model) / FACTS).read_text())
-        shape = skeleton(model, parts) if isinstance(model, str) else load_model(model, parts=parts)
+            self._facts = read_json(Path(model) / FACTS, "name", "identity")
+        shape = (
+            skeleton(model, parts, weights=self._facts is None) if isinstance(model, str) else load_model(model, parts=parts)
+        )
         anatomy = dissect(shape)
         self._shape = shape
         self.quantised = is_quantised(shape.config)
@@ -77,9 +88,6 @@ class Source:
     def identity(self) -> str:
         """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors, and
         where its parts are.
-
-        Raises:
-            ValueError: a folder without weights.
         """
         if self._facts is not None:
             return self._facts["identity"]
@@ -89,12 +97,10 @@ class Source:
         if isinstance(self._given, PreTrainedModel):
             tensors = {name: checksum(tensor) for name, tensor in self._given.state_dict().items()}
             return digest([tensors, config_facts(self._given.config), parts])
-        config = AutoConfig.from_pretrained(self._given)
+        config = find_config(self._given)
         if getattr(config, "_commit_hash", None) is not None:
             return digest([self._given, config._commit_hash, str(self.dtype), parts])
         files = sorted(Path(self._given).glob("*.safetensors")) or sorted(Path(self._given).glob("*.bin"))
-        if not files:
-            raise ValueError(f"{self._given} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype), parts])
 
     def folder(self, root: Path) -> Path:
@@ -268,7 +274,7 @@ class Source:
             homes[f"{places[id(anatomy.layers)]}.{layer}"] = str(device)
         with tempfile.TemporaryDirectory() as scratch, _quietly():
             own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
-            model = AutoModelForCausalLM.from_pretrained(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
+            model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
             name_parts(model.config, self._named)
             for parameter in model.parameters():
                 if not parameter.is_meta:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, compress, takewhile
+from operator import index
 from typing import Any
 
 import torch
@@ -56,13 +57,47 @@ def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[in
         raise ValueError(
             f"{where} has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
         )
-    ids, labels = ([int(value) for value in record[column]] for column in ("input_ids", "labels"))
-    if len(ids) != len(labels):
-        raise ValueError(f"{where} has {len(ids)} input_ids but {len(labels)} labels; they must be as many.")
-    if record.get("attention_mask") is None:
-        return ids, labels
-    kept = [bool(value) for value in record["attention_mask"]]
+    try:
+        ids, labels = ([index(value) for value in record[column]] for column in ("input_ids", "labels"))
+    except TypeError as error:
+        raise ValueError(f"{where} has input_ids or labels that are no list of whole numbers: {error}.") from error
+    kept = [True] * len(ids) if record.get("attention_mask") is None else [bool(value) for value in record["attention_mask"]]
+    if not len(ids) == len(labels) == len(kept):
+        masked = "" if len(kept) == len(ids) else f" and an attention_mask of {len(kept)}"
+        raise ValueError(f"{where} has {len(ids)} input_ids but {len(labels)} labels{masked}; they must be as many.")
+    if negative := [value for value in (*ids, *(label for label in labels if label != IGNORED)) if value < 0]:
+        raise ValueError(f"{where} has the token id {negative[0]}: expected ids from 0 on, and {IGNORED} for labels to ignore.")
     return list(compress(ids, kept)), list(compress(labels, kept))
+
+
+def check_text(record: Record, where: str) -> None:
+    """Refuse a record with something else than texts as ``prompt`` and ``completion``, or lists of messages.
+
+    Args:
+        record: a row; one of token ids passes.
+        where: names the row.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    found = {name: record[name] for name in ("prompt", "completion", "messages") if name in record}
+    if "messages" in record:
+        fine = _are_messages(record["messages"])
+    else:
+        fine = all(isinstance(value, str) for value in found.values()) or all(map(_are_messages, found.values()))
+    if not fine:
+        raise ValueError(
+            f"{where} has {str(found)[:120]}: expected texts as prompt and completion, or lists of messages with role and "
+            "content. Correct this row, or take it out."
+        )
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(turn, Mapping) and "role" in turn and isinstance(turn.get("content"), str) for turn in value)
+    )
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Record]]) -> None:
@@ -148,6 +183,7 @@ def _digest(ids: Sequence[int], labels: Sequence[int]) -> int:
 def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
     if not ({"prompt", "completion"} <= record.keys() or "messages" in record):
         return _token_ids(record, where)
+    check_text(record, where)
     if tokenizer is None:
         raise ValueError(f"{where} holds text: pass its tokenizer as processing_class.")
     if "messages" in record:
@@ -205,7 +241,7 @@ def _tokenize_chat(
 def check_token_ids(
     splits: Mapping[str, Dataset], embedded: Mapping[str, int], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Refuse token ids that a model has no embedding for, such as tokens that were added to the other one.
+    """Refuse token ids and labels that a model has no embedding for, such as tokens that were added to the other one.
 
     Args:
         splits: encoded rows by split name.
@@ -216,8 +252,8 @@ def check_token_ids(
         ValueError: names the largest id, its token and the split.
     """
     for split, rows in splits.items():
-        table = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
-        largest = table.flatten().to_numpy().max()
+        table = rows.with_format("arrow")[:]
+        largest = max(table[column].combine_chunks().flatten().to_numpy().max() for column in ("input_ids", "labels"))
         for model, count in embedded.items():
             if largest >= count:
                 token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
@@ -237,15 +273,19 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Recor
         The rows that stay, and those held out.
 
     Raises:
-        ValueError: fewer than five rows.
+        ValueError: fewer than five rows, or fewer than two prompts.
     """
     _check_sized(rows, "align")
+    for row, record in enumerate(rows):
+        check_text(record, f"align[{row}]")
     count = min(HELD_OUT, len(rows) // 5)
     if count == 0:
         raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
     held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
     train = [record for record in rows if prompt_of(record) not in held]
     extract = [record for record in rows if prompt_of(record) in held]
+    if not train:
+        raise ValueError(f"All {len(rows)} training rows share the prompts of the last {count}: pass extract_dataset.")
     logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
     return train, extract
 

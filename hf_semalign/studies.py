@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_semalign.analysis import layer_cka, recomposition_cosines
 from hf_semalign.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.hub import load_transfer, read_record
-from hf_semalign.loading import load_model, skeleton
+from hf_semalign.loading import brief, find_config, load_model, make_folder, skeleton
 from hf_semalign.pairing import pair_layers
 from hf_semalign.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.scores import layer_scores
@@ -60,13 +60,16 @@ def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), outp
     if run is not None and analysis == "pairing":
         if overrides:
             raise ValueError(f"The pairing of {origin} is in its record, which {list(overrides)} cannot change: pass a recipe.")
-        home, record = run, {"pairing": read_record(run)["pairing"]}
+        recipe, home = None, run
     else:
         recipe = load_recipe(origin, overrides) if run is None else load_run(run, overrides)
         home = Path(recipe.output_dir)
-        record = _pairing(recipe) if analysis == "pairing" else _states(analysis, load_pair(recipe, run))
     folder = Path(output) if output else home / "analysis"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output", folder)
+    if recipe is None:
+        record = {"pairing": read_record(home)["pairing"]}
+    else:
+        record = _pairing(recipe) if analysis == "pairing" else _states(analysis, load_pair(recipe, run))
     (folder / f"{analysis}.json").write_text(json.dumps(record, indent=1))
     if analysis == "pairing":
         return draw_layers(record, folder, analysis)
@@ -131,10 +134,10 @@ def _find(recipe: Recipe, role: str) -> str:
     """Folder or Hub id of a recipe's model, looked up before any weight is loaded."""
     name = resolve_model(getattr(recipe, role))
     try:
-        AutoConfig.from_pretrained(name)
-    except OSError as error:
+        find_config(name)
+    except ValueError as error:
         raise ValueError(
             f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
-            f"that a model from a folder must be named again. ({str(error).splitlines()[0]})"
+            f"that a model from a folder must be named again. ({brief(error.__cause__)})"
         ) from error
     return name

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
-from hf_semalign.splits import prompt_of
+from hf_semalign.splits import check_text, prompt_of
 from hf_semalign.symbols import make_records
 
 LETTERS = "ABCD"
@@ -87,11 +88,12 @@ def load_task(
 
 
 def _check_files(task: str, files: Files | None, roles: Sequence[str]) -> None:
-    if files is not None and set(files) != set(roles):
+    if files is not None and not (isinstance(files, Mapping) and set(files) == set(roles)):
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
-        raise ValueError(f"Task {task!r} got files for {sorted(files)}; the roles that it reads are {wanted}.")
+        given = sorted(files) if isinstance(files, Mapping) else files
+        raise ValueError(f"Task {task!r} got files for {given}; the roles that it reads are {wanted}.")
     for role, path in (files or {}).items():
-        if not Path(path).exists():
+        if not Path(str(path)).exists():
             raise FileNotFoundError(f"Task {task!r}: {path} does not exist; correct the path of the {role!r} files.")
 
 
@@ -126,7 +128,11 @@ def _load_records(task: str, role: str, files: Files | None) -> dict[str, Row]:
     benchmark = BENCHMARKS[task]
     if files is None:
         origin = f"{benchmark.hub_id}, {benchmark.splits[role]}"
-        rows = datasets.load_dataset(benchmark.hub_id, benchmark.config, split=benchmark.splits[role]).to_list()
+        try:
+            rows = datasets.load_dataset(benchmark.hub_id, benchmark.config, split=benchmark.splits[role]).to_list()
+        except OSError as error:
+            wanted = ", ".join(benchmark.splits)
+            raise ValueError(f"Task {task!r} cannot be read ({error}): name local files for {wanted} by data.files.") from error
     else:
         origin = files[role]
         rows = benchmark.read(Path(origin))
@@ -146,7 +152,11 @@ def _load_records(task: str, role: str, files: Files | None) -> dict[str, Row]:
 
 def _read_json_lines(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object a line.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(dict(json.loads(line)))
@@ -176,7 +186,10 @@ def _read_records(path: Path) -> list[Row]:
     if path.suffix == ".jsonl":
         rows = _read_json_lines(path)
     elif path.suffix in formats:
-        rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
+        try:
+            rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}: expected .jsonl, {', '.join(formats)}.")
     if not rows:
@@ -184,6 +197,7 @@ def _read_records(path: Path) -> list[Row]:
     for number, row in enumerate(rows):
         if "messages" not in row and not {"prompt", "completion"} <= row.keys():
             raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected prompt and completion, or messages.")
+        check_text(row, f"Row {number} of {path}")
     return rows
 
 

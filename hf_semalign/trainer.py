@@ -151,7 +151,9 @@ class SemAlignTrainer(Trainer):
         if processing_class is None and isinstance(model, str):
             processing_class = find_tokenizer(model)
         if processing_class is not None and processing_class.pad_token_id is None:
-            raise ValueError("The tokenizer has no pad token: set one, for example tokenizer.pad_token = tokenizer.unk_token.")
+            raise ValueError(
+                "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
+            )
         needs_scores = pairing is None and args.pairing in NEEDS_SCORES
         if extract_dataset is None and (args.scale == "match" or needs_scores):
             train_dataset, extract_dataset = hold_out(train_dataset)

@@ -1,6 +1,9 @@
 """Tiny models, tokenizers and batches that the tests make for themselves; nothing is read from outside or downloaded."""
 
+import json
+import logging
 import os
+import re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,14 +11,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_semalign.cli import main
 from hf_semalign.splits import IGNORED, Collator
 
 torch.set_num_threads(1)
 
 SPECIALS = ("<pad>", "<s>", "</s>")
+WORDS = [f"w{i}" for i in range(94)]
+TEXTS = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(40)]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {{ message.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -73,6 +80,70 @@ def batches_of(rows: list[dict], size: int) -> list[dict[str, torch.Tensor]]:
     """Right-padded batches of so many rows."""
     collate = Collator(pad_token_id=0)
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def json_lines(rows: list[dict | str]) -> str:
+    """Rows as a JSON-lines file has them; text stays as it is."""
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+
+
+def table(names: str, rows: list[tuple]):
+    """Parametrise over rows: what a case is about, then its values."""
+    return pytest.mark.parametrize(names, [pytest.param(*values, id=about) for about, *values in rows])
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No model may be loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **settings: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """Two models, three files, a recipe, and what its run leaves: nothing of it is changed by a case."""
+    folder = tmp_path_factory.mktemp("good")
+    for name, model in (("target", tiny_llama(3, 16, pad_token_id=0)), ("source", tiny_llama(5, 24, pad_token_id=0))):
+        model.save_pretrained(folder / name)
+        word_tokenizer(WORDS).save_pretrained(folder / name)
+    splits = {"align": TEXTS[:24], "eval": TEXTS[24:32], "extract": TEXTS[32:]}
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text(json_lines(rows))
+    recipe = {
+        "source": str(folder / "source"),
+        "target": str(folder / "target"),
+        "output_dir": str(folder / "run"),
+        "data": {
+            "task": "records",
+            **{name: len(rows) for name, rows in splits.items()},
+            "files": {name: str(folder / f"{name}.jsonl") for name in splits},
+        },
+        "training": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 8,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "--config", str(folder / "recipe.yaml"), "training.save_steps=1"]) == 0
+    (folder / "run" / "_signals").rename(folder / "signals")
+    return folder
+
+
+@pytest.fixture
+def refused(good, tmp_path, caplog, capfd):
+    """Run a command on the good recipe with changes; it has to end with one error, as given."""
+
+    def run(message, *changes, command="train", recipe=good / "recipe.yaml"):
+        arguments = [command, "--config", str(recipe)] if command in ("train", "signals") else ["analyze", command, str(recipe)]
+        assert main([*arguments, f"output_dir={tmp_path / 'run'}", *changes]) == 2
+        errors = [text for logger, level, text in caplog.record_tuples if (logger, level) == ("hf_semalign", logging.ERROR)]
+        assert len(errors) == 1
+        assert re.match(f"error: .*{message}", errors[0])
+        assert "Traceback" not in capfd.readouterr().err
+
+    return run
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Bad recipes, data and folders to write to: one line, the exit code 2 and no traceback, before weights are loaded.
+
+One row a case. Models, adapters and caches on the disk: tests/test_bad_folders.py. The library: tests/test_bad_input.py.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import TEXTS, json_lines, table
+
+from hf_semalign import SemanticMap
+from hf_semalign.cli import main
+from hf_semalign.tasks import load_task
+
+RECIPES = [
+    ("a count of words", "data.align=many", "align is 'many': expected a whole number"),
+    ("a count with a fraction", "data.eval=2.5", "eval is 2.5: expected a whole number"),
+    ("a count below one", "data.extract=0", "Every split needs at least one row"),
+    ("no seed", "data.seed=null", "seed is None: expected a whole number"),
+    ("files of no role", "data.files=align.jsonl", "got files for align.jsonl; the roles that it reads are exactly extract"),
+    ("a path that is a number", "data.files.align=5", "5 does not exist; correct the path"),
+    ("an unknown task", "data.task=gsm9k", "did you mean 'gsm8k'"),
+    (
+        "a hub out of reach",
+        "{task: gsm8k, extract: 2, align: 8, eval: 2}",
+        "Couldn't reach .*: name local files for train, eval",
+    ),
+    ("a source that is a number", "source=5", "source of the recipe .* is 5: expected text"),
+    ("no output_dir", "output_dir=", "output_dir of the recipe .* is None: expected text"),
+    ("an embedded model that is none", "source=embedded:other", "use embedded:source or embedded:target"),
+    ("a pad token that is none", "pad_token=<fill>", "pad_token '<fill>' is not in the tokenizer"),
+    ("a baseline that is no list", "baselines=kd", r"baselines of the recipe .* is 'kd': expected a list, such as \['kd'\]"),
+    ("a learning rate of words", "training.learning_rate=fast", "training section .*learning_rate is 'fast': expected a num"),
+    ("an unknown schedule", "training.lr_scheduler_type=linearr", "linearr is not a valid SchedulerType, please select one"),
+    ("an unknown setting", "training.align=many", "Unknown key 'align' in the training section .*: see its documentation"),
+    ("an override that is no YAML", "training.seed=[", r"The override 'training.seed=\[' is not YAML"),
+    ("parts that are no keys", "training.source_parts=abc", "The parts 'abc' of a model are no keys and values"),
+    ("a part that is not there", "training.target_parts={layers: a.b}", "has no module 'a.b', which was named as its layers"),
+]
+
+
+@table("change, message", RECIPES)
+def test_recipes(refused, no_weights, change, message):
+    refused(message, f"data={change}" if change.startswith("{") else change)
+
+
+@table(
+    "content, message",
+    [
+        ("no YAML", "source: [", "recipe.yaml is not YAML: while parsing a flow node"),
+        ("no text", b"\xff\x00\x80", "recipe.yaml is not YAML"),
+        ("nothing", "", "recipe.yaml holds a NoneType, not keys and values"),
+        ("a list", "- source", "recipe.yaml holds a list, not keys and values"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "signals", "cka"])
+def test_recipe_files(refused, tmp_path, command, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(message, command=command, recipe=tmp_path / "recipe.yaml")
+
+
+FOLDERS = [
+    ("output_dir a file", "train", "output_dir={}", "output_dir .* cannot be written to .File exists.: name another folder"),
+    ("output_dir below a file", "train", "output_dir={}/run", "output_dir .* cannot be written to .Not a directory."),
+    ("output_dir of signals", "signals", "output_dir={}", "output_dir .* cannot be written to"),
+    ("signals_dir a file", "train", "training.signals_dir={}", "signals_dir .* cannot be written to"),
+    ("signals_dir of signals", "signals", "training.signals_dir={}", "signals_dir .* cannot be written to"),
+    ("output of an analysis", "cka", "--output={}", "output .* cannot be written to"),
+    ("a source to analyse", "pairing", "source={}/model", "The source '.*' was not found: name a folder or Hub id by source="),
+    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "cannot go on from .*: there is no such folder"),
+]
+
+
+@table("command, change, message", FOLDERS)
+def test_folders(refused, no_weights, tmp_path, command, change, message):
+    (tmp_path / "file").write_text("kept")
+    refused(message, change.format(tmp_path / "file"), command=command)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+ENDS = "lists of messages with role and content. Correct this row, or take it out"
+DATA = [
+    ("empty", "a.jsonl", [], "a.jsonl has no rows: every split needs at least one"),
+    ("no JSON", "a.jsonl", ["hello"], "a.jsonl, line 1: expected one JSON object a line, got 'hello'"),
+    ("a broken line", "a.jsonl", [*TEXTS[:5], "{'prompt':", *TEXTS[5:24]], "a.jsonl, line 6: expected one JSON object a line"),
+    ("a list", "a.jsonl", ["[1]"], r"a.jsonl, line 1: expected one JSON object a line, got '\[1\]'"),
+    ("a field missing", "a.jsonl", [TEXTS[0], {"prompt": "w1"}], r"Row 1 of .*a.jsonl has \['prompt'\]: expected prompt and"),
+    ("a number as prompt", "a.jsonl", [{"prompt": 5, "completion": "w1"}], f"Row 0 of .*a.jsonl has .'prompt': 5, .*{ENDS}"),
+    ("no answer", "a.jsonl", [{"prompt": "w5", "completion": None}], f"Row 0 of .*'completion': None.: expected .*{ENDS}"),
+    ("no messages", "a.jsonl", [{"messages": []}], f"Row 0 of .*'messages': .*: expected .*{ENDS}"),
+    ("no UTF-8", "a.jsonl", b'{"prompt": "\xff"}', "a.jsonl cannot be read as UTF-8 text"),
+    ("JSON cut short", "a.json", ["{oops"], "a.json cannot be read as json: "),
+    ("CSV without columns", "a.csv", [], "a.csv cannot be read as csv: No columns"),
+    ("CSV of numbers", "a.csv", ["prompt,completion", "1,2"], "Row 0 of .*a.csv has .'prompt': 1"),
+    ("no Parquet", "a.parquet", ["hello"], "a.parquet cannot be read as parquet: "),
+    ("another ending", "a.txt", ["hello"], "a.txt ends in '.txt': expected .jsonl, .json, .csv, .parquet"),
+    ("not there", "a.jsonl", None, "a.jsonl does not exist; correct the path of the 'align' files"),
+    ("rows of the eval split", "a.jsonl", TEXTS[:32], "Overlapping splits: 8 prompts stand in more than one of"),
+]
+
+
+@table("name, content, message", DATA)
+def test_data(refused, no_weights, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json_lines(content).encode())
+    refused(message, f"data.files.align={tmp_path / name}", "data.align=100")
+
+
+def test_a_byte_order_mark_is_no_bad_input(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(TEXTS[:2]), encoding="utf-8-sig")
+    files = dict.fromkeys(("extract", "align", "eval"), str(tmp_path / "a.jsonl"))
+    assert load_task("records", extract=1, align=2, eval=1, files=files).align == TEXTS[:2]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug")])
+def test_errors_that_are_not_ours_keep_their_traceback(good, tmp_path, monkeypatch, error):
+    def fail(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(SemanticMap, "from_heads", fail)
+    with pytest.raises(type(error), match="a bug"):
+        main(["train", "--config", str(good / "recipe.yaml"), f"output_dir={tmp_path / 'run'}"])
+
+
+def test_the_command_itself_prints_one_line(good, tmp_path):
+    command = [sys.executable, "-m", "hf_semalign.cli", "train", "--config", str(good / "recipe.yaml")]
+    ended = subprocess.run([*command, f"target={tmp_path / 'nowhere'}"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"error: The model '{tmp_path / 'nowhere'}' cannot be read: ")
+    assert "Traceback" not in ended.stderr

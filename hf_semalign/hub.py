@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from hf_semalign.symbols import resolve_model
+from hf_semalign.symbols import EMBEDDED, is_hub_id, resolve_model
 from hf_semalign.trainer import RECORD_NAME
 
-NEEDED = ("adapter_model.safetensors", "adapter_config.json", RECORD_NAME, "README.md")
+LOADED = ("adapter_model.safetensors", "adapter_config.json", RECORD_NAME)
+NEEDED = (*LOADED, "README.md")
 PUBLISHED = [
     *NEEDED,
     "results.json",
@@ -39,10 +40,14 @@ def push_transfer(folder: str | Path, repo_id: str, *, token: str | None = None,
 
     Raises:
         FileNotFoundError: a folder that lacks one of ``NEEDED``, before anything is sent.
+        ValueError: a link to what lies elsewhere, likewise.
     """
     missing = [name for name in NEEDED if not (Path(folder) / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
+    found = [path for pattern in PUBLISHED for path in Path(folder).glob(pattern)]
+    if outside := [path.name for path in found if not path.resolve().is_relative_to(Path(folder).resolve())]:
+        raise ValueError(f"{outside} are links out of the folder {folder}: put the files themselves there.")
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
@@ -62,13 +67,22 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
         The target with its adapter in evaluation mode, and the content of ``semalign.json``.
 
     Raises:
-        FileNotFoundError: a folder without ``semalign.json``.
+        FileNotFoundError: a folder without ``semalign.json``, or without an adapter in safetensors.
+        ValueError: a record whose target is a path.
     """
-    name = str(repo_id_or_folder)
-    folder = Path(name)
-    record = read_record(folder) if folder.is_dir() else json.loads(Path(hf_hub_download(name, RECORD_NAME)).read_text())
-    base = AutoModelForCausalLM.from_pretrained(resolve_model(target or record["target"]), dtype="auto")
-    return PeftModel.from_pretrained(base, name), record
+    folder = Path(repo_id_or_folder)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(repo_id_or_folder), allow_patterns=list(LOADED)))
+    record = read_record(folder)
+    if missing := [name for name in LOADED if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {missing}: only adapters in safetensors are read.")
+    name = target or record["target"]
+    if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
+        raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")
+    base = AutoModelForCausalLM.from_pretrained(
+        resolve_model(name), dtype="auto", trust_remote_code=False, use_safetensors=True
+    )
+    return PeftModel.from_pretrained(base, folder), record
 
 
 def read_record(folder: Path) -> dict[str, Any]:

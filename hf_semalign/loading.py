@@ -43,7 +43,7 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
     try:
         if name_or_path:
-            return AutoTokenizer.from_pretrained(name_or_path)
+            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         reason = "it was made in memory"
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -53,7 +53,7 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
 
 def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
     """The dtype to load a model in: its own; of float16 weights under bf16 bfloat16, lest layers give out float32."""
-    own = AutoConfig.from_pretrained(name_or_path).dtype or torch.float32
+    own = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).dtype or torch.float32
     return torch.bfloat16 if bf16 and own == torch.float16 else own
 
 
@@ -76,11 +76,11 @@ def is_quantised(config: PretrainedConfig) -> bool:
 
 def skeleton(name_or_path: str, parts: Parts = None) -> PreTrainedModel:
     """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     name_parts(config, parts)
     is_quantised(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> PreTrainedModel:
@@ -95,7 +95,9 @@ def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts
         ValueError: a model that carries LoRA already, or weights quantised in a way that is not supported.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=load_dtype(model, bf16))
+        model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=load_dtype(model, bf16), trust_remote_code=False, use_safetensors=True
+        )
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)

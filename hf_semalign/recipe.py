@@ -39,7 +39,7 @@ from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
-from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
 BASELINES = {"kd": kd.SETTINGS}
@@ -136,9 +136,10 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not (folder / "results.json").is_file():
         raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
     task = json.loads((folder / "results.json").read_text())["task"]
-    data = {"task": task, **{split: facts["rows"] for split, facts in record["data"].items()}}
+    data = {"task": task, **{split: record["data"][split]["rows"] for split in ("extract", "align", "eval")}}
     models = {"source": record["source"], "target": record["target"]}
-    content = {**models, "output_dir": str(folder), "data": data, "training": record["settings"]}
+    training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
+    content = {**models, "output_dir": str(folder), "data": data, "training": training}
     return _checked(content, overrides, str(folder))
 
 
@@ -309,7 +310,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: a pad token that it does not have.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.target))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.target), trust_remote_code=False)
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise ValueError(

@@ -88,10 +88,10 @@ class Source:
         if isinstance(self._given, PreTrainedModel):
             tensors = {name: checksum(tensor) for name, tensor in self._given.state_dict().items()}
             return digest([tensors, config_facts(self._given.config), parts])
-        config = AutoConfig.from_pretrained(self._given)
+        config = AutoConfig.from_pretrained(self._given, trust_remote_code=False)
         if getattr(config, "_commit_hash", None) is not None:
             return digest([self._given, config._commit_hash, str(self.dtype), parts])
-        files = sorted(Path(self._given).glob("*.safetensors")) or sorted(Path(self._given).glob("*.bin"))
+        files = sorted(Path(self._given).glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self._given} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype), parts])
@@ -257,7 +257,10 @@ class Source:
             homes[f"{places[id(anatomy.layers)]}.{layer}"] = str(device)
         with tempfile.TemporaryDirectory() as scratch, _quietly():
             own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
-            model = AutoModelForCausalLM.from_pretrained(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(self._given), dtype=own, device_map=homes, offload_folder=scratch,
+                trust_remote_code=False, use_safetensors=True,
+            )  # fmt: skip
             name_parts(model.config, self._named)
             for parameter in model.parameters():
                 if not parameter.is_meta:

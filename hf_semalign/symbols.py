@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -38,9 +39,18 @@ def resolve_model(name: str) -> str:
     prefix, _, role = name.partition(EMBEDDED)
     if prefix or not role:
         return name
-    if not (PAIR_FOLDER / role).is_dir():
+    if role not in ("source", "target"):
         raise ValueError(f"No embedded model {name!r}: use embedded:source or embedded:target.")
     return str(PAIR_FOLDER / role)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form ``owner/name`` or ``name``."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def public_name(name_or_path: str) -> str:

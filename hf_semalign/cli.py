@@ -67,7 +67,7 @@ def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str |
     except (ValueError, FileNotFoundError) as error:
         logging.getLogger("hf_semalign").error("error: %s", error)
         return 2
-    Console(soft_wrap=True).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
+    Console(soft_wrap=True, markup=False).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
     return 0
 
 
@@ -92,7 +92,7 @@ def _train(recipe: Recipe) -> None:
 
     results = run_recipe(recipe)
     if PartialState().is_main_process:
-        console = Console()
+        console = Console(markup=False)
         console.print(results_table(results))
         console.print(f"Run folder: {recipe.output_dir} (adapter, README.md as its card, figures, results.json)")
 
@@ -105,7 +105,9 @@ def _signals(recipe: Recipe) -> None:
 
     folder = run_signals(recipe)
     if PartialState().is_main_process:
-        Console(soft_wrap=True).print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
+        Console(soft_wrap=True, markup=False).print(
+            f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)"
+        )
 
 
 if __name__ == "__main__":

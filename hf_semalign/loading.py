@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,14 @@ def check_engine(args: SemAlignConfig) -> None:
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one."""
+    name = public_name(name_or_path)
     try:
         if name_or_path:
             return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         reason = "it was made in memory"
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name_or_path, reason)
+        reason = str(error).split("\n")[0].replace(name_or_path, name)
+    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
     return None
 
 

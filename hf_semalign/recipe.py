@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import yaml
 from rich.table import Table
+from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -294,14 +295,19 @@ def results_table(results: dict[str, Any]) -> Table:
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*(f"{skill} %" for skill in skills), "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in (*(f"{_printable(skill)} %" for skill in skills), "KL"):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
         known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
         table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
+
+
+def _printable(text: str) -> str:
+    """Text from data with its control characters, which a terminal would obey, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -182,7 +182,7 @@ class Source:
             return None
         except (ValueError, KeyError, TypeError):
             pass
-        logger.warning("%s is damaged, and is made again.", path)
+        logger.warning("%s is damaged, and is made again.", path.name)
         return None
 
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ The two models that ship with the package were trained on these records by ``rec
 from __future__ import annotations
 
 import random
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +55,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name_or_path: str) -> str:
-    """A model's name for records and cards: never a local path, of a folder only its own name."""
+    """A model's name for records and cards: never a local path, of a folder, here or elsewhere, only its own name."""
     path = Path(name_or_path)
     if path.parent == PAIR_FOLDER:
         return EMBEDDED + path.name
-    return path.resolve().name if path.exists() else name_or_path
+    if path.exists():
+        return path.resolve().name
+    return name_or_path if is_hub_id(name_or_path) else re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,11 +2,15 @@
 
 import ast
 import json
+import logging
 import os
 import pickle
 import shutil
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import jinja2
 import pytest
@@ -14,16 +18,18 @@ import torch
 from conftest import random_rows, tiny_llama, word_tokenizer
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
 from safetensors.torch import load_file
 
 import hf_semalign
 from hf_semalign import cli, hub, load_transfer, push_transfer
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.figures import draw_comparison
 from hf_semalign.loading import find_tokenizer, load_model, skeleton
-from hf_semalign.recipe import load_recipe, load_run, load_tokenizer
+from hf_semalign.recipe import load_recipe, load_run, load_tokenizer, results_table
 from hf_semalign.source import Source
 from hf_semalign.splits import encode
-from hf_semalign.symbols import PAIR_FOLDER, resolve_model
+from hf_semalign.symbols import PAIR_FOLDER, public_name, resolve_model
 from hf_semalign.tasks import load_task
 from hf_semalign.trainer import SemAlignTrainer
 
@@ -271,3 +277,93 @@ def test_links_out_of_a_run_folder_are_not_published(run_folder, tmp_path, monke
     (run_folder / "figures").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"layers\.png.* out of the folder"):
         push_transfer(run_folder, "me/adapter")
+
+
+# Markup: the card is in tests/test_card.py
+
+
+HOSTILE = "[bold]a[/] [link=file:///etc]<script>alert(1)</script> $\\frac{1$ & | ]]> -- \x1b[31m"
+RESULTS = {
+    "task": "records",
+    "steps": 3,
+    "metrics": {method: {"kl": 0.1, "exact_match": {HOSTILE: 0.5, "[/x]": 0.1}} for method in ("target", "semalign")},
+}
+
+
+def test_the_terminal_shows_names_to_the_letter():
+    shown = StringIO()
+    Console(file=shown, width=400, force_terminal=True, color_system="truecolor").print(results_table(RESULTS))
+    assert f"{HOSTILE[:-5]}\\x1b[31m %" in shown.getvalue()
+    assert "[/x] %" in shown.getvalue()
+
+
+def test_the_terminal_shows_folders_to_the_letter(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "[red]runs[/]"
+    monkeypatch.setattr("hf_semalign.recipe.run_recipe", lambda _: RESULTS)
+    monkeypatch.setattr("hf_semalign.recipe.run_signals", lambda _: folder)
+    monkeypatch.setattr("hf_semalign.studies.run_analysis", lambda *_: folder / "cka.png")
+    for command in (["train", "--config"], ["signals", "--config"], ["analyze", "cka"]):
+        assert cli.main([*command, str(QUICKSTART), f"output_dir={folder}"]) == 0
+        assert "[red]runs[/]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_figures_show_names_to_the_letter(tmp_path):
+    name = HOSTILE.replace("\x1b", "")
+    metrics = {method: {"kl": 0.1, "exact_match": {name: 0.5}} for method in ("target", "semalign")}
+    draw_comparison(RESULTS | {"metrics": metrics}, tmp_path)
+    elements = list(ElementTree.parse(tmp_path / "comparison.svg").iter())
+    assert not [element for element in elements if str(element.tag).endswith(("script", "}a"))]
+    assert name.split() in ["".join(element.itertext()).split() for element in elements]
+
+
+# What is ours
+
+
+def test_names_of_models_are_no_paths():
+    for path in ("/nowhere/zoe/model", "../zoe/model", "~/zoe/model", r"C:\zoe\model", "zoe/deep/model/", "./model"):
+        assert public_name(path) == "model"
+    for name in ("gpt2", "org/model-1.5_b", "embedded:target"):
+        assert public_name(name) == name
+
+
+def test_a_full_disk_tells_no_path(tmp_path, monkeypatch, caplog):
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0), rmtree=shutil.rmtree)
+    monkeypatch.setattr("hf_semalign.prefix.shutil", full)
+    make_trainer(tmp_path / "run", max_steps=30, per_device_train_batch_size=8).train()
+    assert "GB in _prefix, which has 0.0 GB free" in caplog.text
+    assert str(tmp_path) not in caplog.text
+
+
+def test_a_run_tells_no_path_and_no_token(tmp_path, monkeypatch, capfd, caplog):
+    """Not in what may be published, nor in all that is logged."""
+    home = tmp_path / "zoe"
+    for role in ("source", "target"):
+        shutil.copytree(PAIR_FOLDER / role, home / role)
+    (home / "source" / "tokenizer.json").unlink()  # which is logged
+    (home / "source" / "tokenizer_config.json").unlink()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.extract=8", "data.align=32", "data.eval=8", "training.save_strategy=steps", "training.save_steps=2"]
+    settings += [f"training.hub_token={TOKEN}", "training.max_steps=4", "training.logging_steps=1", "training.frontier=single"]
+    settings += [f"training.signals_dir={home}/signals", "baselines=[]"]
+    arguments = ["train", "--config", str(QUICKSTART), f"source={home}/source", f"target={home}/target", "output_dir=run"]
+    caplog.set_level(logging.INFO)
+    assert cli.main([*arguments, *settings, "training.source_memory=stream"]) == 0
+    run = tmp_path / "run"
+    for damaged in (*run.glob("*.safetensors"), *home.glob("signals/*/*/*/*.safetensors"), *home.glob("signals/*/*.json")):
+        if damaged.name not in ("adapter_model.safetensors", "source.json", "config.json"):
+            damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" * 9)  # the next run says so
+    assert cli.main([*arguments, *settings]) == 0
+    assert "is damaged" in caplog.text
+    assert "cannot be read" in caplog.text
+    assert "No tokenizer was found" in caplog.text
+    files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
+    published = list(filter_repo_objects(files, allow_patterns=hub.PUBLISHED))
+    told = {name: files[name].read_bytes().decode(errors="replace") for name in published}
+    assert len(told) >= 13
+    told |= {"log": caplog.text, "stdout and stderr": "".join(capfd.readouterr())}
+    for path in (*run.glob("*.json"), *run.glob("checkpoint-*/*.json"), *home.glob("signals/**/*.json")):
+        told[str(path)] = path.read_text()
+    for name, text in told.items():
+        for private in (TOKEN, str(tmp_path), "zoe", str(Path.home()) + "/"):
+            assert private not in text, f"{private} in {name}: {text[max(0, text.find(private) - 200) :][:400]}"

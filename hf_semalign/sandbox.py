@@ -2,11 +2,13 @@
 
 The program runs in an interpreter of its own, which knows the standard library alone, and has
 
-- an empty environment, no standard input or output, and a folder of its own of at most 64 MB that vanishes with it;
+- an empty environment, no standard input or output, and a folder of its own that vanishes with it;
 - limits that it cannot raise: wall time, memory, size and number of open files; it can start no process and no thread;
 - where the system allows namespaces (as root, or where users may make them): no network, no other process in sight, and of
-  all files only the interpreter's and the system's libraries, read-only. What the system does not allow stands in
-  :attr:`Outcome.unprotected`, and is logged.
+  all files only the interpreter's and the system's libraries, read-only; its folder then holds at most 64 MB.
+
+What the system does not allow stands in :attr:`Outcome.unprotected`, and is logged: then a program sees the network, the disk
+and other processes as an ordinary user does. Root becomes nobody; anyone else's files and tokens can be read by it.
 
 It has passed when its last line was reached: a secret that is read only then is sent back. Leaving early in any way is no
 pass. **What remains possible**: program and tests share an interpreter, so that a program written against this file can read
@@ -75,7 +77,7 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         memory_mb: address space of the interpreter, of which it needs about 50 itself.
 
     Raises:
-        ValueError: without the opt-in, or a system other than Linux.
+        ValueError: without the opt-in, on a system other than Linux, or with a timeout that is not positive.
         RuntimeError: the sandbox could not be set up; the program did not run.
     """
     if os.environ.get(OPT_IN) != "1":
@@ -85,6 +87,8 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         )
     if sys.platform != "linux":
         raise ValueError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
+    if timeout <= 0:
+        raise ValueError(f"timeout is {timeout}: expected seconds above 0.")
     token = secrets.token_hex(TOKEN // 2).encode()
     with tempfile.TemporaryDirectory(prefix="semalign-") as folder, tempfile.TemporaryFile() as given:
         given.write(program.encode("utf-8", "surrogatepass") + token)

@@ -159,6 +159,8 @@ def test_nothing_runs_without_consent(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="HF_ALLOW_CODE_EVAL=1"):
         run_program("pass")
     monkeypatch.setenv(OPT_IN, "1")
+    with pytest.raises(ValueError, match="timeout is 0: expected seconds above 0"):
+        run_program("pass", timeout=0)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="Linux only, not on darwin"):
         run_program("pass")
@@ -294,10 +296,11 @@ def test_no_process_is_started():
 # The world outside
 
 
-def test_the_environment_is_empty(monkeypatch):
+def test_the_environment_is_empty(monkeypatch, needs):
     for name in ("HF_TOKEN", "HOME", "PYTHONPATH"):
         monkeypatch.setenv(name, "hf_secret")
     assert run("import os\nassert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}").passed
+    needs("files")
     elsewhere = """
         import glob
         for path in glob.glob('/proc/*/environ'):
@@ -344,18 +347,35 @@ def test_files_outside_are_out_of_reach(needs, tmp_path):
     assert run(closed).passed
 
 
+REOPENING = """
+    import ctypes, os
+    libc = ctypes.CDLL(None)
+    assert libc.unshare(0x10000000)  # a user namespace, in which one would be root
+    assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)
+    assert libc.mount(None, b'/usr/lib', None, 0x1020, None)  # writable again
+    assert libc.umount2(b'/usr/lib', 2)
+    assert libc.chroot(b'/tmp')
+    try: open('/usr/lib/x', 'w')
+    except OSError: pass
+    else: raise TypeError
+    """
+
+
 def test_the_files_stay_closed(needs):
     needs("files")
-    refused = """
-        import ctypes
-        libc = ctypes.CDLL(None)
-        assert libc.unshare(0x10000000)  # a user namespace, in which one would be root
-        assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)
-        assert libc.mount(None, b'/usr/lib', None, 0x1020, None)  # writable again
-        assert libc.umount2(b'/usr/lib', 2)
-        assert libc.chroot(b'/tmp')
-        """
-    assert run(refused).passed
+    assert run(REOPENING).passed
+
+
+def test_the_files_stay_closed_for_an_ordinary_user():
+    """Also for one who owns them: within a user namespace, even root of the machine is one."""
+    command = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    script = f"from hf_semalign.sandbox import run_program\nprint(run_program({textwrap.dedent(REOPENING)!r}))"
+    told = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False).stdout
+    if "'files'" in told:
+        pytest.skip("an ordinary user may mount nothing here")
+    assert "reason='passed'" in told
 
 
 def test_other_processes_are_out_of_reach(needs):

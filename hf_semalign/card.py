@@ -16,10 +16,9 @@ from enum import Enum
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_semalign.figures import KL_LABEL, METHOD_NAMES, method_order
-from hf_semalign.symbols import EMBEDDED
+from hf_semalign.symbols import EMBEDDED, is_hub_id
 
 TAGS = ("lora", "transformers", "hf-semalign", "knowledge-transfer")
 SPLIT_USES = {"extract": "layer attribution", "align": "training", "eval": "evaluation"}
@@ -273,11 +272,7 @@ def _link(name: str, kind: str = "") -> str:
 
 def _on_hub(name: str | None) -> bool:
     """Is this of the form ``owner/name``?"""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name is not None and name.count("/") == 1
+    return name is not None and is_hub_id(name) and name.count("/") == 1
 
 
 def _public(name: str) -> str:

@@ -74,7 +74,7 @@ def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str |
     from hf_semalign.studies import run_analysis
 
     path = run_analysis(analysis, origin, overrides, output)
-    Console(soft_wrap=True).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
+    Console(soft_wrap=True, markup=False).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
 
 
 def _train(config: str, overrides: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def _train(config: str, overrides: Sequence[str]) -> None:
     recipe = load_recipe(config, overrides)
     results = run_recipe(recipe)
     if PartialState().is_main_process:
-        console = Console()
+        console = Console(markup=False)
         console.print(results_table(results))
         console.print(f"Run folder: {recipe.output_dir} (adapter, README.md as its card, figures, results.json)")
 
@@ -99,7 +99,9 @@ def _signals(config: str, overrides: Sequence[str]) -> None:
 
     folder = run_signals(load_recipe(config, overrides))
     if PartialState().is_main_process:
-        Console(soft_wrap=True).print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
+        Console(soft_wrap=True, markup=False).print(
+            f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)"
+        )
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
 from hf_semalign.loading import ADAPTER, brief, check_adapter, load_weights, read_json
-from hf_semalign.symbols import resolve_model
+from hf_semalign.symbols import EMBEDDED, is_hub_id, resolve_model
 from hf_semalign.trainer import RECORD_NAME
 
-NEEDED = (*ADAPTER, RECORD_NAME, "README.md")
+LOADED = (*ADAPTER, RECORD_NAME)
+NEEDED = (*LOADED, "README.md")
 KEYS = ("source", "target", "pairing", "settings", "data")  # of a record, that others read
 PUBLISHED = [
     *NEEDED,
@@ -40,10 +41,14 @@ def push_transfer(folder: str | Path, repo_id: str, *, token: str | None = None,
 
     Raises:
         FileNotFoundError: a folder that lacks one of ``NEEDED``, before anything is sent.
+        ValueError: a link to what lies elsewhere, likewise.
     """
     missing = [name for name in NEEDED if not (Path(folder) / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
+    found = [path for pattern in PUBLISHED for path in Path(folder).glob(pattern)]
+    if outside := [path.name for path in found if not path.resolve().is_relative_to(Path(folder).resolve())]:
+        raise ValueError(f"{outside} are links out of the folder {folder}: put the files themselves there.")
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
@@ -63,22 +68,24 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
         The target with its adapter in evaluation mode, and the content of ``semalign.json``.
 
     Raises:
-        FileNotFoundError: a folder without ``semalign.json`` or adapter, or an id that cannot be reached.
-        ValueError: one of these is damaged, or the target is not found.
+        FileNotFoundError: a folder without ``semalign.json`` or an adapter in safetensors, or an id that cannot be reached.
+        ValueError: one of these is damaged, the target is not found, or the record names a path.
     """
-    name = str(repo_id_or_folder)
+    given = str(repo_id_or_folder)
     try:
-        folder = Path(name) if Path(name).is_dir() else Path(hf_hub_download(name, RECORD_NAME)).parent
+        folder = Path(given) if Path(given).is_dir() else Path(snapshot_download(given, allow_patterns=list(LOADED)))
     except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(f"{name!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
+        raise FileNotFoundError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
     record = read_record(folder)
-    if Path(name).is_dir():
-        check_adapter(folder)
+    check_adapter(folder)
+    name = target or record["target"]
+    if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
+        raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")
     try:
-        base = load_weights(resolve_model(target or record["target"]), dtype="auto")
+        base = load_weights(resolve_model(name), dtype="auto")
     except ValueError as error:
         raise ValueError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
-    return PeftModel.from_pretrained(base, name), record
+    return PeftModel.from_pretrained(base, folder), record
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from transformers import (
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -109,7 +109,7 @@ def _readable(name_or_path: str) -> Iterator[None]:
     """What a library cannot read of a model is told in one sentence, with what to do."""
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(
             f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
             f"whole causal language model. ({brief(error)})"
@@ -128,7 +128,7 @@ def find_config(name_or_path: str) -> PretrainedConfig:
         ValueError: there is none, or it is broken.
     """
     with _readable(name_or_path):
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
@@ -137,15 +137,16 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: its files are broken.
     """
+    name = public_name(name_or_path)
     try:
         if name_or_path:
-            return AutoTokenizer.from_pretrained(name_or_path)
+            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         reason = "it was made in memory"
     except json.JSONDecodeError as error:
         raise ValueError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name_or_path, reason)
+        reason = str(error).split("\n")[0].replace(name_or_path, name)
+    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
     return None
 
 
@@ -188,24 +189,27 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
     is_quantised(config)
     if weights and Path(name_or_path).is_dir():
         files = list(Path(name_or_path).glob("model*.safetensors"))
-        if not files and not list(Path(name_or_path).glob("pytorch_model*.bin")):
+        if not files:
             raise ValueError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         for file in files:
             _check_header(file)
     with torch.device("meta"), _readable(name_or_path):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, with every weight from the files: none is left as it was drawn at random.
+    """``AutoModelForCausalLM.from_pretrained``, with all weights from safetensors files, none as it was drawn.
+
+    Nothing is unpickled, and no code of a repository is run.
 
     Raises:
         ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
     """
     with _readable(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            name_or_path, **settings, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     model, report = loaded
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:

@@ -80,7 +80,7 @@ class TargetPrefix:
             free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         if needed > free:
             self.close()
-            raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free")
+            raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root.name}, which has {free / 1e9:.1f} GB free")
         frozen = {name: checksum(p) for name, p in base_model(model).named_parameters() if "lora_" not in name}
         self._facts = {"target": digest([frozen, config_facts(base_model(model).config)]), "precision": precision}
         self._folder: StateFolder | None = None
@@ -107,7 +107,7 @@ class TargetPrefix:
             needed, free = self._column.size(self._examples), folder.free
             if needed > free:
                 raise PrefixUnavailable(
-                    f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root}, with {free / 1e9:.1f} GB free"
+                    f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root.name}, with {free / 1e9:.1f} GB free"
                 )
             layer_pass(
                 self._anatomy,

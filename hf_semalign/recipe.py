@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import yaml
 from rich.table import Table
+from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +40,7 @@ from hf_semalign.source import Source
 from hf_semalign.states import digest
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
-from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
 BASELINES = {"kd": kd.SETTINGS}
@@ -145,9 +146,10 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not (folder / "results.json").is_file():
         raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
     task = read_json(folder / "results.json", "task")["task"]
-    data = {"task": task, **{split: facts["rows"] for split, facts in record["data"].items()}}
+    data = {"task": task, **{split: record["data"][split]["rows"] for split in ("extract", "align", "eval")}}
     models = {"source": record["source"], "target": record["target"]}
-    content = {**models, "output_dir": str(folder), "data": data, "training": record["settings"]}
+    training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
+    content = {**models, "output_dir": str(folder), "data": data, "training": training}
     return _checked(content, overrides, str(folder))
 
 
@@ -328,14 +330,19 @@ def results_table(results: dict[str, Any]) -> Table:
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*(f"{skill} %" for skill in skills), "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in (*(f"{_printable(skill)} %" for skill in skills), "KL"):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
         known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
         table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
+
+
+def _printable(text: str) -> str:
+    """Text from data with its control characters, which a terminal would obey, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

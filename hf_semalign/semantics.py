@@ -174,7 +174,7 @@ class SemanticMap(nn.Module):
                 raise ValueError("its checksum does not fit")
             return cls(matrix, **record)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", path, error)
+            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)
             return None
 
 

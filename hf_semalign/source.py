@@ -100,7 +100,7 @@ class Source:
         config = find_config(self._given)
         if getattr(config, "_commit_hash", None) is not None:
             return digest([self._given, config._commit_hash, str(self.dtype), parts])
-        files = sorted(Path(self._given).glob("*.safetensors")) or sorted(Path(self._given).glob("*.bin"))
+        files = sorted(Path(self._given).glob("*.safetensors"))
         return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype), parts])
 
     def folder(self, root: Path) -> Path:
@@ -199,7 +199,7 @@ class Source:
             return None
         except (ValueError, KeyError, TypeError):
             pass
-        logger.warning("%s is damaged, and is made again.", path)
+        logger.warning("%s is damaged, and is made again.", path.name)
         return None
 
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:

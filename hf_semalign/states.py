@@ -185,7 +185,7 @@ class StateFolder:
         Raises:
             OSError: too little space, with both figures and an advice.
         """
-        logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, self.path, self.free / 1e6)
+        logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, Path(*self.path.parts[-2:]), self.free / 1e6)
         if needed + reserve > self.free:
             raise OSError(
                 f"The states need {needed / 1e9:.1f} GB in {self.path}, and {reserve / 1e9:.1f} GB are kept for the run; "
@@ -379,7 +379,7 @@ def load_tensor(path: Path) -> torch.Tensor | None:
             return tensor
     except SafetensorError:
         pass
-    logger.warning("%s is damaged, and is computed again.", path)
+    logger.warning("%s is damaged, and is computed again.", Path(*path.parts[-3:]))
     return None
 
 

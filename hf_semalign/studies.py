@@ -108,7 +108,7 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
     args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
     target_name = _find(recipe, "target")
-    tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run)
+    tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run, trust_remote_code=False)
     rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
     if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
         logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")

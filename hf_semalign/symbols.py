@@ -8,10 +8,12 @@ The two models that ship with the package were trained on these records by ``rec
 from __future__ import annotations
 
 import random
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -38,17 +40,28 @@ def resolve_model(name: str) -> str:
     prefix, _, role = name.partition(EMBEDDED)
     if prefix or not role:
         return name
-    if not (PAIR_FOLDER / role).is_dir():
+    if role not in ("source", "target"):
         raise ValueError(f"No embedded model {name!r}: use embedded:source or embedded:target.")
     return str(PAIR_FOLDER / role)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form ``owner/name`` or ``name``."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def public_name(name_or_path: str) -> str:
-    """A model's name for records and cards: never a local path, of a folder only its own name."""
+    """A model's name for records and cards: never a local path, of a folder, here or elsewhere, only its own name."""
     path = Path(name_or_path)
     if path.parent == PAIR_FOLDER:
         return EMBEDDED + path.name
-    return path.resolve().name if path.exists() else name_or_path
+    if path.exists():
+        return path.resolve().name
+    return name_or_path if is_hub_id(name_or_path) else re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """The command line in a process of its own that notes what it does, and may be killed in the middle of it.
 
-Every forward of a decoder layer, every optimizer step and every change of a file in the run folder is an event of the phase that
-it belongs to. A process can be told to kill itself, with SIGKILL, before the n-th event of a phase.
+Every forward of a decoder layer, every optimizer step and every change of a file in the run folder is an event of the phase it
+belongs to. A process can be told to kill itself, with SIGKILL, before the n-th event of a phase.
 """
 
 from __future__ import annotations

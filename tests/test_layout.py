@@ -10,7 +10,7 @@ import hf_semalign
 ORDER = (
     "symbols", "anatomy", "splits", "hooks", "tasks", "attribution", "pairing", "semantics", "losses", "frontier",
     "states", "guards", "config", "loading", "source", "scores", "signals", "prefix", "trainer",
-    "analysis", "figures", "card", "evaluation", "hub", "baselines", "recipe", "studies", "cli",
+    "analysis", "figures", "card", "sandbox", "evaluation", "hub", "baselines", "recipe", "studies", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

@@ -228,7 +228,7 @@ def test_a_damaged_shard_is_named_and_computed_again_alone(online, data, tmp_pat
     assert path.read_bytes() == intact
     assert len(passes) == (1 if not stream else len(passes))
     if how != "delete":
-        assert f"{path} is damaged" in caplog.text
+        assert f"{Path(*path.parts[-3:])} is damaged" in caplog.text
 
 
 class Interrupted(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
@@ -21,6 +23,7 @@ from hf_semalign.states import file_digest, write_text
 logger = logging.getLogger(__name__)
 LOCK = "_lock"  # Trainer.push_to_hub leaves out _*
 CHECKSUMS = "checksums.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -77,6 +80,26 @@ def last_checkpoint(folder: str | Path) -> str | None:
             return checkpoint
         logger.warning("%s is not used: %s.", checkpoint, wrong)
     return None
+
+
+@contextmanager
+def disk_errors_explained(folder: str | Path) -> Iterator[None]:
+    """Say what to do where a disk has no room for a file, whichever library was writing it.
+
+    Raises:
+        OSError: in the place of that library's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        written = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save gives no reason
+        full = getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+        if not (written or full):
+            raise
+        raise OSError(
+            f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
+            "set signals_dir to another disk, and start the same command again; it goes on from there."
+        ) from error
 
 
 class CheckpointOnSignal(TrainerCallback):

@@ -10,12 +10,13 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
 from hf_semalign.loading import ADAPTER, brief, check_adapter, load_weights, read_json
+from hf_semalign.states import file_digest
 from hf_semalign.symbols import EMBEDDED, is_hub_id, resolve_model
 from hf_semalign.trainer import RECORD_NAME
 
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, "README.md")
-KEYS = ("source", "target", "pairing", "settings", "data")  # of a record, that others read
+KEYS = ("source", "target", "pairing", "settings", "data", "adapter_checksum")  # of a record, that others read
 PUBLISHED = [
     *NEEDED,
     "results.json",
@@ -78,6 +79,8 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
         raise FileNotFoundError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
     record = read_record(folder)
     check_adapter(folder)
+    if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
+        raise ValueError(f"{ADAPTER[0]} of {given} is not the one that {RECORD_NAME} is about: copy or download both again.")
     name = target or record["target"]
     if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
         raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")

@@ -33,7 +33,7 @@ from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.evaluation import answer_loss, exact_match
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.guards import claimed, damage, last_checkpoint
+from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
 from hf_semalign.hub import read_record
 from hf_semalign.loading import check_engine, find_config, find_tokenizer, read_json
 from hf_semalign.source import Source
@@ -229,7 +229,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     folder, args = Path(recipe.output_dir), recipe.config(Path(recipe.output_dir))
     check_engine(args)
-    with claimed(folder) if args.should_save else nullcontext():
+    with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
         return _run(recipe, folder, args)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,7 @@ class SemanticMap(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
         record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number", "fingerprint")}
-        record["checksum"] = checksum(self.matrix)
+        record["checksum"] = _record_checksum(self.matrix, record)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
@@ -170,12 +171,16 @@ class SemanticMap(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
-            if record.pop("checksum") != checksum(matrix):
+            if record.pop("checksum") != _record_checksum(matrix, record):
                 raise ValueError("its checksum does not fit")
             return cls(matrix, **record)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)
             return None
+
+
+def _record_checksum(matrix: torch.Tensor, record: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{checksum(matrix)} {json.dumps(record, sort_keys=True)}".encode()).hexdigest()
 
 
 def shared_token_ids(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from hf_semalign.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
@@ -68,9 +69,10 @@ class Source:
         self._bf16 = bf16
         self._named = parts
         self._checked = False
+        self._whole: set[Path] = set()  # folders that were found so, or made
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
-            self._facts = read_json(Path(model) / FACTS, "name", "identity")
+            self._facts = _read_facts(Path(model))
         shape = (
             skeleton(model, parts, weights=self._facts is None) if isinstance(model, str) else load_model(model, parts=parts)
         )
@@ -112,15 +114,27 @@ class Source:
             return Path(str(self._given))
         readable = re.sub(r"[^\w.-]+", "--", self.name) or "source"
         folder = root / f"{readable}-{self.identity[:16]}"
-        if not (folder / FACTS).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with writing_lock(folder):
-                self._shape.config.save_pretrained(folder)
-                if isinstance(self._given, str) and self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(folder)
-                facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign")}
-                write_text(folder / FACTS, json.dumps(facts, indent=1))
+        if folder not in self._whole:
+            try:
+                _read_facts(folder)
+            except FileNotFoundError:
+                self._describe(folder)
+            except ValueError as error:
+                logger.warning("%s Here it is made again.", error)
+                self._describe(folder)
+            self._whole.add(folder)
         return folder
+
+    def _describe(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing_lock(folder):
+            self._shape.config.save_pretrained(folder)
+            names = [CONFIG_NAME]
+            if isinstance(self._given, str) and self.tokenizer is not None:
+                names += [Path(path).name for path in self.tokenizer.save_pretrained(folder)]
+            files = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+            facts = {"name": self.name, "identity": self.identity, "hf_semalign": version("hf_semalign"), "files": files}
+            write_text(folder / FACTS, json.dumps({**facts, "checksum": digest(facts)}, indent=1))
 
     def lock(self, root: Path) -> FileLock:
         """Held while the source is asked for something that is kept, see :func:`hf_semalign.states.writing_lock`."""
@@ -289,6 +303,26 @@ class Source:
                 f"{self._given} holds what {self.name} said about some data, and not its weights, and something more is "
                 "needed of it. Run `semalign signals` with the same recipe where the source is, or name the source itself."
             )
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What ``source.json`` says, when it and the files beside it that it names are whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: something is damaged.
+    """
+    facts = read_json(folder / FACTS, "name", "identity", "files", "checksum")
+    damaged = [FACTS] if facts.pop("checksum") != digest(facts) else []
+    if not damaged:
+        damaged = [name for name, known in facts["files"].items() if not _is(folder / name, known)]
+    if damaged:
+        raise ValueError(f"In {folder.name}, damaged or missing: {', '.join(damaged)}. Copy the folder again.")
+    return facts
+
+
+def _is(path: Path, known: str) -> bool:
+    return path.is_file() and file_digest(path) == known
 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,9 +149,13 @@ class StateFolder:
         self.lock = writing_lock(self.path)
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
         self._open: dict[str, list[torch.Tensor]] = {}
-        if not (self.path / MANIFEST).is_file():
+        manifest, text = self.path / MANIFEST, json.dumps(facts, indent=1)
+        known = manifest.read_bytes() if manifest.is_file() else None
+        if known != text.encode():
+            if known is not None:
+                logger.warning("%s of %s is damaged, and is written again.", MANIFEST, self.path.name)
             with self.lock:
-                write_text(self.path / MANIFEST, json.dumps(facts, indent=1))
+                write_text(manifest, text)
 
     def missing(self, column: Column) -> list[int]:
         """Numbers of the shards that a column lacks; every file is verified once a process."""
@@ -357,16 +361,25 @@ def save_tensor(tensor: torch.Tensor, path: Path) -> None:
 
     Call it under the lock of its folder.
     """
-    unfinished = path.with_suffix(".unfinished")
-    save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
-    unfinished.replace(path)
+    with _whole(path) as unfinished:
+        save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all; call it under the lock of its folder."""
+    with _whole(path) as unfinished:
+        unfinished.write_text(text)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write in the place of another, which it becomes when it is whole."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # on a full disk it would take room
 
 
 def load_tensor(path: Path) -> torch.Tensor | None:

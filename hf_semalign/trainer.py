@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -43,7 +44,15 @@ from hf_semalign.frontier import (
     stage_learning_rate,
     train_only,
 )
-from hf_semalign.guards import CHECKSUMS, CheckpointOnSignal, claimed, damage, last_checkpoint, seal
+from hf_semalign.guards import (
+    CHECKSUMS,
+    CheckpointOnSignal,
+    claimed,
+    damage,
+    disk_errors_explained,
+    last_checkpoint,
+    seal,
+)
 from hf_semalign.hooks import capture
 from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
@@ -70,7 +79,7 @@ from hf_semalign.splits import (
     hold_out,
     valid_positions,
 )
-from hf_semalign.states import digest
+from hf_semalign.states import digest, file_digest
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -375,7 +384,7 @@ class SemAlignTrainer(Trainer):
             cached.training.reserve = 2 * states + 5 * 12 * trained
         # In groups, training makes its own as it goes, and no other run may need what it deletes.
         self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), disk_errors_explained(root):
             cached.prepare(None if self._in_groups else layers)
         return cached
 
@@ -615,7 +624,7 @@ class SemAlignTrainer(Trainer):
             FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
         """
-        path = self._checkpoint(resume_from_checkpoint)
+        path, folder = self._checkpoint(resume_from_checkpoint), str(self.args.output_dir)
         if path:
             state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
             if state.global_step >= self.schedule.total_steps:
@@ -623,7 +632,11 @@ class SemAlignTrainer(Trainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            with claimed(str(self.args.output_dir)) if self.args.should_save else nullcontext(), self._signals_taken.watching():
+            with (
+                claimed(folder) if self.args.should_save else nullcontext(),
+                self._signals_taken.watching(),
+                disk_errors_explained(folder),
+            ):
                 output = super().train(path, *args, **kwargs)
         finally:
             skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
@@ -702,7 +715,8 @@ class SemAlignTrainer(Trainer):
             card.write_bytes(kept)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        (folder / RECORD_NAME).write_text(json.dumps(self.record(), indent=2))
+        record = {**self.record(), "adapter_checksum": file_digest(folder / SAFETENSORS_WEIGHTS_NAME)}
+        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2))
 
     def push_to_hub(self, *args, **kwargs):
         """Refused: the Trainer's upload would replace the card and take along what is not meant for the Hub."""

@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -34,11 +37,11 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What a run leaves that nothing happens to, its folder, and how many events each phase has."""
+    """What a run leaves that nothing happens to, how many events each phase has, and the events."""
     folder = tmp_path_factory.mktemp("undisturbed")
     code, events = run(folder / "run", command(folder / "run"), folder / "log")
     assert code == 0, (folder / "log.out").read_text()[-3000:]
-    return outcome(folder / "run"), folder / "run", phases(events)
+    return outcome(folder / "run"), phases(events), events
 
 
 def phases(events):
@@ -57,7 +60,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path, 
     """In every phase at a random moment; what was finished is not done again."""
     draw, folder, kills = random.Random(seed), tmp_path / "run", []
     done: set[str] = set()  # phases that were over
-    expected, _, counts = undisturbed
+    expected, counts, _ = undisturbed
     for number, phase in enumerate([*ORDER, None]):
         before = last_checkpoint(folder) if folder.is_dir() else None
         moment = None if phase is None else (phase, draw.randint(1, max(1, counts[phase] // 4)))
@@ -75,3 +78,88 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path, 
         done |= {"signals"} if "switch" in ran else set()
         done |= {"switch", "prefix", "training", "checkpoint"} if "export" in ran else set()
     assert outcome(folder) == expected
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, undisturbed):
+    """A run folder that was killed in the step before the last, with files of every kind in it."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    training = [event for event in undisturbed[2] if event.startswith("training: ")]
+    moment = ("training", training.index(f"training: step {STEPS - 1}") + 1)
+    assert run(folder, command(folder), folder.with_name("log"), moment)[0] == KILLED
+    return folder
+
+
+def files(folder):
+    """All that is kept there but for locks."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and "lock" not in path.name)
+
+
+def damage(path, draw):
+    """Flip a bit, cut the file short or delete it."""
+    how, content = draw.choice(("flip", "truncate", "delete")), bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    else:
+        place = draw.randrange(len(content))
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content if how == "flip" else content[:place])
+    return how
+
+
+ROUNDS, AT_ONCE = 25, 4
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_damaged_files_are_named_and_made_again(tmp_path, undisturbed, interrupted, seed):
+    """A hundred random damages, four at once; the adapter is that of a run that nothing happened to."""
+    draw, folder = random.Random(seed), tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    damaged = {path: damage(folder / path, draw) for path in draw.sample(files(folder), AT_ONCE)}
+    code, _ = run(folder, command(folder), tmp_path / "log")
+    said = (tmp_path / "log.out").read_text()
+    assert code == 0, (damaged, said[-3000:])
+    assert outcome(folder) == undisturbed[0], damaged
+    passed_over = f"checkpoint-{STEPS - 4}", "_prefix"  # an older checkpoint, or generation, that nobody had to look at
+    for path, how in damaged.items():
+        named = path.name in said or f"{path.parts[0]} is not used" in said
+        assert named or how == "delete" or path.parts[0] in passed_over, (path, how)
+
+
+def test_there_are_files_of_every_kind_to_damage(interrupted):
+    names = {str(path) for path in files(interrupted)}
+    kinds = [
+        "semantic_map.safetensors", "checkpoint-8/optimizer.pt", "checkpoint-10/adapter_model.safetensors", "source.json",
+        "checkpoint-10/checksums.json", "checkpoint-10/trainer_state.json", "config.json", "head.safetensors", "scores-",
+        "evaluation-", "manifest.json", "final/00000.safetensors", "layer-", "_prefix/", "states/00000.safetensors",
+    ]  # fmt: skip
+    assert all(any(kind in name for name in names) for kind in kinds)
+
+
+def limited(arguments, size):
+    """The command line where no file may grow beyond some bytes, as on a disk that is full."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+        "from hf_semalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "finished"), [(20_000, ["head.safetensors", "scores-"]), (130_000, ["layer-", "checkpoint-4/checksums.json"])]
+)
+def test_a_full_disk_is_a_clear_error_and_what_was_finished_is_used(tmp_path, undisturbed, size, finished):
+    """While the source's signals are written, and while a checkpoint is."""
+    folder = tmp_path / "run"
+    done = limited(command(folder), size)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "could not be written, as on a full disk" in done.stderr and "start the same command again" in done.stderr
+    names = [str(path) for path in files(folder)]
+    assert all(any(part in name for name in names) for part in finished), names
+    assert not any("unfinished" in name for name in names)
+    code, events = run(folder, command(folder), tmp_path / "log")
+    assert code == 0
+    assert outcome(folder) == undisturbed[0]
+    ran = set(phases(events))
+    assert "attribution" not in ran and ("signals" in ran) is (size == 20_000)
+    assert ("training: step 1" in events) is (size == 20_000)

@@ -152,7 +152,7 @@ class SourceSignals:
         return self._states.examples
 
     def __contains__(self, example_id: int) -> bool:
-        return example_id in self._states.examples.index
+        return example_id in self.examples
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch, on the device of its labels.
@@ -165,7 +165,7 @@ class SourceSignals:
             KeyError: an example of another data set.
         """
         valid = valid_positions(batch["labels"])
-        places = [self._states.examples.index[key] for key in batch["example_id"].tolist()]
+        places = self.examples.places(batch["example_id"])
         supervision = [
             spread(self._states.read(self._mapped(layer), places), valid).float() * self.scales[layer]
             for layer in target_layers

@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/load.py [--cases examples length vocabulary depth streaming] [--repeats 3]
 
 Tiny models with random weights, float32, one thread. Every phase runs in a process of its own, which finds what came before it
-on the disk; ``depth`` and ``streaming``, which are about time, run in one. Memory is the largest that the process held during a phase, sampled every 5 ms, over what it held at the phase's
-start: the kernel's ``RssAnon``, which leaves out pages of mapped files, and ``VmRSS``, which counts those that happen to be in
-memory. Times are the process's own CPU seconds, which others on the machine disturb least; wall seconds stand in the numbers.
-Prints Markdown tables, and writes them with all numbers to ``benchmarks/results/load.{md,json}`` after each case.
+on the disk; ``depth`` and ``streaming``, which are about time, run in one. Memory is the largest that the process held during a
+phase, sampled every 5 ms, over what it held at the phase's start: the kernel's ``RssAnon``, which leaves out pages of mapped
+files, and ``VmRSS``, which counts those that happen to be in memory. Times are the process's own CPU seconds, which others on
+the machine disturb least; wall seconds stand in the numbers. Prints Markdown tables, and writes them with all numbers to
+``benchmarks/results/load.{md,json}`` after each case.
 """
 
 from __future__ import annotations

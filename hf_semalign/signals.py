@@ -216,8 +216,8 @@ class SourceSignals:
 
     def _tidy(self, kept: set[int | None]) -> None:
         """Delete the source's own states but for some generations."""
-        for k in range(1, self.source.num_layers):
-            if k not in kept and (self.folder / self._hidden(k).name).is_dir():
+        for path in self.folder.glob("hidden-*"):
+            if (k := int(path.name.removeprefix("hidden-"))) not in kept:
                 self._states.drop(self._hidden(k))
 
     def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:

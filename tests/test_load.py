@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_rows, tiny_llama
 from datasets import Dataset
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_semalign import SemanticMap, SourceSignals
 from hf_semalign import source as source_module
 from hf_semalign import states as states_module
+from hf_semalign.anatomy import Head
+from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.pairing import pair_layers
 from hf_semalign.prefix import TargetPrefix
 from hf_semalign.scores import attribute_streamed
@@ -169,7 +173,10 @@ def test_a_streamed_source_is_opened_once_and_its_layers_leave_no_weights(tmp_pa
         source_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: (loads.append(1), load_model(*args, **kw))[1]
     )
     source, data = Source(str(tmp_path / "source")), encode(random_rows([(3, 3)] * 4), None, split="align")
+    ran, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: (ran.append(1), forward(self, states))[1])
     attribute_streamed(source, data, COLLATE, tmp_path / "signals", progress=False)
+    assert len(ran) - 1 == 2 * 5 * 4  # five layers forward and five backward, each alone, for each example
     semantic_map = SemanticMap.from_heads(source.head().weight, torch.randn(97, 8)).float()
     pairing = pair_layers(6, 3, "uniform")
     SourceSignals(
@@ -181,6 +188,20 @@ def test_a_streamed_source_is_opened_once_and_its_layers_leave_no_weights(tmp_pa
             there = [not next(layer.parameters()).is_meta for layer in anatomy.layers]
             assert there == [layer == k for layer in range(6)]
         assert all(parameter.is_meta for layer in anatomy.layers for parameter in layer.parameters())
+
+
+def test_attribution_makes_the_logits_of_some_positions_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    hidden, tokens = torch.randn(300, 8, dtype=torch.float64, requires_grad=True), torch.randint(97, (300,))
+    head, rows, logits = Head(torch.randn(97, 8, dtype=torch.float64), torch.randn(97), 5.0), [], Head.logits
+    whole = F.cross_entropy(head.logits(hidden), tokens, reduction="none")
+    monkeypatch.setattr(Head, "logits", lambda self, states: (rows.append(len(states)), logits(self, states))[1])
+    ours = answer_cross_entropy(hidden, head, tokens)
+    torch.testing.assert_close(ours, whole)
+    weights = torch.rand(300)
+    gradients = [torch.autograd.grad((losses * weights).sum(), hidden)[0] for losses in (ours, whole)]
+    torch.testing.assert_close(*gradients)
+    assert max(rows) == 128 and sum(rows) == 600  # forward, and once more on the way back
 
 
 @linux

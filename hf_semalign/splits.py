@@ -286,7 +286,8 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], 
 
 def fingerprint(rows: Dataset) -> str:
     """Digest of an encoded split, in its order."""
-    return hashlib.sha256(repr(list(rows["example_id"])).encode()).hexdigest()[:16]
+    ids = (", ".join(map(str, some.to_pylist())) for some in column_chunks(rows, "example_id"))
+    return hashlib.sha256(f"[{', '.join(ids)}]".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

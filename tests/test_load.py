@@ -209,5 +209,5 @@ def test_attribution_makes_the_logits_of_some_positions_at_a_time(monkeypatch):
 def test_a_hundred_thousand_examples_take_no_more_memory_than_ten_thousand():
     few, many = (load.run("examples", {**load.SHORT, "examples": count}, apart=True) for count in (10_000, 100_000))
     for name in ("encode", "check", "signals", "reading", "prefix", "trainer", "training"):
-        assert many[name]["anon_mb"] < few[name]["anon_mb"] + 25, name
+        assert many[name]["anon_mb"] < few[name]["anon_mb"] + 40, name  # places and ids are some 100 bytes an example
     assert many["signals"]["disk_mb"] > 150

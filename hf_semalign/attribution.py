@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import dissect
 from hf_semalign.hooks import checkpointed
+from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.splits import valid_positions
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def attribute_layers(
     def answer_losses(embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = anatomy.decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)[0]
         valid = valid_positions(labels)
-        losses = F.cross_entropy(head.logits(hidden[valid]), labels[:, 1:][valid[:, :-1]], reduction="none")
+        losses = answer_cross_entropy(hidden[valid], head, labels[:, 1:][valid[:, :-1]])
         row = valid.nonzero()[:, 0]
         return torch.zeros(len(labels), device=device).index_add(0, row, losses) / valid.sum(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from hf_semalign.anatomy import Head
 
@@ -170,6 +171,16 @@ def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, token
             logits = _logits(hidden[rows], head, chunk[: len(loss[rows])])
             loss[rows] = F.cross_entropy(logits, tokens[rows], reduction="none")
     return loss
+
+
+def answer_cross_entropy(hidden: torch.Tensor, head: Head, tokens: torch.Tensor) -> torch.Tensor:
+    """The same with the gradient at the hidden states: the logits of a chunk of rows are made again on the way back."""
+
+    def chunk(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head.logits(states), wanted, reduction="none")
+
+    pairs = zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True)
+    return torch.cat([checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs])
 
 
 class _ChunkedKL(torch.autograd.Function):

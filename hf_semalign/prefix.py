@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_semalign.anatomy import CausalLM, base_model, dissect
-from hf_semalign.hooks import bypass, capture, gives_tuples
+from hf_semalign.hooks import bypass, capture, gives_tuples, stop_after
 from hf_semalign.semantics import checksum
 from hf_semalign.source import config_facts
 from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread, writing_lock
@@ -91,15 +91,18 @@ class TargetPrefix:
         Raises:
             PrefixUnavailable: too little space on the disk.
         """
-        self._folder = self._generation(layer) if layer else None
+        below = [[checksum(p) for p in parameters] for parameters in self._lora_layers[:layer]]
+        latest, self._folder = self._folder, self._generation(below) if layer else None
         if self._folder is not None:
             with self._lock:
-                self._advance(self._folder, layer)
+                self._advance(self._folder, latest, below)
         self.layer = layer
 
-    def _advance(self, folder: StateFolder, layer: int) -> None:
+    def _advance(self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]]) -> None:
+        """Fill a generation from the deepest one below it that is whole, and delete all others."""
+        layer = len(below)
         if folder.missing(self._column):
-            earlier = ((k, self._generation(k)) for k in range(layer - 1, 0, -1))
+            earlier = ((k, self._generation(below[:k], latest)) for k in range(layer - 1, 0, -1))
             start, before = next(((k, one) for k, one in earlier if not one.missing(self._column)), (0, None))
             for path in self._root.iterdir():
                 if path.is_dir() and path not in (folder.path, None if before is None else before.path):
@@ -132,7 +135,7 @@ class TargetPrefix:
         if self._folder is None:
             yield
             return
-        places = [self._examples.index[key] for key in batch["example_id"].tolist()]
+        places = self._examples.places(batch["example_id"])
         states = spread(self._folder.read(self._column, places), batch["attention_mask"].bool())
         with bypass(self._anatomy.layers[: self.layer], states, as_tuples=self._as_tuples):
             yield
@@ -142,9 +145,11 @@ class TargetPrefix:
         self.layer, self._folder = 0, None
         shutil.rmtree(self._root, ignore_errors=True)
 
-    def _generation(self, layer: int) -> StateFolder:
-        below = [[checksum(p) for p in parameters] for parameters in self._lora_layers[:layer]]
-        return StateFolder(self._root, {**self._facts, "layer": layer, "lora": digest(below)}, self._examples)
+    def _generation(self, below: Sequence[Sequence[str]], known: StateFolder | None = None) -> StateFolder:
+        """The folder of the states above some layers, by the checksums of their LoRA; ``known`` where that is the one."""
+        facts = {**self._facts, "layer": len(below), "lora": digest(below)}
+        folder = StateFolder(self._root, facts, self._examples)
+        return known if known is not None and known.path == folder.path else folder
 
     @torch.no_grad()
     def _probe(self) -> Column:
@@ -161,14 +166,17 @@ class TargetPrefix:
                 whole = forward(input_ids=inputs["input_ids"])
             if _differ(whole, forward(input_ids=inputs["input_ids"])):
                 raise PrefixUnavailable("two forwards of one batch differ, as under dropout in the target's config")
-            for k in range(1, len(layers)):
+            for k, layer in enumerate(layers[1:], start=1):
                 entering = states[k].input
                 if entering.shape[:-1] != mask.shape:
                     raise PrefixUnavailable(f"layer {k} takes states of shape {tuple(entering.shape)}, not [B, T, D]")
-                padded = spread(entering[mask], mask)
-                with bypass(layers[:k], padded, as_tuples=self._as_tuples):
-                    if _differ(whole, forward(inputs_embeds=torch.full_like(padded, torch.nan))):
-                        raise PrefixUnavailable(f"layer {k} and those above it depend on more than the states below them")
+                padded, final = spread(entering[mask], mask), whole
+                # One layer each time, and after the last the rest: all above would cost the square of their number.
+                end = stop_after(layer) if k + 1 < len(layers) else nullcontext()
+                with bypass(layers[:k], padded, as_tuples=self._as_tuples), capture([layer]) as (state,), end:
+                    final = forward(inputs_embeds=torch.full_like(padded, torch.nan))
+                if _differ(states[k].output[mask].float(), state.output[mask].float()) or _differ(whole, final):
+                    raise PrefixUnavailable(f"layer {k} depends on more than the states below it")
         return Column("states", states[1].input.shape[-1], states[1].input.dtype, everywhere=True)
 
 

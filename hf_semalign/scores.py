@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_semalign.attribution import LayerScores, attribute_layers, example_scores, summarise
-from hf_semalign.hooks import bypass, capture
+from hf_semalign.hooks import bypass, capture, stop_after
+from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.source import Source
 from hf_semalign.splits import fingerprint, valid_positions
 from hf_semalign.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
@@ -126,6 +126,7 @@ def attribute_streamed(
                     with (
                         capture([anatomy.layers[k]]) as (state,),
                         bypass(anatomy.layers[:k], entering, as_tuples=as_tuples),
+                        stop_after(anatomy.layers[k]) if k < last else nullcontext(),
                     ):
                         final = anatomy.decoder(
                             inputs_embeds=unread,
@@ -133,7 +134,7 @@ def attribute_streamed(
                             use_cache=False,
                         )[0]
                     if k == last:
-                        loss = F.cross_entropy(head.logits(final[valid]), batch["labels"][:, 1:][valid[:, :-1]])
+                        loss = answer_cross_entropy(final[valid], head, batch["labels"][:, 1:][valid[:, :-1]]).mean()
                         at_output, at_input = torch.autograd.grad(loss, [state.output, entering])
                         rows.append(example_scores(at_output * state.output.detach(), valid))
                     else:

@@ -152,7 +152,7 @@ class SourceSignals:
         return self._states.examples
 
     def __contains__(self, example_id: int) -> bool:
-        return example_id in self._states.examples.index
+        return example_id in self.examples
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch, on the device of its labels.
@@ -165,7 +165,7 @@ class SourceSignals:
             KeyError: an example of another data set.
         """
         valid = valid_positions(batch["labels"])
-        places = [self._states.examples.index[key] for key in batch["example_id"][valid.any(1)].tolist()]
+        places = self.examples.places(batch["example_id"][valid.any(1)])
         supervision = [
             spread(self._states.read(self._mapped(layer), places), valid).float() * self.scales[layer]
             for layer in target_layers
@@ -216,8 +216,8 @@ class SourceSignals:
 
     def _tidy(self, kept: set[int | None]) -> None:
         """Delete the source's own states but for some generations."""
-        for k in range(1, self.source.num_layers):
-            if k not in kept and (self.folder / self._hidden(k).name).is_dir():
+        for path in self.folder.glob("hidden-*"):
+            if (k := int(path.name.removeprefix("hidden-"))) not in kept:
                 self._states.drop(self._hidden(k))
 
     def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
@@ -70,6 +71,7 @@ class Source:
         self._named = parts
         self._checked = False
         self._whole: set[Path] = set()  # folders that were found so, or made
+        self._offloaded: tuple[str, PreTrainedModel, tempfile.TemporaryDirectory] | None = None
         self._facts = None
         if isinstance(model, str) and (Path(model) / FACTS).is_file():
             self._facts = _read_facts(Path(model))
@@ -171,7 +173,7 @@ class Source:
     def release(self) -> None:
         """Let a model that was loaded here go; one that the caller made goes to the CPU."""
         if isinstance(self._given, str):
-            self._model = None
+            self._model = self._offloaded = None
         self.rest()
 
     def head(self, root: Path | None = None) -> Head:
@@ -267,7 +269,32 @@ class Source:
     @contextmanager
     def _partly_loaded(self, layer: int | None, device: torch.device | str) -> Iterator[PreTrainedModel]:
         """The model with one layer's weights, or with its head's, and the decoder's small parts; all else stays on the disk."""
+        model = self._on_disk(device)
+        anatomy = dissect(model)
+        parts = [anatomy.head] if layer is None else [anatomy.layers[layer]]
+        if layer == 0:
+            parts.append(model.get_input_embeddings())
+        modules = [module for part in parts for module in part.modules()]
+        hooks: list[tuple[nn.Module, Any]] = [
+            (module, module._hf_hook) for module in modules if getattr(getattr(module, "_hf_hook", None), "offload", False)
+        ]
+        try:
+            for module, hook in hooks:  # accelerate's, which would read the weights anew in every forward
+                hook.pre_forward(module)
+                hook.offload = False
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self.dtype)
+            yield model
+        finally:
+            for module, hook in hooks:
+                hook.offload = True
+                hook.post_forward(module, None)
+
+    def _on_disk(self, device: torch.device | str) -> PreTrainedModel:
+        """The model with its weights on the disk, but for the decoder's small parts; made once, for it looks at every layer."""
         self._need_weights()
+        if self._offloaded is not None and self._offloaded[0] == str(device):
+            return self._offloaded[1]
         shape, anatomy = self._shape, dissect(self._shape)
         places = {id(module): path for path, module in shape.named_modules()}
         inner = places[id(anatomy.decoder)]
@@ -280,22 +307,17 @@ class Source:
         homes |= {
             f"{inner}.{name}": str(device) for name, part in anatomy.decoder.named_children() if part is not anatomy.layers
         }
-        embeddings, head = places[id(shape.get_input_embeddings())], places[id(anatomy.head)]
-        tied = anatomy.head.weight is shape.get_input_embeddings().weight
-        homes[embeddings] = str(device) if layer == 0 or (layer is None and tied) else "disk"
-        homes[head] = str(device) if layer is None or (layer == 0 and tied) else "disk"
-        if layer is not None:
-            homes[f"{places[id(anatomy.layers)]}.{layer}"] = str(device)
-        with tempfile.TemporaryDirectory() as scratch, _quietly():
+        homes |= {places[id(part)]: "disk" for part in (shape.get_input_embeddings(), anatomy.head)}
+        scratch = tempfile.TemporaryDirectory()  # for weights that transformers converts while loading
+        with _quietly():
             own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
-            model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch)
-            name_parts(model.config, self._named)
-            for parameter in model.parameters():
-                if not parameter.is_meta:
-                    parameter.data = parameter.data.to(self.dtype)
-            yield model.eval().requires_grad_(False)
-            for tensor in (*model.parameters(), *model.buffers()):  # at once, whoever still holds the model
-                tensor.data = tensor.new_empty(0)
+            model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch.name)
+        name_parts(model.config, self._named)
+        for parameter in model.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self.dtype)
+        self._offloaded = str(device), model.eval().requires_grad_(False), scratch
+        return self._offloaded[1]
 
     def _need_weights(self) -> None:
         if self._facts is not None:

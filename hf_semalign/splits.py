@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, compress, takewhile
+from itertools import combinations, compress, islice, takewhile
 from operator import index
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
+from datasets.fingerprint import get_temporary_cache_files_directory
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 HELD_OUT = 20  # the size that LaTen's extract splits have
+ROWS = 100  # of a data set in memory at a time
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int64()), "labels": pa.list_(pa.int64()), "example_id": pa.int64()})
 logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
@@ -100,8 +106,8 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def check_disjoint(splits: Mapping[str, Iterable[Record]]) -> None:
-    """Refuse splits that share a prompt.
+def check_disjoint(splits: Mapping[str, Sequence[Record] | Dataset]) -> None:
+    """Refuse splits that share a prompt; of each prompt a digest of eight bytes is held, not the text.
 
     Args:
         splits: records by split name.
@@ -109,16 +115,19 @@ def check_disjoint(splits: Mapping[str, Iterable[Record]]) -> None:
     Raises:
         ValueError: names up to five of the shared rows.
     """
-    rows = {name: {prompt_of(record): row for row, record in enumerate(records)} for name, records in splits.items()}
+    prompts = {
+        name: np.fromiter((_digest(prompt_of(record)) for record in records), np.int64, len(records))
+        for name, records in splits.items()
+    }
     clashes = [
-        f"{first}[{rows[first][prompt]}] = {second}[{rows[second][prompt]}]: {prompt[:60]!r}"
-        for first, second in combinations(rows, 2)
-        for prompt in sorted(rows[first].keys() & rows[second].keys())
+        f"{first}[{row}] = {second}[{other}]: {prompt_of(splits[first][row])[:60]!r}"
+        for first, second in combinations(prompts, 2)
+        for row, other in zip(*np.intersect1d(prompts[first], prompts[second], return_indices=True)[1:], strict=True)
     ]
     if clashes:
         shown = "\n  ".join(clashes[:5])
         raise ValueError(
-            f"Overlapping splits: {len(clashes)} prompts stand in more than one of {list(rows)}, which must be disjoint:\n"
+            f"Overlapping splits: {len(clashes)} prompts stand in more than one of {list(splits)}, which must be disjoint:\n"
             f"  {shown}\nRemove these rows from all splits but one."
         )
 
@@ -141,7 +150,8 @@ def encode(
         max_length: longer sequences are cut at the end.
 
     Returns:
-        One row a record. ``example_id`` is a 63-bit digest of ids and labels: equal content, equal id, whatever the order.
+        One row a record, in a temporary file of this session that is mapped into memory. ``example_id`` is a 63-bit digest of
+        ids and labels: equal content, equal id, whatever the order.
 
     Raises:
         ValueError: unknown columns, no rows, no tokenizer, or rows without a valid position.
@@ -149,17 +159,20 @@ def encode(
     _check_sized(records, split)
     if len(records) == 0:
         raise ValueError(f"The {split} split has no rows.")
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "example_id": []}
-    empty, cut = [], 0
-    for row, record in enumerate(records):
-        ids, labels = _tokenize(record, tokenizer, f"{split}[{row}]")
-        cut += max_length is not None and len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            empty.append(row)
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        columns["example_id"].append(_digest(ids, labels))
+    empty: list[int] = []
+    cut = 0
+
+    def encoded() -> Iterator[tuple[list[int], list[int], int]]:
+        nonlocal cut
+        for row, record in enumerate(records):
+            ids, labels = _tokenize(record, tokenizer, f"{split}[{row}]")
+            cut += max_length is not None and len(ids) > max_length
+            ids, labels = ids[:max_length], labels[:max_length]
+            if all(label == IGNORED for label in labels[1:]):
+                empty.append(row)
+            yield ids, labels, _digest((ids, labels))
+
+    dataset = _write(encoded())
     if cut:
         logger.warning("%d of %d rows of the %s split are cut at max_length %d.", cut, len(records), split, max_length)
     if empty:
@@ -167,7 +180,27 @@ def encode(
             f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
             f"token is left to supervise. Give these rows an answer, or raise max_length (now {max_length})."
         )
-    return Dataset.from_dict(columns)
+    return dataset
+
+
+def _write(rows: Iterator[tuple[list[int], list[int], int]]) -> Dataset:
+    """A data set of the columns of ``SCHEMA`` on the disk: as Python integers, 100,000 rows would take gigabytes."""
+    folder = get_temporary_cache_files_directory()
+    with (
+        tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file,
+        pa.ipc.new_stream(file, SCHEMA) as writer,
+    ):
+        while some := list(islice(rows, ROWS)):
+            columns = zip(*some, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, SCHEMA))
+    return Dataset.from_file(file.name)
+
+
+def column_chunks(rows: Dataset, name: str) -> Iterator[pa.Array]:
+    """A column of an encoded split as arrays, some rows at a time."""
+    for table in rows.with_format("arrow").iter(ROWS):
+        yield table[name].combine_chunks()
 
 
 def _check_sized(rows: Any, split: str) -> None:
@@ -175,9 +208,8 @@ def _check_sized(rows: Any, split: str) -> None:
         raise ValueError(f"The {split} split is a {type(rows).__name__} without a length: pass a Dataset or a list of rows.")
 
 
-def _digest(ids: Sequence[int], labels: Sequence[int]) -> int:
-    digest = hashlib.blake2b(repr((list(ids), list(labels))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def _digest(content: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
@@ -252,8 +284,7 @@ def check_token_ids(
         ValueError: names the largest id, its token and the split.
     """
     for split, rows in splits.items():
-        table = rows.with_format("arrow")[:]
-        largest = max(table[column].combine_chunks().flatten().to_numpy().max() for column in ("input_ids", "labels"))
+        largest = max(ids.flatten().to_numpy().max() for name in ("input_ids", "labels") for ids in column_chunks(rows, name))
         for model, count in embedded.items():
             if largest >= count:
                 token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
@@ -263,7 +294,7 @@ def check_token_ids(
                 )
 
 
-def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], Dataset | list[Record]]:
     """Take an extract split out of the training data: the last rows, up to 20 and a fifth, and all that share their prompts.
 
     Args:
@@ -282,9 +313,12 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Recor
     if count == 0:
         raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
     held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
-    train = [record for record in rows if prompt_of(record) not in held]
-    extract = [record for record in rows if prompt_of(record) in held]
-    if not train:
+    is_held = np.fromiter((prompt_of(record) in held for record in rows), bool, len(rows))
+    train, extract = (
+        rows.select(chosen) if isinstance(rows, Dataset) else [rows[int(row)] for row in chosen]
+        for chosen in (np.flatnonzero(~is_held), np.flatnonzero(is_held))
+    )
+    if not len(train):
         raise ValueError(f"All {len(rows)} training rows share the prompts of the last {count}: pass extract_dataset.")
     logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
     return train, extract
@@ -292,7 +326,8 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[list[Record], list[Recor
 
 def fingerprint(rows: Dataset) -> str:
     """Digest of an encoded split, in its order."""
-    return hashlib.sha256(repr(list(rows["example_id"])).encode()).hexdigest()[:16]
+    ids = (", ".join(map(str, some.to_pylist())) for some in column_chunks(rows, "example_id"))
+    return hashlib.sha256(f"[{', '.join(ids)}]".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

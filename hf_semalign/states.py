@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from tqdm.auto import tqdm
 from hf_semalign.anatomy import Anatomy
 from hf_semalign.hooks import bypass, capture, stop_after
 from hf_semalign.semantics import checksum
-from hf_semalign.splits import IGNORED, valid_positions
+from hf_semalign.splits import IGNORED, column_chunks, valid_positions
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**14  # a shard of every column is held in memory while it is made, and is what an interrupted pass can lose
-MAX_SHARDS = 400  # of a column; a process can map some 65,000 files
+MAX_OPEN = 10_000  # shards of a folder that are mapped at a time; a process can map some 65,000 files
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 
@@ -48,24 +48,42 @@ class Examples:
         ids: example ids ``[E]``.
         tokens: tokens of each example ``[E]``.
         answers: valid positions of each example ``[E]``.
-        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens, or more where they would be too many.
+        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens.
+        starts: first example of each shard.
+        offsets: positions of all examples before each, ``[E + 1]``; everywhere (``True``), or valid ones only.
     """
 
     def __init__(self, dataset: Dataset) -> None:
         tokens, answers = _counts(dataset)
-        ids, first = np.unique(np.asarray(dataset["example_id"], dtype=np.int64), return_index=True)
-        order = np.lexsort((ids, -tokens[first]))
-        self.ids, self._rows = ids[order], first[order]
+        self._known, first = np.unique(
+            np.concatenate([ids.to_numpy() for ids in column_chunks(dataset, "example_id")]), return_index=True
+        )
+        order = np.lexsort((self._known, -tokens[first]))
+        self._places = np.argsort(order)  # of the known ids
+        self.ids, self._rows = self._known[order], first[order]
         self.tokens, self.answers = tokens[self._rows], answers[self._rows]
         self.dataset = dataset
         self.shards = _cut(self.tokens)
+        self.starts = np.array([shard.start for shard in self.shards])
+        counts = {True: self.tokens, False: self.answers}
+        self.offsets = {key: np.concatenate([[0], np.cumsum(values)]) for key, values in counts.items()}
+
+    def __contains__(self, example_id: int) -> bool:
+        return bool(self._known[self._known.searchsorted(example_id) % len(self._known)] == example_id)
+
+    def places(self, example_ids: torch.Tensor) -> np.ndarray:
+        """Places of some examples by their ids.
+
+        Raises:
+            KeyError: an example of another data set.
+        """
+        wanted = example_ids.cpu().numpy()
+        found = self._known.searchsorted(wanted) % len(self._known)
+        if (unknown := wanted[self._known[found] != wanted]).size:
+            raise KeyError(int(unknown[0]))
+        return self._places[found]
 
     @cached_property
-    def index(self) -> dict[int, int]:
-        """Place of each example by its id."""
-        return {int(key): place for place, key in enumerate(self.ids)}
-
-    @property
     def digest(self) -> str:
         """Digest of what the examples are: ids, which stand for content, and counts."""
         return hashlib.sha256(np.stack([self.ids, self.tokens, self.answers]).tobytes()).hexdigest()[:32]
@@ -73,15 +91,13 @@ class Examples:
     def batches(self, shard: slice, size: int) -> Iterator[list[dict]]:
         """Rows of a shard, ``size`` at a time."""
         for start in range(shard.start, shard.stop, size):
-            rows = self._rows[start : min(start + size, shard.stop)]
-            yield [self.dataset[int(row)] for row in rows]
+            yield self.dataset.__getitems__(self._rows[start : min(start + size, shard.stop)].tolist())
 
 
 def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and valid positions of each row, read as arrays: 100,000 rows as Python integers would take gigabytes."""
     tokens, answers = [], []
-    for table in dataset.with_format("arrow").iter(1000):
-        labels = table["labels"].combine_chunks()
+    for labels in column_chunks(dataset, "labels"):
         lengths = np.diff(labels.offsets.to_numpy())
         supervised = labels.flatten().to_numpy() != IGNORED
         supervised[np.cumsum(lengths) - lengths] = False  # nothing predicts a first token
@@ -93,9 +109,8 @@ def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _cut(tokens: np.ndarray) -> list[slice]:
     shards, start, size = [], 0, 0
-    limit = max(SHARD_TOKENS, int(tokens.sum()) // MAX_SHARDS)
     for place, count in enumerate(tokens):
-        if size and size + count > limit:
+        if size and size + count > SHARD_TOKENS:
             shards.append(slice(start, place))
             start, size = place, 0
         size += int(count)
@@ -120,7 +135,8 @@ class Column:
 
     def positions(self, examples: Examples, number: int) -> int:
         """Positions of one shard."""
-        return int((examples.tokens if self.everywhere else examples.answers)[examples.shards[number]].sum())
+        shard, offsets = examples.shards[number], examples.offsets[self.everywhere]
+        return int(offsets[shard.stop] - offsets[shard.start])
 
     def size(self, examples: Examples, numbers: Iterable[int] | None = None) -> int:
         """Bytes of some shards, or of all."""
@@ -142,13 +158,13 @@ class StateFolder:
     """
 
     def __init__(self, root: Path, facts: dict[str, Any], examples: Examples) -> None:
-        facts = {**facts, "examples": examples.digest, "shard_tokens": SHARD_TOKENS}
+        facts = {**facts, "examples": examples.digest, "shard_tokens": SHARD_TOKENS, "shards": len(examples.shards)}
         self.examples = examples
         self.path = root / digest(facts)[:16]
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = writing_lock(self.path)
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
-        self._open: dict[str, list[torch.Tensor]] = {}
+        self._mapped = lru_cache(MAX_OPEN)(lambda path: _open(path)[0])
         manifest, text = self.path / MANIFEST, json.dumps(facts, indent=1)
         known = manifest.read_bytes() if manifest.is_file() else None
         if known != text.encode():
@@ -203,42 +219,32 @@ class StateFolder:
             path.parent.mkdir(exist_ok=True)
             save_tensor(tensor, path)
             self._whole.setdefault(column.name, set()).add(number)
-            self._open.pop(column.name, None)
+        self._mapped.cache_clear()
 
     def drop(self, column: Column) -> None:
         """Delete a column."""
         self._whole.pop(column.name, None)
-        self._open.pop(column.name, None)
+        self._mapped.cache_clear()
         shutil.rmtree(self.path / column.name, ignore_errors=True)
 
-    def read(self, column: Column, places: Sequence[int]) -> torch.Tensor:
+    def read(self, column: Column, places: Sequence[int] | np.ndarray) -> torch.Tensor:
         """States of some examples, one after another, ``[N, width]``.
 
         Args:
             column: a whole column.
-            places: places of the examples, see :attr:`Examples.index`.
+            places: places of the examples, see :meth:`Examples.places`.
         """
-        if not places:
+        if not len(places):
             return torch.empty(0, column.width, dtype=column.dtype)
-        if column.name not in self._open:
-            paths = [self._path(column, number) for number in range(len(self.examples.shards))]
-            self._open[column.name] = [_open(path)[0] for path in paths]
-        shards, (starts, first, last) = self._open[column.name], self._spans[column.everywhere]
-        numbers = np.searchsorted(starts, places, side="right") - 1
-        return torch.cat([shards[number][first[place] : last[place]] for number, place in zip(numbers, places, strict=True)])
+        places = np.asarray(places)
+        shards = self.examples.starts.searchsorted(places, side="right") - 1
+        offsets = self.examples.offsets[column.everywhere]
+        before = offsets[self.examples.starts[shards]]
+        spans = zip(shards.tolist(), offsets[places] - before, offsets[places + 1] - before, strict=True)
+        return torch.cat([self._mapped(self._path(column, shard))[first:last] for shard, first, last in spans])
 
     def _path(self, column: Column, number: int) -> Path:
         return self.path / column.name / f"{number:05d}.safetensors"
-
-    @cached_property
-    def _spans(self) -> dict[bool, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """First example of each shard, and where each example begins and ends within its shard; everywhere or valid only."""
-        starts = np.array([shard.start for shard in self.examples.shards])
-        spans = {}
-        for everywhere, counts in ((True, self.examples.tokens), (False, self.examples.answers)):
-            last = np.concatenate([np.cumsum(counts[shard]) for shard in self.examples.shards])
-            spans[everywhere] = (starts, last - counts, last)
-        return spans
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,15 @@ def test_wall_time(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_load(tmp_path):
+    smoke("load.py", tmp_path)
+    content = written("load", tmp_path)
+    assert content.keys() == {"examples", "length", "vocabulary", "depth", "streaming"}
+    check([run["phases"] for case in content.values() for run in case["runs"]], {"cpu", "wall", "disk_mb", "step"})
+
+
+@pytest.mark.slow
 def test_efficiency(tmp_path):
     smoke("efficiency.py", tmp_path)
     content = written("efficiency", tmp_path)

@@ -1,4 +1,5 @@
-# make quickstart: the main job on the embedded pair. make test: lint, types, tests. Both set up .venv first.
+# make quickstart: the main job on the embedded pair. make test: lint, types, tests. make soak: ten minutes of random kills.
+# Each sets up .venv first.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,16 +8,19 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow soak lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/train.py --config recipes/quickstart/semalign.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

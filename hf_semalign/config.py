@@ -159,6 +159,9 @@ class SemAlignConfig(TrainingArguments):
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         super().__post_init__()
+        loading: Any = self.accelerator_config
+        if not loading.even_batches:
+            raise ValueError("accelerator_config.even_batches must be True: ranks would wait for one that has a batch less.")
         kwargs: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
             raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")

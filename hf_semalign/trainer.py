@@ -405,15 +405,8 @@ class SemAlignTrainer(Trainer):
         return range(self.frontier.supervised(stage)[0], self.frontier.num_layers)
 
     def _enter_stage(self, stage: int) -> None:
-        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it.
-
-        Raises:
-            RuntimeError: the ranks' adapters differ, as they would if a gradient had not been averaged.
-        """
-        lora = [checksum(p) for layer in self.lora_layers for p in layer]
-        others = gather_object([digest(lora)])
-        if len(set(others)) > 1:
-            raise RuntimeError(f"The ranks' adapters differ at stage {stage + 1}: {others}. They must train as one.")
+        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
+        self._compare_ranks()
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
         with self.accelerator.autocast():
             if isinstance(self.signals, CachedSignals) and self._in_groups:
@@ -426,6 +419,16 @@ class SemAlignTrainer(Trainer):
                     logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
                     self._prefix.close()
                     self._prefix = None
+
+    def _compare_ranks(self) -> None:
+        """Look whether all ranks have one adapter: they would not, if gradients had not been averaged.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        adapters = gather_object([digest([checksum(p) for layer in self.lora_layers for p in layer])])
+        if len(set(adapters)) > 1:
+            raise RuntimeError(f"The ranks' adapters differ after step {self.state.global_step}: {adapters}. Nothing is saved.")
 
     def _make_prefix(self) -> TargetPrefix | None:
         """The target prefix, where it is exact and pays: a pass of all layers below the last against half of each step's."""
@@ -622,6 +625,7 @@ class SemAlignTrainer(Trainer):
         Raises:
             ValueError: another process trains in this ``output_dir``; a checkpoint that is damaged, or of another run.
             FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays.
+            RuntimeError: the ranks' adapters differ.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
         """
         path, folder = self._checkpoint(resume_from_checkpoint), str(self.args.output_dir)
@@ -640,7 +644,7 @@ class SemAlignTrainer(Trainer):
                 output = super().train(path, *args, **kwargs)
         finally:
             skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
-        self.accelerator.wait_for_everyone()
+        self._compare_ranks()
         if self.state.global_step < self.schedule.total_steps:
             self._signals_taken.leave()
         if self._prefix is not None:  # an interrupted run keeps it
@@ -666,6 +670,7 @@ class SemAlignTrainer(Trainer):
         """A checkpoint whose files have checksums, which are written last; older ones go only then."""
         folder, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._compare_ranks()
         if self.args.should_save:
             (checkpoint / CHECKSUMS).unlink(missing_ok=True)
         self.args.save_total_limit = None

@@ -104,9 +104,19 @@ def broken(folder: Path, case: str, ranks: int):
     return {"messages": gather_object([message]), "whole": gather_object([whole]), "ids": gather_object(ids)}
 
 
+def drifted(folder: Path, case: str, ranks: int):
+    """One rank's adapter is changed in step 3, as if a gradient had not been averaged: all stop when the stage is over."""
+    trainer, _ = make(folder, case, ranks)
+    trainer.add_callback(Trouble(3, lambda: trainer.lora_layers[0][0].data.add_(1e-6)))
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return {"message": str(error)}
+
+
 if __name__ == "__main__":
     into, ranks = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     found = {case: train(into / case, case, ranks) for case in sys.argv[2:]}
-    found |= {"stopped": stopped(into / "stopped", "cached", ranks), "broken": broken(into / "broken", "cached", ranks)}
+    found |= {fault.__name__: fault(into / fault.__name__, "cached", ranks) for fault in (stopped, broken, drifted)}
     if os.environ["RANK"] == "0":
         torch.save(found, into / "found.pt")

@@ -75,6 +75,7 @@ SETTINGS = [
     ("auto_find_batch_size", {"auto_find_batch_size": True}, "another batch size would move the stages"),
     ("bf16_full_eval", {"bf16_full_eval": True}, "bf16_full_eval is not supported: the target must keep one dtype"),
     ("torch_compile", {"torch_compile": True}, "torch_compile is not supported"),
+    ("uneven batches", {"accelerator_config": {"even_batches": False}}, "even_batches must be True"),
     ("unused parameters", {"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters must not be False"),
     ("token averages", {"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
     (

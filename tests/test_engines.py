@@ -75,6 +75,10 @@ def test_a_loss_that_is_not_finite_at_one_rank_stops_all(ranks):
     assert found["whole"] == [True] * number
 
 
+def test_ranks_that_drift_apart_stop(ranks):
+    assert ranks[0]["drifted"]["message"].startswith("The ranks' adapters differ after step 4: ['")
+
+
 RECIPE = ["--config", "recipes/quickstart/semalign.yaml"]
 SETTINGS = [
     "training.max_steps=8", "training.frontier=single", "training.pairing=attribution", "training.save_strategy=steps",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from accelerate.utils import gather_object
 from conftest import random_rows
 from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
+
+from hf_semalign.states import StateFolder
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(46)], seed=1)
 GLOBAL_BATCH = 16
@@ -43,6 +46,22 @@ class Note(TrainerCallback):
             self.stages.append(adapter(self.trainer))
 
 
+@contextmanager
+def counted():
+    """The columns of states that this process writes inside the block."""
+    written, write = [], StateFolder.write
+
+    def noted(self, number, states):
+        written.extend(column.name for column in states)
+        write(self, number, states)
+
+    StateFolder.write = noted
+    try:
+        yield written
+    finally:
+        StateFolder.write = write
+
+
 def make(folder: Path, case: str, ranks: int):
     """A trainer at equal global batch, whatever the number of ranks."""
     note, settings = Note(), dict(CASES[case])
@@ -58,14 +77,16 @@ def make(folder: Path, case: str, ranks: int):
 
 def train(folder: Path, case: str, ranks: int):
     """One case from the start to the end."""
-    trainer, note = make(folder, case, ranks)
-    trainer.evaluate()  # it prepares the model, after which accelerate would not wrap it for training
-    trainer.train()
+    with counted() as written:
+        trainer, note = make(folder, case, ranks)
+        trainer.evaluate()  # it prepares the model, after which accelerate would not wrap it for training
+        trainer.train()
     logged = [entry for entry in trainer.state.log_history if "stage" in entry]
     history = [[entry[key] for key in ("loss", "relation", "kl", "grad_norm")] for entry in logged]
     metrics = trainer.evaluate()
     ends = [metrics[f"eval_{key}"] for key in ("kl", "loss", "relation")]
-    return {"stages": note.stages, "agreed": note.agreed, "history": torch.tensor(history), "metrics": ends}
+    learnt = {"stages": note.stages, "agreed": note.agreed, "history": torch.tensor(history), "metrics": ends}
+    return learnt | {"written": sorted(gather_object(written))}
 
 
 class Trouble(TrainerCallback):

@@ -59,6 +59,12 @@ def test_all_ranks_have_one_gradient(ranks, case):
     assert ranks[0][case]["agreed"] == [True] * 12
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_signals_and_prefix_are_written_once_for_all_ranks(alone, ranks, case):
+    assert ranks[0][case]["written"] == alone[case]["written"]
+    assert bool(alone[case]["written"]) is ("online" not in case)
+
+
 def test_a_signal_to_one_rank_ends_all_after_one_step(alone, ranks):
     found = ranks[0]["stopped"]
     assert (found["code"], found["step"]) == (143, 6)

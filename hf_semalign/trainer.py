@@ -461,10 +461,11 @@ class SemAlignTrainer(Trainer):
         """accelerate fills the last global batch of an epoch with rows of its start, for all ranks to have as many: they count
         for nothing here, so that one process and several learn from the same rows.
         """
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = len(batch["labels"])
-            fresh = state.remainder - rows * self.accelerator.process_index
+        args = self.args
+        # Counted here, because accelerate loses count in an epoch that a resumed run begins in its middle.
+        rest = len(cast(Dataset, self.train_dataset)) % (args.train_batch_size * args.world_size)
+        if rest and self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last:
+            fresh = rest - len(batch["labels"]) * self.accelerator.process_index
             batch["labels"][max(fresh, 0) :] = IGNORED
         return batch
 

@@ -80,9 +80,9 @@ class Trouble(TrainerCallback):
 
 
 def stopped(folder: Path, case: str, ranks: int):
-    """One rank gets SIGTERM in step 6: all end after it with a checkpoint, and go on to the same end."""
+    """One rank gets SIGTERM in step 5, amid an epoch and a stage: all end after it with a checkpoint, and go on to the end."""
     trainer, _ = make(folder, case, ranks)
-    trainer.add_callback(Trouble(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.add_callback(Trouble(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     try:
         trainer.train()
     except SystemExit as end:

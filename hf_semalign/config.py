@@ -42,8 +42,9 @@ REFUSED = {
     "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
     "torch_compile": "frames would be reused when the frontier moves",
-    "fsdp": "use one process or DDP",
-    "deepspeed": "use one process or DDP",
+    "fsdp": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
+    "deepspeed": "ZeRO leaves out of its partitions what is frozen at first, and is reported not to train what thaws later "
+    "(deepspeed #1767, #4055), as the frontier does; use DDP, or FSDP2 for a large target (recipes/accelerate/fsdp2.yaml)",
 }
 
 

@@ -42,8 +42,9 @@ REFUSED = {
     "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
     "torch_compile": "frames would be reused when the frontier moves",
-    "fsdp": "use one process or DDP",
-    "deepspeed": "use one process or DDP",
+    "fsdp": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
+    "deepspeed": "ZeRO leaves out of its partitions what is frozen at first, and is reported not to train what thaws later "
+    "(deepspeed #1767, #4055), as the frontier does; use DDP, or FSDP2 for a large target (recipes/accelerate/fsdp2.yaml)",
 }
 
 
@@ -160,8 +161,11 @@ class SemAlignConfig(TrainingArguments):
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         super().__post_init__()
         loading: Any = self.accelerator_config
-        if not loading.even_batches:
-            raise ValueError("accelerator_config.even_batches must be True: ranks would wait for one that has a batch less.")
+        if not loading.even_batches or loading.split_batches or loading.dispatch_batches:
+            raise ValueError(
+                "accelerator_config must leave even_batches True, and split_batches and dispatch_batches False: the rows that "
+                "fill an epoch's last batch would be learnt from, or ranks wait for one that has a batch less."
+            )
         kwargs: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
             raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")

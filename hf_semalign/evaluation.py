@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.anatomy import CausalLM, base_model, dissect
+from hf_semalign.anatomy import CausalLM, dissect
 from hf_semalign.losses import token_cross_entropy
 from hf_semalign.splits import valid_positions
 
@@ -67,13 +68,14 @@ def greedy_answers(
     for start in range(0, len(prompts), batch_size):
         texts = list(prompts[start : start + batch_size])
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-        ids = cast(Any, base_model(model)).generate(
+        ids = cast(Any, model).generate(
             **inputs.to(device),
             do_sample=False,
             use_cache=True,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            synced_gpus=isinstance(model, FSDPModule),  # where no process can go on without the others
         )
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

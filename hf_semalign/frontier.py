@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, get_scheduler
 
 FRONTIERS = ("single", "cumulative", "joint")
@@ -117,6 +119,16 @@ def stage_learning_rate(
     return factor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of one that is sharded; all processes have to call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def lora_parameters(layers: Iterable[nn.Module]) -> list[list[nn.Parameter]]:
+    """LoRA parameters by target layer, as they are now: sharding a model replaces them."""
+    return [[p for name, p in layer.named_parameters() if "lora_" in name] for layer in layers]
+
+
 def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None:
     """Make the given layers' parameters trainable, and freeze all others and drop their gradients.
 
@@ -131,6 +143,21 @@ def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None
                 parameter.grad = None
 
 
+@contextmanager
+def trainable(layers: Sequence[Sequence[nn.Parameter]], wanted: range) -> Iterator[None]:
+    """Inside the block, which is no step, the LoRA of these layers counts as trainable and no other."""
+    flags = [[p.requires_grad for p in parameters] for parameters in layers]
+    try:
+        for layer, parameters in enumerate(layers):
+            for parameter in parameters:
+                parameter.requires_grad_(layer in wanted)
+        yield
+    finally:
+        for parameters, before in zip(layers, flags, strict=True):
+            for parameter, flag in zip(parameters, before, strict=True):
+                parameter.requires_grad_(flag)
+
+
 def skip_untouched(layers: Iterable[nn.Module], deepest: int) -> None:
     """Take LoRA out of the forward of layers above the deepest that trains, where its ``B`` is still zero and it adds nothing.
 
@@ -141,8 +168,8 @@ def skip_untouched(layers: Iterable[nn.Module], deepest: int) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(module, LoraLayer):
-                touched = any(bool(b.get_parameter("weight").any()) for b in module.lora_B.values())
-                module.enable_adapters(index <= deepest or touched)
+                matrices = (b.get_parameter("weight") for b in module.lora_B.values())
+                module.enable_adapters(index <= deepest or any(bool(whole(b).any()) for b in matrices))
 
 
 class FrontierCallback(TrainerCallback):

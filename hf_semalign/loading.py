@@ -27,6 +27,7 @@ from transformers import (
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.sharding import check_sharding
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -42,16 +43,22 @@ def check_engine(args: SemAlignConfig) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
     wanted = {
-        "ACCELERATE_USE_FSDP": "fsdp",
         "ACCELERATE_USE_DEEPSPEED": "deepspeed",
         "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
     }
     for variable, name in wanted.items():
-        if os.environ.get(variable, "no").lower() not in ("no", "false", "0", ""):
-            raise ValueError(f"The accelerate config asks for {name} ({variable}): {REFUSED[name]}.")
+        if is_set(variable):
+            raise ValueError(f"The accelerate config asks for {name} ({variable}), which is not supported: {REFUSED[name]}.")
+    if is_set("ACCELERATE_USE_FSDP"):
+        check_sharding(args)
     for name in ("output_dir", "signals_dir"):
         if args.should_save and getattr(args, name) is not None:
             make_folder(name, getattr(args, name))
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable of accelerate's asks for something."""
+    return os.environ.get(variable, "no").lower() not in ("no", "false", "0", "")
 
 
 def make_folder(name: str, folder: str | Path) -> None:

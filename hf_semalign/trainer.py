@@ -17,8 +17,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -40,9 +43,12 @@ from hf_semalign.frontier import (
     FrontierCallback,
     FrontierSchedule,
     StageProgress,
+    lora_parameters,
     skip_untouched,
     stage_learning_rate,
     train_only,
+    trainable,
+    whole,
 )
 from hf_semalign.guards import (
     CHECKSUMS,
@@ -54,7 +60,7 @@ from hf_semalign.guards import (
     seal,
 )
 from hf_semalign.hooks import capture
-from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
+from hf_semalign.loading import check_engine, find_tokenizer, is_quantised, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
     relation_sequences,
     sequence_relation_losses,
@@ -66,6 +72,7 @@ from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, checksum, shared_token_ids
+from hf_semalign.sharding import check_sharded, check_shards
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import (
@@ -223,9 +230,7 @@ class SemAlignTrainer(Trainer):
         self.target_anatomy = dissect(target)
         torch.manual_seed(args.seed)
         adapted = add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
-        self.lora_layers = [
-            [p for name, p in layer.named_parameters() if "lora_" in name] for layer in self.target_anatomy.layers
-        ]
+        self.lora_layers = lora_parameters(self.target_anatomy.layers)
 
         super().__init__(
             model=adapted,
@@ -236,6 +241,10 @@ class SemAlignTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled:
+            if is_quantised(target.config):
+                raise ValueError(f"The target {self.target_id} is quantised, which FSDP is not known to work with: use DDP.")
+            check_shards(self.target_anatomy.layers, args.world_size)
         check_head(adapted)  # where it is going to run
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
@@ -260,7 +269,7 @@ class SemAlignTrainer(Trainer):
         with timed("semantic map", self.seconds):
             head = self.source.head(root).to(args.device)
             self._source_head = head.rows(token_ids)
-            self._own_head = self.target_anatomy.output_head()
+            self._own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
             self._target_head = self._own_head.rows(token_ids)
             if semantic_map is None and self.accelerator.is_main_process:
                 cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
@@ -315,6 +324,18 @@ class SemAlignTrainer(Trainer):
         train_only(self.lora_layers, range(len(self.lora_layers)))
         return super().create_optimizer(model)
 
+    def _shard(self) -> None:
+        """Under FSDP, before the first forward of any kind: accelerate shards a model only together with its optimizer."""
+        if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
+            return
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast it is, as with every other engine
+        self.create_optimizer()
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
+        check_sharded(self.target_anatomy.layers)
+        register_fsdp_forward_method(self.model, "generate")
+        self.lora_layers = self._frontier_callback.layers = lora_parameters(self.target_anatomy.layers)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """A learning rate whose warmup and decay restart with each stage."""
         if num_training_steps != self.schedule.total_steps:
@@ -332,6 +353,7 @@ class SemAlignTrainer(Trainer):
             # An evaluation before training prepared it without DDP; accelerate would leave it so, and no gradient be averaged.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
+        self._shard()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.activation_checkpointing:
             # Checkpointing makes the embeddings' output require a gradient, which would drive backward through all layers.
@@ -426,6 +448,8 @@ class SemAlignTrainer(Trainer):
         Raises:
             RuntimeError: they differ.
         """
+        if self.is_fsdp_enabled:  # every number is one rank's alone
+            return
         adapters = gather_object([digest([checksum(p) for layer in self.lora_layers for p in layer])])
         if len(set(adapters)) > 1:
             raise RuntimeError(f"The ranks' adapters differ after step {self.state.global_step}: {adapters}. Nothing is saved.")
@@ -435,6 +459,9 @@ class SemAlignTrainer(Trainer):
         args, folder = self.args, Path(str(self.args.output_dir)) / PREFIX
         examples = self.schedule.total_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if not isinstance(self.signals, CachedSignals) or self.frontier.kind != "single" or self.frontier.num_layers == 1:
+            return None
+        if self.is_fsdp_enabled:
+            logger.info("Under FSDP the target runs whole at every step: its prefix would run layers that are sharded.")
             return None
         if examples <= PREFIX_PAYS * len(self.signals.training.examples.ids):
             logger.info(
@@ -473,10 +500,11 @@ class SemAlignTrainer(Trainer):
         """accelerate fills the last global batch of an epoch with rows of its start, for all ranks to have as many: they count
         for nothing here, so that one process and several learn from the same rows.
         """
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = len(batch["labels"])
-            fresh = state.remainder - rows * self.accelerator.process_index
+        args = self.args
+        # Counted here, because accelerate loses count in an epoch that a resumed run begins in its middle.
+        rest = len(cast(Dataset, self.train_dataset)) % (args.train_batch_size * args.world_size)
+        if rest and self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last:
+            fresh = rest - len(batch["labels"]) * self.accelerator.process_index
             batch["labels"][max(fresh, 0) :] = IGNORED
         return batch
 
@@ -484,10 +512,11 @@ class SemAlignTrainer(Trainer):
         """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals."""
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
         with self.accelerator.autocast():
             signals = self.signals(inputs, layers)
-        with capture(modules) as states, self._prefix.entered(inputs) if self._prefix and training else nullcontext():
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
+            with capture(modules) as states, entered:
+                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
         return outputs, states, signals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -609,6 +638,7 @@ class SemAlignTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split."""
+        self._shard()
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         cross_entropy, kl, tokens, relation, sequences = torch.cat(self._evaluated).double().sum(0).tolist()
@@ -632,6 +662,7 @@ class SemAlignTrainer(Trainer):
         if path:
             state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
             if state.global_step >= self.schedule.total_steps:
+                self._shard()
                 self._load_from_checkpoint(path)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
@@ -683,6 +714,26 @@ class SemAlignTrainer(Trainer):
             seal(checkpoint)
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Under FSDP the adapter alone is put together, and not the base with it."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        adapter = {
+            name: whole(p.detach()).cpu() for name, p in cast(nn.Module, self.model).named_parameters() if "lora_" in name
+        }
+        self._save(output_dir, adapter)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP accelerate keeps once more, to go on from, what is trainable: for once that is all of LoRA."""
+        with trainable(self.lora_layers, range(self.frontier.num_layers)):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Under FSDP torch first gives a state to what is trainable, which layers that have not trained yet must not get."""
+        begun = self.frontier.trained(self.schedule.stage(max(self.state.global_step - 1, 0)))[-1] + 1
+        with trainable(self.lora_layers, range(begun)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
         settings = {name: getattr(self.args, name) for name in SETTINGS}
@@ -729,6 +780,12 @@ class SemAlignTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
+        if (Path(resume_from_checkpoint) / f"{FSDP_MODEL_NAME}.bin").is_file() != self.is_fsdp_enabled:
+            way = "without FSDP, or with save_only_model" if self.is_fsdp_enabled else "under FSDP"
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
+                "start anew in another output_dir."
+            )
         saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
         ours = json.loads(json.dumps(self.record()))
         defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint

@@ -15,8 +15,10 @@ import torch
 from accelerate.utils import gather_object
 from conftest import random_rows
 from test_trainer import adapter, make_trainer
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from hf_semalign.frontier import whole
 from hf_semalign.states import StateFolder
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(46)], seed=1)
@@ -28,17 +30,19 @@ CASES = {  # 35 rows: the last batch of an epoch has 3, all of them at the first
     "accumulated online": {"gradient_accumulation_steps": 2, "signals": "online", "frontier": "cumulative"},
     "joint": {"frontier": "joint", "scale": "match", "learning_rate": 3e-3},
 }
+EXTRAS = {"bf16": {"bf16": True}, "checkpointed": {"activation_checkpointing": True}}
 
 
 class Note(TrainerCallback):
-    """Keeps the adapter after each stage, and whether all ranks had the same gradient in each step."""
+    """Keeps the adapter after each stage, the gradient of each step, and whether all ranks had the same."""
 
     def __init__(self):
-        self.trainer, self.stages, self.agreed = None, [], []
+        self.trainer, self.stages, self.gradients, self.agreed = None, [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        gradients = [p.grad.flatten() for layer in self.trainer.lora_layers for p in layer if p.grad is not None]
-        everywhere = gather_object([torch.cat(gradients)])
+        gradients = [whole(p.grad).flatten() for layer in self.trainer.lora_layers for p in layer if p.grad is not None]
+        self.gradients.append(torch.cat(gradients))
+        everywhere = gather_object(self.gradients[-1:])
         self.agreed.append(all(torch.equal(everywhere[0], other) for other in everywhere) and bool(everywhere[0].any()))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -62,9 +66,14 @@ def counted():
         StateFolder.write = write
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def make(folder: Path, case: str, ranks: int):
     """A trainer at equal global batch, whatever the number of ranks."""
-    note, settings = Note(), dict(CASES[case])
+    note, settings = Note(), dict((CASES | EXTRAS)[case])
     accumulated = settings.pop("gradient_accumulation_steps", 1)
     if accumulated > 1:  # the micro-batch stays, and fewer are needed
         settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": GLOBAL_BATCH // 4 // ranks}
@@ -84,9 +93,17 @@ def train(folder: Path, case: str, ranks: int):
     logged = [entry for entry in trainer.state.log_history if "stage" in entry]
     history = [[entry[key] for key in ("loss", "relation", "kl", "grad_norm")] for entry in logged]
     metrics = trainer.evaluate()
+    trainer.save_model(str(folder / "saved"))
     ends = [metrics[f"eval_{key}"] for key in ("kl", "loss", "relation")]
-    learnt = {"stages": note.stages, "agreed": note.agreed, "history": torch.tensor(history), "metrics": ends}
-    return learnt | {"written": sorted(gather_object(written))}
+    return {
+        "stages": note.stages,
+        "gradients": note.gradients,
+        "agreed": note.agreed,
+        "history": torch.tensor(history),
+        "metrics": ends,
+        "written": sorted(gather_object(written)),
+        "held": sum(local(p).numel() for p in trainer.target_anatomy.layers.parameters()),
+    }
 
 
 class Trouble(TrainerCallback):
@@ -101,9 +118,9 @@ class Trouble(TrainerCallback):
 
 
 def stopped(folder: Path, case: str, ranks: int):
-    """One rank gets SIGTERM in step 6: all end after it with a checkpoint, and go on to the same end."""
+    """One rank gets SIGTERM in step 5, amid an epoch and a stage: all end after it with a checkpoint, and go on to the end."""
     trainer, _ = make(folder, case, ranks)
-    trainer.add_callback(Trouble(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.add_callback(Trouble(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     try:
         trainer.train()
     except SystemExit as end:

@@ -3,6 +3,8 @@
 One row a case. The command line: tests/test_bad_recipes.py. Folders on the disk: tests/test_bad_folders.py.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import TEXTS, WORDS, random_rows, table, tiny_llama, word_tokenizer
@@ -12,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.pairing import pair_layers
+from hf_semalign.sharding import check_sharded, check_shards
 from hf_semalign.splits import IGNORED
 from hf_semalign.trainer import SemAlignTrainer
 
@@ -75,7 +78,10 @@ SETTINGS = [
     ("auto_find_batch_size", {"auto_find_batch_size": True}, "another batch size would move the stages"),
     ("bf16_full_eval", {"bf16_full_eval": True}, "bf16_full_eval is not supported: the target must keep one dtype"),
     ("torch_compile", {"torch_compile": True}, "torch_compile is not supported"),
-    ("uneven batches", {"accelerator_config": {"even_batches": False}}, "even_batches must be True"),
+    ("uneven batches", {"accelerator_config": {"even_batches": False}}, "must leave even_batches True"),
+    ("split batches", {"accelerator_config": {"split_batches": True}}, "split_batches and dispatch_batches False"),
+    ("fsdp", {"fsdp": True}, "fsdp is not supported: choose FSDP2 by an accelerate config"),
+    ("deepspeed", {"deepspeed": "zero3.json"}, "deepspeed is not supported: ZeRO leaves out"),
     ("unused parameters", {"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters must not be False"),
     ("token averages", {"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
     (
@@ -248,12 +254,53 @@ def test_a_token_that_the_source_has_no_embedding_for(tmp_path):
         )
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND"])
-def test_engines_of_the_accelerate_config_that_are_not_supported(tmp_path, monkeypatch, variable):
-    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    monkeypatch.setenv(variable, "inductor" if "DYNAMO" in variable else "true")
-    with pytest.raises(ValueError, match=f"The accelerate config asks for .* \\({variable}\\)"):
+ENGINES = [
+    ("DeepSpeed", {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for deepspeed .* ZeRO leaves out .* use DDP, or"),
+    ("torch.compile", {"ACCELERATE_DYNAMO_BACKEND": "inductor"}, {}, "asks for torch_compile .* when the frontier moves"),
+    ("FSDP1", {"FSDP_VERSION": "1"}, {}, "FSDP1 is not supported: it wants one requires_grad .* Set fsdp_version: 2"),
+    ("FSDP by default", {"FSDP_VERSION": None}, {}, "FSDP1 is not supported"),
+    ("sharded states", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "fsdp_state_dict_type must be FULL_STATE_DICT"),
+    ("no wrap policy", {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}, "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP"),
+    ("weights at one rank", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading must be false"),
+    ("unsharded after", {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward must be true"),
+    ("checkpointed twice", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "set activation_checkpointing instead"),
+    ("offloaded", {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params must be false"),
+    ("ignored modules", {"FSDP_IGNORED_MODULES": ".*norm"}, {}, "fsdp_ignored_modules must not be set"),
+    ("other parallelism", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism_config beside it was never tried"),
+    ("online signals", {}, {"signals": "online"}, "signals 'online' would hold a whole source in every process: use 'cached'"),
+    ("two faults", {"FSDP_OFFLOAD_PARAMS": "true"}, {"signals": "online"}, "fsdp_offload_params .*; signals 'online'"),
+    ("FSDP on a CPU", {}, {}, "asks for FSDP, which accelerate leaves out on CPUs and in a single process: use several GPUs"),
+]
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+@table("variables, settings, message", ENGINES)
+def test_engines_of_the_accelerate_config_that_are_not_supported(tmp_path, monkeypatch, variables, settings, message):
+    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    for name, value in {**SHARDED, **variables}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         SemAlignTrainer(target(), tiny_llama(5, 24), args, ROWS)
+
+
+@table(
+    "rows, processes, fits",
+    [("even", 16, 8, True), ("uneven", 5, 3, True), ("too few", 2, 3, False), ("in twos", 16, 12, False)],
+)
+def test_lora_that_cannot_be_dealt_out(rows, processes, fits):
+    layers = nn.ModuleList([nn.ModuleDict({"lora_A": nn.Linear(32, rows), "norm": nn.Linear(1, 1)})])
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"{processes} processes cannot each have one of {rows}"):
+        check_shards(layers, processes)
+
+
+def test_layers_that_are_not_wrapped():
+    with pytest.raises(ValueError, match=r"not wrapped the decoder layers \[0, 1, 2\]: name their class \(LlamaDecoderLayer\)"):
+        check_sharded(target().model.layers)
 
 
 def test_plain_training_arguments():

@@ -1,4 +1,4 @@
-"""Several processes give the adapter that one gives, stage by stage: torchrun over gloo, on CPUs."""
+"""Several processes give the adapter that one gives, stage by stage: DDP and FSDP2 over gloo, on CPUs."""
 
 import socket
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama
+from peft import PeftModel
 from ranks import CASES, train
 from safetensors.torch import load_file
 
@@ -42,21 +44,21 @@ def distance(one, other):
     return ((one - other).norm() / one.norm()).item()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_learn_what_one_process_learns(alone, ranks, case):
+def same_course(expected, found, case):
     """At equal global batch, after every stage; with a last batch that leaves all ranks but the first without rows."""
-    expected, found = alone[case], ranks[0][case]
     assert len(found["stages"]) == len(expected["stages"]) == (1 if case == "joint" else 3)
     for stage, (one, other) in enumerate(zip(expected["stages"], found["stages"], strict=True)):
         assert distance(one, other) < 1e-5, stage
     torch.testing.assert_close(found["history"], expected["history"], rtol=1e-4, atol=1e-6)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    for step, (one, other) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
+        assert distance(one, other) < 1e-4, step
+    assert found["agreed"] == [True] * 12  # bit for bit
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_ranks_have_one_gradient(ranks, case):
-    """Bit for bit, in every step of every stage."""
-    assert ranks[0][case]["agreed"] == [True] * 12
+def test_ranks_learn_what_one_process_learns(alone, ranks, case):
+    same_course(alone[case], ranks[0][case], case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,8 +69,8 @@ def test_signals_and_prefix_are_written_once_for_all_ranks(alone, ranks, case):
 
 def test_a_signal_to_one_rank_ends_all_after_one_step(alone, ranks):
     found = ranks[0]["stopped"]
-    assert (found["code"], found["step"]) == (143, 6)
-    assert found["agreed"] == [True] * 6
+    assert (found["code"], found["step"]) == (143, 5)
+    assert found["agreed"] == [True] * 7
     assert distance(alone["cached"]["stages"][-1], found["adapter"]) < 1e-5
 
 
@@ -109,11 +111,11 @@ def same_adapters(one, other):
         assert distance(*flat) < 1e-5, name
 
 
-def accelerate(config, *arguments, folder):
+def accelerate(config, *arguments, folder, script=("recipes/train.py",)):
     """`accelerate launch` of the recipe's script."""
     settings = [*SETTINGS, "training.per_device_train_batch_size=16", f"output_dir={folder}"]
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", f"recipes/accelerate/{config}.yaml"]
-    return [*launch, "--num_processes", "2", *arguments, "recipes/train.py", *RECIPE, *settings]
+    return [*launch, "--num_processes", "2", *arguments, *script, *RECIPE, *settings]
 
 
 def test_a_recipe_under_ddp(tmp_path, recipe_alone):
@@ -139,3 +141,59 @@ def test_a_recipe_on_two_machines_without_a_common_disk(tmp_path, recipe_alone):
     same_adapters(recipe_alone, tmp_path / "0")
     assert not (tmp_path / "1" / "adapter_model.safetensors").exists()
     assert all(len(list((tmp_path / str(rank)).rglob("_signals/*/*/manifest.json"))) == 3 for rank in range(2))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """What two processes learn under FSDP2, and their folder."""
+    folder = tmp_path_factory.mktemp("shards")
+    run(accelerate("fsdp2", folder=folder / "recipe", script=[Path(__file__).with_name("shards.py"), folder]))
+    return torch.load(folder / "found.pt", weights_only=True), folder
+
+
+WHOLE = ("cached", "accumulated online", "joint")
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_shards_learn_what_one_process_learns(alone, shards, case):
+    """Through accelerate's own FSDP2."""
+    found = shards[0][case]
+    same_course(alone[case], found, case)
+    assert found["held"] == alone[case]["held"] / 2
+
+
+def test_shards_in_bfloat16(tmp_path, shards):
+    """As near as its rounding lets them come: 0.02 lie between one batch and its halves in one process."""
+    expected, found = train(tmp_path, "bf16", 1), shards[0]["bf16"]
+    torch.testing.assert_close(found["history"][:, :3], expected["history"][:, :3], rtol=2e-2, atol=1e-3)
+    assert distance(expected["stages"][0], found["stages"][0]) < 0.05
+
+
+def test_shards_under_activation_checkpointing(alone, shards):
+    same_course(alone["cached"], shards[0]["checkpointed"], "cached")
+
+
+def test_shards_end_on_a_signal_and_go_on_to_the_very_same_adapter(shards):
+    found = shards[0]["stopped"]
+    assert (found["code"], found["step"]) == (143, 5)
+    assert torch.equal(found["adapter"], shards[0]["cached"]["stages"][-1])
+
+
+def test_shards_stop_on_a_loss_that_is_not_finite(shards):
+    found = shards[0]["broken"]
+    assert len(set(found["messages"])) == 1 and "Not finite at step 5 of 12 (stage 2)" in found["messages"][0]
+    assert found["whole"] == [True] * 2
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_the_adapter_of_shards_is_whole(shards, case):
+    """For plain peft, all layers of it."""
+    found, folder = shards
+    loaded = PeftModel.from_pretrained(tiny_llama(3, 16, seed=1, pad_token_id=0), folder / case / "saved")
+    flat = torch.cat([p.flatten() for name, p in loaded.named_parameters() if "lora_" in name])
+    assert torch.equal(flat, found[case]["stages"][-1])
+
+
+def test_a_recipe_under_fsdp2(shards, recipe_alone):
+    """Evaluation and generation before and after, and a checkpoint in every stage."""
+    same_adapters(recipe_alone, shards[1] / "recipe")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.frontier import whole
 from hf_semalign.guards import seal
 from hf_semalign.hooks import capture
 from hf_semalign.losses import output_kl, relation_loss, steering_loss
@@ -55,7 +56,7 @@ def lora_state(trainer) -> list[list[torch.Tensor]]:
 
 
 def adapter(trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for layer in trainer.lora_layers for p in layer])
+    return torch.cat([whole(p.detach()).flatten() for layer in trainer.lora_layers for p in layer])
 
 
 class Watch(TrainerCallback):

@@ -1,0 +1,89 @@
+"""FSDP2: each process holds a part of the target's weights, and its layers are put together one by one as they run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+
+from hf_semalign.config import SemAlignConfig
+
+
+def check_sharding(args: SemAlignConfig) -> None:
+    """Refuse what is not known to work of the FSDP that the accelerate config asks for.
+
+    Raises:
+        ValueError: what, why, and what to take instead.
+    """
+    plugin = FullyShardedDataParallelPlugin()  # of the environment that `accelerate launch` has made
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 is not supported: it wants one requires_grad for all that it flattens together, and the frontier freezes "
+            "layer by layer. Set fsdp_version: 2 in the accelerate config, as in recipes/accelerate/fsdp2.yaml."
+        )
+    state_dict, policy = str(plugin.state_dict_type), getattr(plugin.auto_wrap_policy, "__name__", "none")
+    refused = [
+        ("FULL_STATE_DICT" not in state_dict, "fsdp_state_dict_type must be FULL_STATE_DICT: an adapter is saved whole"),
+        (
+            policy != "transformer_auto_wrap_policy",
+            "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: the frontier freezes and trains whole layers",
+        ),
+        (
+            plugin.cpu_ram_efficient_loading,
+            "fsdp_cpu_ram_efficient_loading must be false: every process reads the heads and the source itself",
+        ),
+        (
+            not plugin.reshard_after_forward,
+            "fsdp_reshard_after_forward must be true: LoRA that an evaluation leaves unsharded would miss the frontier's move",
+        ),
+        (plugin.activation_checkpointing, "fsdp_activation_checkpointing must be false: set activation_checkpointing instead"),
+        (plugin.ignored_modules is not None, "fsdp_ignored_modules must not be set: no gradient of theirs would be averaged"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false: it was never tried"),
+        (
+            args.parallelism_config is not None or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true",
+            "a parallelism_config beside it was never tried",
+        ),
+        (args.fp16, "fp16 was never tried with FSDP: use bf16"),
+        (args.signals == "online", "signals 'online' would hold a whole source in every process: use 'cached'"),
+    ]
+    if wrong := [reason for is_so, reason in refused if is_so]:
+        raise ValueError(f"Not supported with FSDP: {'; '.join(wrong)}.")
+    if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            "The accelerate config asks for FSDP, which accelerate leaves out on CPUs and in a single process: use several "
+            "GPUs, or another accelerate config."
+        )
+
+
+def check_shards(layers: nn.ModuleList, processes: int) -> None:
+    """Refuse LoRA of which some process would hold no row: accelerate knows a part by its address, and an empty one has none.
+
+    Args:
+        layers: target layers with their LoRA, before they are sharded.
+        processes: how many there are.
+
+    Raises:
+        ValueError: fewer rows of some LoRA matrix than all processes can share.
+    """
+    rows = {len(p) for name, p in layers.named_parameters() if "lora_" in name}
+    if scarce := sorted(count for count in rows if len(torch.empty(count, 0).chunk(processes)) < processes):
+        raise ValueError(
+            f"FSDP deals out LoRA by rows, and {processes} processes cannot each have one of {scarce[0]}: choose lora_r as a "
+            "multiple of the number of processes, or use fewer processes."
+        )
+
+
+def check_sharded(layers: nn.ModuleList) -> None:
+    """Refuse a model of which accelerate has not sharded every layer by itself.
+
+    Raises:
+        ValueError: names the others.
+    """
+    if bare := [k for k, layer in enumerate(layers) if not isinstance(layer, FSDPModule)]:
+        raise ValueError(
+            f"FSDP has not wrapped the decoder layers {bare}: name their class ({type(layers[bare[0]]).__name__}) as "
+            "fsdp_transformer_layer_cls_to_wrap in the accelerate config."
+        )

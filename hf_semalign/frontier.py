@@ -204,8 +204,9 @@ class FrontierCallback(TrainerCallback):
         self._move(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Move on when the next step belongs to another stage."""
-        self._move(state.global_step)
+        """Move on when the next step belongs to another stage, and there is one."""
+        if not control.should_training_stop:
+            self._move(state.global_step)
 
     def _move(self, step: int) -> None:
         stage = self.schedule.stage(step)

@@ -93,7 +93,9 @@ def disk_errors_explained(folder: str | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         written = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save gives no reason
-        full = getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+        full = getattr(error, "errno", None) in FULL or (
+            isinstance(error, SafetensorError) and any(f"(os error {number})" in str(error) for number in FULL)
+        )
         if not (written or full):
             raise
         raise OSError(

@@ -227,7 +227,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds.
     """
-    folder, args = Path(recipe.output_dir), recipe.config(Path(recipe.output_dir))
+    args = recipe.config(Path(recipe.output_dir))
+    folder = Path(str(args.output_dir))  # where ~ is a home
     check_engine(args)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
         return _run(recipe, folder, args)
@@ -398,8 +399,9 @@ def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrai
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
     name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
-    with nullcontext() if root is None else source.lock(root):
-        known = None if root is None else source.recall(root, name)
+    known = None if root is None else source.recall(root, name)
+    with nullcontext() if root is None or known else source.lock(root):
+        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
         if known is not None:
             return known
         if args.source_memory == "stream":

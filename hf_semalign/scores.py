@@ -47,8 +47,9 @@ def layer_scores(
         progress: show progress bars.
     """
     name = f"scores-{digest([fingerprint(extract), precision])[:16]}"
-    with nullcontext() if root is None else source.lock(root):
-        known = None if root is None else source.recall(root, name)
+    known = None if root is None else source.recall(root, name)
+    with nullcontext() if root is None or known else source.lock(root):
+        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
         if known is not None:
             return LayerScores.from_dict(known)
         if stream and root is not None and source.num_layers > 1:

@@ -176,6 +176,10 @@ class SourceSignals:
         """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
         prepare_signals([Request(self, target_layers, in_groups)])
 
+    def let_go(self) -> None:
+        """Unmap what was read, so that deleting it makes room."""
+        self._states.let_go()
+
     def fits(self, target_layers: Sequence[int]) -> bool:
         """Whether the disk has room for what some target layers and the final states lack."""
         return self._size(target_layers, roll=False) <= self._states.free - self.reserve
@@ -356,8 +360,9 @@ def prepare_signals(requests: Sequence[Request]) -> None:
     if not any(request.signals._lacks(request.target_layers[: 1 if request.in_groups else None]) for request in requests):
         return  # and wait for no other run's lock
     with ExitStack() as stack:
-        for request in requests:
-            stack.enter_context(request.signals._states.lock)
+        # In one order for all runs, lest two that share folders wait for each other.
+        for lock in sorted((request.signals._states.lock for request in requests), key=lambda lock: str(lock.lock_file)):
+            stack.enter_context(lock)
         plans = [plan for request in requests if (plan := request.signals._plan(request.target_layers, request.in_groups))]
         if not plans:
             return

@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -130,6 +130,9 @@ class Source:
     def _describe(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with writing_lock(folder):
+            with suppress(FileNotFoundError, ValueError):
+                _read_facts(folder)  # written by another process meanwhile
+                return
             self._shape.config.save_pretrained(folder)
             names = [CONFIG_NAME]
             if isinstance(self._given, str) and self.tokenizer is not None:
@@ -181,14 +184,21 @@ class Source:
         if root is None:
             return self._read_head()
         path = self.folder(root) / "head.safetensors"
+        if (known := self._known_head(path)) is not None:
+            return known
         with self.lock(root):
-            known = load_tensor(path)
-            if known is not None:
-                bias = known[:, self.width] if known.shape[1] > self.width else None
-                return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
+            if (known := self._known_head(path)) is not None:
+                return known
             head = self._read_head()
             save_tensor(head.weight if head.bias is None else torch.column_stack((head.weight, head.bias)), path)
         return head
+
+    def _known_head(self, path: Path) -> Head | None:
+        known = load_tensor(path)
+        if known is None:
+            return None
+        bias = known[:, self.width] if known.shape[1] > self.width else None
+        return Head(known[:, : self.width].contiguous(), bias, dissect(self._shape).softcap)
 
     def _read_head(self) -> Head:
         if self.quantised:

@@ -221,6 +221,10 @@ class StateFolder:
             self._whole.setdefault(column.name, set()).add(number)
         self._mapped.cache_clear()
 
+    def let_go(self) -> None:
+        """Unmap what was read."""
+        self._mapped.cache_clear()
+
     def drop(self, column: Column) -> None:
         """Delete a column."""
         self._whole.pop(column.name, None)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,7 +35,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from hf_semalign.anatomy import add_lora, base_model, check_head, dissect, embedding_rows, lora_targets
 from hf_semalign.config import SemAlignConfig
@@ -297,13 +298,13 @@ class SemAlignTrainer(Trainer):
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in encoded.items()}
 
         self._prefix: TargetPrefix | None = None
+        self._signals_taken = CheckpointOnSignal()
+        self.add_callback(self._signals_taken)  # before the frontier moves
         self._frontier_callback = FrontierCallback(self.frontier, self.schedule, self.lora_layers, self._enter_stage)
         self.add_callback(self._frontier_callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(self._frontier_callback))
-        self._signals_taken = CheckpointOnSignal()
-        self.add_callback(self._signals_taken)
         self._sequences_in_batch: torch.Tensor | None = None
         self._examples_in_batch: list[torch.Tensor] = []
         self._broken: list[str] = []  # what is not finite in the step in hand
@@ -417,7 +418,7 @@ class SemAlignTrainer(Trainer):
             OSError: a disk that does not hold them.
         """
         if isinstance(self.signals, CachedSignals):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), disk_errors_explained(signals_root(self.args)):
                 self.signals.training.prepare(self._layers_from(0))
 
     def _layers_from(self, stage: int) -> range:
@@ -428,6 +429,8 @@ class SemAlignTrainer(Trainer):
 
     def _enter_stage(self, stage: int) -> None:
         """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
+        if isinstance(self.signals, CachedSignals) and self._in_groups:
+            self.signals.training.let_go()  # by every rank, before one deletes what is over
         self._compare_ranks()
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
         with self.accelerator.autocast():
@@ -439,7 +442,8 @@ class SemAlignTrainer(Trainer):
                     self._prefix.move(stage)
                 except PrefixUnavailable as reason:
                     logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
-                    self._prefix.close()
+                    if self.accelerator.num_processes == 1:  # others may be reading it
+                        self._prefix.close()
                     self._prefix = None
 
     def _compare_ranks(self) -> None:
@@ -665,6 +669,7 @@ class SemAlignTrainer(Trainer):
                 self._shard()
                 self._load_from_checkpoint(path)
                 self.state = state
+                shutil.rmtree(Path(folder) / PREFIX, ignore_errors=True)  # of a run that was killed after its last step
                 return TrainOutput(state.global_step, 0.0, {})
         try:
             with (
@@ -678,9 +683,9 @@ class SemAlignTrainer(Trainer):
         self._compare_ranks()
         if self.state.global_step < self.schedule.total_steps:
             self._signals_taken.leave()
-        if self._prefix is not None:  # an interrupted run keeps it
-            self._prefix.close()
-            self._prefix = None
+        self._prefix = None
+        if self.args.should_save:  # an interrupted run keeps it
+            shutil.rmtree(Path(folder) / PREFIX, ignore_errors=True)
         return output
 
     def _checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -712,6 +717,9 @@ class SemAlignTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
+            for other in sort_checkpoints(str(folder)):  # of a course that this run has left, by resuming or starting anew
+                if int(other.rpartition("-")[2]) > self.state.global_step:
+                    shutil.rmtree(other, ignore_errors=True)
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -752,6 +760,7 @@ class SemAlignTrainer(Trainer):
                 "scales": list(self.scales),
             },
             "stages": list(self.schedule.boundaries),
+            "processes": self.args.world_size,
             "settings": settings,
             "data": self.data_record,
         }
@@ -793,6 +802,7 @@ class SemAlignTrainer(Trainer):
             name
             for name, mine, theirs in [
                 *((key, ours[key], saved[key]) for key in ("source", "target", "data", "stages")),
+                ("number of processes", ours["processes"], saved.get("processes", ours["processes"])),
                 ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
                 ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),
                 *((key, value, saved["settings"].get(key, defaults.get(key))) for key, value in ours["settings"].items()),

@@ -1,5 +1,6 @@
 """Runs that end early: refused beside another one, stopped by a signal with a checkpoint, or by a loss that is not finite."""
 
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,15 @@ def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_to_the_same_adapt
     torch.testing.assert_close(adapter(again), adapter(whole), rtol=0, atol=0)
 
 
+def test_a_signal_in_the_last_step_of_a_stage_moves_no_frontier_first(tmp_path):
+    """The next stage's passes would take the time that there is for a checkpoint."""
+    trainer = make_trainer(tmp_path, callbacks=[SignalAt(2, signal.SIGTERM)])
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.schedule.stage(2) == 1 and trainer._frontier_callback.stage == 0
+    assert (tmp_path / "run" / "checkpoint-2" / "checksums.json").is_file()
+
+
 def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[SignalAt(6, signal.SIGTERM)])
     trainer.train()
@@ -85,11 +95,14 @@ def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path):
 
 
 def test_a_second_signal_is_obeyed_at_once():
-    guard = CheckpointOnSignal()
-    with guard.watching(), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert guard.received is signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
+    guard, usual = CheckpointOnSignal(), signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist has another
+    try:
+        with guard.watching(), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert guard.received is signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -175,3 +188,27 @@ def test_older_checkpoints_go_when_a_new_one_is_whole(tmp_path, monkeypatch):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_checkpoints_of_a_course_that_was_left_go(tmp_path):
+    """Lest a run that starts anew, or from before an unfinished one, goes on from them when it is interrupted."""
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    run = tmp_path / "run"
+    (run / "checkpoint-6" / "checksums.json").unlink()
+    anew = make_trainer(
+        tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, callbacks=[SignalAt(3, signal.SIGTERM)]
+    )
+    with pytest.raises(SystemExit):
+        anew.train(resume_from_checkpoint=False)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert last_checkpoint(run) == str(run / "checkpoint-3")
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    record = json.loads((checkpoint / "semalign.json").read_text())
+    (checkpoint / "semalign.json").write_text(json.dumps(record | {"processes": 2}))
+    seal(checkpoint)
+    with pytest.raises(ValueError, match="made with other number of processes"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_trainer
@@ -14,7 +15,7 @@ from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign import states as states_module
 from hf_semalign.pairing import pair_layers
 from hf_semalign.semantics import SemanticMap
-from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals
+from hf_semalign.signals import CachedSignals, OnlineSignals, Request, SourceSignals, prepare_signals
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator, encode, valid_positions
 
@@ -436,3 +437,27 @@ def test_training_on_groups_of_stages_gives_the_same_adapter(tmp_path, monkeypat
         resumed.prepare_signals()
     with pytest.raises(OSError, match="set signals_dir to a larger disk"):  # other runs may need what groups delete
         make_trainer(tmp_path / "shared", **settings, signals_dir=str(root / "shared"))
+
+
+def test_locks_of_several_data_sets_are_taken_in_one_order(monkeypatch):
+    """Two runs with the same data in other roles would wait for each other without end."""
+    taken = []
+
+    class Lock:
+        def __init__(self, name):
+            self.lock_file = name
+
+        def __enter__(self):
+            taken.append(self.lock_file)
+
+        def __exit__(self, *_):
+            pass
+
+    def request(name):
+        states = SimpleNamespace(lock=Lock(name))
+        signals = SimpleNamespace(_lacks=lambda layers: True, _plan=lambda *_: None, _states=states)
+        return Request(signals, range(3))
+
+    prepare_signals([request("x"), request("y")])
+    prepare_signals([request("y"), request("x")])
+    assert taken == ["x", "y", "x", "y"]

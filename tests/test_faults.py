@@ -113,12 +113,12 @@ def damage(path, draw):
     return how
 
 
-ROUNDS, AT_ONCE = 25, 4
+ROUNDS, AT_ONCE = 10, 10
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_damaged_files_are_named_and_made_again(tmp_path, undisturbed, interrupted, seed):
-    """A hundred random damages, four at once; the adapter is that of a run that nothing happened to."""
+    """A hundred random damages, ten at once; the adapter is that of a run that nothing happened to."""
     draw, folder = random.Random(seed), tmp_path / "run"
     shutil.copytree(interrupted, folder)
     damaged = {path: damage(folder / path, draw) for path in draw.sample(files(folder), AT_ONCE)}

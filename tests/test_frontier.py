@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import TrainerControl, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from hf_semalign.frontier import Frontier, FrontierCallback, FrontierSchedule, stage_learning_rate, train_only
 
@@ -171,7 +171,7 @@ def test_callback_derives_the_stage_from_the_global_step_alone(kind, expected, s
     for step in range(start, 10):
         assert trainable(layers) == expected[schedule.stage(step)] and callback.stage == schedule.stage(step)
         state.global_step = step + 1
-        callback.on_step_end(None, state, None)
+        callback.on_step_end(None, state, TrainerControl())
     assert trainable(layers) == expected[frontier.num_stages - 1]
 
 

@@ -28,7 +28,8 @@ from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.baselines import kd
+from hf_semalign.baselines.kd import KDTrainer
+from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.evaluation import answer_loss, exact_match
@@ -43,7 +44,7 @@ from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_task
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
-BASELINES = {"kd": kd.SETTINGS}
+METHODS: dict[str, type[SemAlignTrainer]] = {trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer)}
 LISTED = 20  # known names in an error; SemAlignConfig has many more
 
 
@@ -84,6 +85,7 @@ class Recipe:
         output_dir: the run folder.
         data: see :class:`DataSettings`.
         training: fields of :class:`SemAlignConfig`.
+        method: how the run transfers, a key of ``METHODS``; what makes up the method goes before ``training``.
         pad_token: pad token for a tokenizer that has none.
         baselines: methods that run on the same splits for the same number of steps and stand beside the result.
     """
@@ -93,16 +95,18 @@ class Recipe:
     output_dir: str
     data: DataSettings
     training: dict[str, Any] = field(default_factory=dict)
+    method: str = "semalign"
     pad_token: str | None = None
     baselines: tuple[str, ...] = ()
 
-    def config(self, folder: Path, **changes: Any) -> SemAlignConfig:
-        """The training settings for a run in ``folder``.
+    def config(self, folder: Path, method: str | None = None, **changes: Any) -> SemAlignConfig:
+        """The training settings for a run in ``folder``, by the recipe's method or another one.
 
         Raises:
             ValueError: one that cannot be used, by our rules or the Trainer's.
         """
-        settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, "max_length": self.data.max_length}
+        fixed = {**METHODS[method or self.method].settings, "max_length": self.data.max_length}
+        settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, **fixed}
         try:
             return SemAlignConfig(output_dir=str(folder), **settings)
         except ValueError as error:
@@ -149,7 +153,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     data = {"task": task, **{split: record["data"][split]["rows"] for split in ("extract", "align", "eval")}}
     models = {"source": record["source"], "target": record["target"]}
     training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
-    content = {**models, "output_dir": str(folder), "data": data, "training": training}
+    content = {**models, "output_dir": str(folder), "method": record["method"], "data": data, "training": training}
     return _checked(content, overrides, str(folder))
 
 
@@ -185,8 +189,10 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     _check_names([content["data"]["task"]], TASKS, f"data section of {path}")
     baselines = content.get("baselines") or ()
     if not isinstance(baselines, (list, tuple)):
-        raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as {list(BASELINES)}.")
-    _check_names(baselines, BASELINES, f"baselines of {path}")
+        raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
+    method = content.setdefault("method", Recipe.method)
+    _check_names([method], METHODS, f"method of {path}")
+    _check_names(baselines, METHODS.keys() - {method}, f"baselines of {path}")
     return Recipe(**{**content, "data": DataSettings(**content["data"]), "training": training, "baselines": tuple(baselines)})
 
 
@@ -243,7 +249,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         data = recipe.data.load()
         tokenizer = load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
-    trainer = _make_trainer(recipe, source, args, data, tokenizer)
+    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     seconds |= trainer.seconds
     with timed("evaluation before", seconds):
         metrics["target"] = _measure(trainer, data, tokenizer)
@@ -254,7 +260,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     with timed("evaluation after", seconds):
-        metrics["semalign"] = _measure(trainer, data, tokenizer)
+        metrics[recipe.method] = _measure(trainer, data, tokenizer)
     results = {
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
@@ -267,8 +273,8 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     _write(folder, trainer, results, started)
     for name in recipe.baselines:
         with timed(f"baseline {name}", seconds):
-            settings = recipe.config(folder / name, signals_dir=str(signals_root(args)), **BASELINES[name])
-            baseline = _make_trainer(recipe, source, settings, data, tokenizer, like=trainer)
+            settings = recipe.config(folder / name, name, signals_dir=str(signals_root(args)))
+            baseline = _make_trainer(recipe, name, source, settings, data, tokenizer, like=trainer)
             baseline.train(resume_from_checkpoint=_checkpoint(settings, args.resume_from_checkpoint is not False))
             metrics[name] = _measure(baseline, data, tokenizer)
         _write(folder, trainer, results, started)
@@ -292,7 +298,7 @@ def run_signals(recipe: Recipe) -> Path:
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
-    trainer = _make_trainer(recipe, source, args, data, tokenizer)
+    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     trainer.prepare_signals()
     _measure_source(trainer, data, tokenizer)
     return source.folder(signals_root(args))
@@ -320,7 +326,9 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
         return
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
-    drawn = [draw_layers(record, figures), draw_losses(results, record, figures), draw_comparison(results, figures)]
+    drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
+    if trainer.method == SemAlignTrainer.method:  # others use no pairs
+        drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     (folder / "README.md").write_text(render_card(record, results), encoding="utf-8")
@@ -368,14 +376,15 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _make_trainer(
     recipe: Recipe,
+    method: str,
     source: Source,
     args: SemAlignConfig,
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     like: SemAlignTrainer | None = None,
 ) -> SemAlignTrainer:
-    """A trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
-    return SemAlignTrainer(
+    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
+    return METHODS[method](
         resolve_model(recipe.target),
         source,
         args,

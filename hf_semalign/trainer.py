@@ -8,13 +8,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -63,6 +63,7 @@ from hf_semalign.guards import (
 from hf_semalign.hooks import capture
 from hf_semalign.loading import check_engine, find_tokenizer, is_quantised, load_model, pad_token_id, skeleton
 from hf_semalign.losses import (
+    answer_cross_entropy,
     relation_sequences,
     sequence_relation_losses,
     token_cross_entropy,
@@ -138,6 +139,8 @@ class SemAlignTrainer(Trainer):
         callbacks: further callbacks.
 
     Attributes:
+        method: what the run is called in records, results and cards; baselines have names of their own.
+        settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
@@ -147,6 +150,8 @@ class SemAlignTrainer(Trainer):
         ValueError: bad settings, data, models or tokenizers, before any long work.
     """
 
+    method: ClassVar[str] = "semalign"
+    settings: ClassVar[Mapping[str, Any]] = {}
     loss_is_scaled_for_ga = True
     args: SemAlignConfig
 
@@ -164,6 +169,11 @@ class SemAlignTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_engine(args)
+        if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
+            )
         self.seconds: dict[str, float] = {}
         if processing_class is None and isinstance(model, str):
             processing_class = find_tokenizer(model)
@@ -406,9 +416,12 @@ class SemAlignTrainer(Trainer):
             states = int(cached.training.examples.tokens.sum()) * self._target_head.weight.shape[1] * 4
             cached.training.reserve = 2 * states + 5 * 12 * trained
         # In groups, training makes its own as it goes, and no other run may need what it deletes.
-        self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
+        learns = args.learns_from_source
+        self._in_groups = (
+            learns and not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
+        )
         with self.accelerator.autocast(), disk_errors_explained(root):
-            cached.prepare(None if self._in_groups else layers)
+            cached.prepare(layers if learns and not self._in_groups else None)
         return cached
 
     def prepare_signals(self) -> None:
@@ -417,7 +430,7 @@ class SemAlignTrainer(Trainer):
         Raises:
             OSError: a disk that does not hold them.
         """
-        if isinstance(self.signals, CachedSignals):
+        if isinstance(self.signals, CachedSignals) and self.args.learns_from_source:
             with self.accelerator.autocast(), disk_errors_explained(signals_root(self.args)):
                 self.signals.training.prepare(self._layers_from(0))
 
@@ -513,12 +526,14 @@ class SemAlignTrainer(Trainer):
         return batch
 
     def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
-        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals."""
+        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals; the last are
+        ``None`` in training that needs nothing of them.
+        """
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
         with self.accelerator.autocast():
-            signals = self.signals(inputs, layers)
+            signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
             with capture(modules) as states, entered:
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
         return outputs, states, signals
@@ -539,7 +554,7 @@ class SemAlignTrainer(Trainer):
 
         zero = torch.zeros((), device=valid.device)
         layer_terms = []
-        for state, supervision in zip(states[:-1], signals.supervision, strict=True):
+        for state, supervision in zip(states[:-1], signals.supervision if signals else (), strict=True):
             if self.args.layer_loss == "relation":
                 output = state.output
                 if state.input.requires_grad:
@@ -553,7 +568,9 @@ class SemAlignTrainer(Trainer):
         output_term = zero
         if self.args.kl_weight:
             hidden = states[-1].output[valid]
-            if self.args.output_loss == "kl":
+            if self.args.output_loss == "answers":
+                losses = answer_cross_entropy(hidden, self._own_head, inputs["labels"][:, 1:][valid[:, :-1]])
+            elif self.args.output_loss == "kl":
                 losses = token_kl(hidden, self._target_head, signals.final, self._source_head)
             else:
                 losses = token_steering_losses(hidden, self.semantic_map(signals.final.float()))
@@ -748,6 +765,7 @@ class SemAlignTrainer(Trainer):
         settings["lora_targets"] = self._lora_targets
         return {
             "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
+            "method": self.method,
             "source": self.source_id,
             "target": self.target_id,
             "pairing": self.pairing.to_dict(),
@@ -801,7 +819,7 @@ class SemAlignTrainer(Trainer):
         different = [
             name
             for name, mine, theirs in [
-                *((key, ours[key], saved[key]) for key in ("source", "target", "data", "stages")),
+                *((key, ours[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
                 ("number of processes", ours["processes"], saved.get("processes", ours["processes"])),
                 ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
                 ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),

@@ -8,8 +8,8 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "symbols", "anatomy", "splits", "hooks", "tasks", "losses", "attribution", "pairing", "semantics", "frontier",
-    "states", "guards", "config", "sharding", "loading", "source", "scores", "signals", "prefix", "trainer",
+    "symbols", "anatomy", "projections", "splits", "hooks", "tasks", "losses", "attribution", "pairing", "semantics",
+    "frontier", "states", "guards", "config", "sharding", "loading", "source", "scores", "signals", "prefix", "trainer",
     "analysis", "figures", "card", "sandbox", "evaluation", "hub", "baselines", "recipe", "studies", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent

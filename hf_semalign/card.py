@@ -105,6 +105,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
     sections = {
         "Use": _use(record),
         "Results": _results(record, results, measures) if measures else "",
+        "Forgetting": _forgetting(record, results),
         "Figures": _figures(record, results),
         "Data": _data(record, results) if record["data"] else "",
         "Settings": _settings(record),
@@ -142,6 +143,25 @@ def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
         if values := {method: numbers[key] for method, numbers in metrics.items() if key in numbers}:
             measures.append(_Measure(metric, label, values, headline=key == "kl"))
     return measures
+
+
+def _forgetting(record: dict[str, Any], results: dict[str, Any]) -> str:
+    """What became of tasks that were not transferred."""
+    kept = {method: numbers["forgetting"] for method, numbers in results["metrics"].items() if numbers.get("forgetting")}
+    if not kept:
+        return ""
+    table = [["Task", "Method", "KL(before ‖ after)", "answer loss", "token accuracy (%)", "exact match (%)"]]
+    for name in kept["target"]:
+        for method in method_order(kept):
+            found = kept[method][name]
+            exact = found.get("exact_match")
+            share = f"{100 * sum(exact.values()) / len(exact):.1f}" if exact else "-"
+            shown = [f"{found['kl']:.3f}", f"{found['loss']:.3f}", f"{100 * found['accuracy']:.1f}", share]
+            table.append([_text(name), _text(METHOD_NAMES.get(method, method)), *shown])
+    return (
+        f"{_table(table, '--:')}\n\nTasks that were not transferred: what training did to them. KL from the target before "
+        "to the target after, and the answer loss, in nats per token."
+    )
 
 
 def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> ModelCardData:
@@ -284,7 +304,8 @@ def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[
         items.append(f"With about {rows / skills:.0f} rows a skill, {error}.")
     items.append(f"One run, with seed {_text(seed)}: the spread over seeds is not known.")
     task = f"abilities other than {_text(_public(results['task']))}" if measures else "the target's abilities"
-    items.append(f"What the transfer does to {task} was not measured.")
+    if not any(numbers.get("forgetting") for numbers in results["metrics"].values()):
+        items.append(f"What the transfer does to {task} was not measured.")
     if method == "semalign" and shared < widest:
         items.append(f"The map rests on {shared:,} shared tokens, fewer than the {widest:,} dimensions of the wider model.")
     return "\n".join(f"- {item}" for item in items)

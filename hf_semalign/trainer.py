@@ -37,16 +37,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
-from hf_semalign.anatomy import add_lora, base_model, check_head, dissect, embedding_rows, lora_targets
+from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
-    Frontier,
     FrontierCallback,
-    FrontierSchedule,
     StageProgress,
     lora_parameters,
     skip_untouched,
-    stage_learning_rate,
     train_only,
     trainable,
     whole,
@@ -61,7 +58,7 @@ from hf_semalign.guards import (
     seal,
 )
 from hf_semalign.hooks import capture
-from hf_semalign.loading import check_engine, find_tokenizer, is_quantised, load_model, pad_token_id, skeleton
+from hf_semalign.loading import is_quantised, load_model
 from hf_semalign.losses import (
     answer_cross_entropy,
     relation_sequences,
@@ -70,26 +67,22 @@ from hf_semalign.losses import (
     token_kl,
     token_steering_losses,
 )
-from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
+from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.preparation import prepare
 from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap, checksum, shared_token_ids
+from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.sharding import check_sharded, check_shards
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import (
     IGNORED,
-    Collator,
     Record,
-    check_disjoint,
-    check_token_ids,
     encode,
     fingerprint,
-    hold_out,
     valid_positions,
 )
 from hf_semalign.states import digest, file_digest
-from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 RECORD_NAME = "semalign.json"
@@ -168,74 +161,29 @@ class SemAlignTrainer(Trainer):
         semantic_map: SemanticMap | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_engine(args)
+        self.seconds: dict[str, float] = {}
+        known = prepare(
+            model,
+            source_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            extract_dataset,
+            processing_class,
+            pairing,
+            semantic_map,
+        )
         if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
             name = type(self).__name__
             raise ValueError(
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
-        self.seconds: dict[str, float] = {}
-        if processing_class is None and isinstance(model, str):
-            processing_class = find_tokenizer(model)
-        if processing_class is not None and processing_class.pad_token_id is None:
-            raise ValueError(
-                "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
-            )
-        needs_scores = pairing is None and args.pairing in NEEDS_SCORES
-        if extract_dataset is None and (args.scale == "match" or needs_scores):
-            train_dataset, extract_dataset = hold_out(train_dataset)
-        evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
-        given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
-        splits = {name: rows for name, rows in given.items() if rows is not None}
+        processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
+        self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
+        self.frontier, self.schedule = known.frontier, known.schedule
+        self._learning_rate_factor, self._lora_targets = known.learning_rate_factor, known.lora_targets
         self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
-        encoded = {name: self._encode(rows, split=name) for name, rows in splits.items()}
-        check_disjoint(splits)
-
-        # What can be refused by shape alone is refused before any weight is loaded.
-        if isinstance(source_model, Source):
-            self.source = source_model
-        else:
-            self.source = Source(source_model, bf16=args.bf16, parts=args.source_parts)
-        if args.source_memory == "stream" and self.source.quantised:
-            raise ValueError(f"{self.source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
-        shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
-        anatomy = dissect(shape)
-        self.source_id, self.target_id = self.source.name, public_name(str(shape.name_or_path))
-        depths = self.source.num_layers, len(anatomy.layers)
-        if pairing is None and not needs_scores:
-            pairing = pair_layers(*depths, args.pairing)
-        elif pairing is None:
-            pair_layers([0.0] * depths[0], depths[1], args.pairing)  # refuses what no score could pair
-        elif (pairing.num_source_layers, len(pairing.source_layers)) != depths:
-            raise ValueError(
-                f"The pairing is for {pairing.num_source_layers} source and {len(pairing.source_layers)} target layers; these "
-                f"models have {depths[0]} and {depths[1]}."
-            )
-        rows, width = anatomy.head_weight().shape
-        if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, self.source.width):
-            raise ValueError(
-                f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, self.source.width)}."
-            )
-        theirs = self.source.tokenizer if processing_class is not None else None
-        token_ids = shared_token_ids(theirs, processing_class, self.source.head_rows, rows)
-        if len(token_ids) < max(self.source.head_rows, rows):
-            logger.warning(
-                "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
-                "hold, with both distributions renormalised.", self.source.head_rows, rows, len(token_ids),
-            )  # fmt: skip
-        embedded = {"source": self.source.embedding_rows, "target": embedding_rows(shape)}
-        check_token_ids(encoded, embedded, processing_class)
-        collator = Collator(pad_token_id(processing_class, shape, min(embedded.values())))
-        self.frontier = Frontier(args.frontier, depths[1])
-        self.schedule = FrontierSchedule(self.frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
-        self._learning_rate_factor = stage_learning_rate(
-            self.schedule,
-            args.lr_scheduler_type,
-            args.learning_rate,
-            args.get_warmup_steps,
-            cast(dict, args.lr_scheduler_kwargs),
-        )
-        self._lora_targets = lora_targets(anatomy.layers, args.lora_targets)
+        evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
         with timed("loading the target", self.seconds):
             target = load_model(model, bf16=args.bf16, parts=args.target_parts)
         self.target_anatomy = dissect(target)
@@ -248,7 +196,7 @@ class SemAlignTrainer(Trainer):
             args=args,
             data_collator=collator,
             train_dataset=encoded["align"],
-            eval_dataset={name.removeprefix("eval_"): encoded[name] for name in evals} if evals else encoded.get("eval"),
+            eval_dataset=evals or encoded.get("eval"),
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -276,12 +224,12 @@ class SemAlignTrainer(Trainer):
                     stream=args.source_memory == "stream",
                     progress=not args.disable_tqdm,
                 )
-                pairing = pair_layers(scores, depths[1], args.pairing)
+                pairing = pair_layers(scores, self.frontier.num_layers, args.pairing)
         with timed("semantic map", self.seconds):
             head = self.source.head(root).to(args.device)
-            self._source_head = head.rows(token_ids)
+            self._source_head = head.rows(known.token_ids)
             self._own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
-            self._target_head = self._own_head.rows(token_ids)
+            self._target_head = self._own_head.rows(known.token_ids)
             if semantic_map is None and self.accelerator.is_main_process:
                 cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
                 weights = self._source_head.weight, self._target_head.weight
@@ -290,7 +238,7 @@ class SemAlignTrainer(Trainer):
         pairing, semantic_map = broadcast_object_list([pairing, semantic_map])
         self.semantic_map = semantic_map.to(args.device, torch.float32)
         self.pairing = pairing.named(self.source_id, self.target_id)
-        self.scales: tuple[float, ...] = (1.0,) * depths[1]
+        self.scales: tuple[float, ...] = (1.0,) * self.frontier.num_layers
         self.signals: OnlineSignals | CachedSignals
         if root is None:
             self.signals = OnlineSignals(self.source.model(args.device), self.pairing, self.semantic_map)

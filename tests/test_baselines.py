@@ -18,7 +18,8 @@ from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss
 from hf_semalign.hub import load_transfer
-from hf_semalign.recipe import load_recipe, run_recipe
+from hf_semalign.recipe import load_recipe
+from hf_semalign.runs import run_recipe
 from hf_semalign.splits import Collator
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)])

@@ -220,7 +220,8 @@ def test_a_run_that_is_resumed_in_its_middle_is_the_same_and_never_loads_the_sou
     monkeypatch.setattr(Source, "_need_weights", lambda self: pytest.fail("the source was loaded"))
     saved = load_file(tmp_path / "whole/checkpoint-4/adapter_model.safetensors")
     assert {len(matrix) for name, matrix in saved.items() if "lora_A" in name} == {4}  # and not 8, as it is published
-    again = make(tmp_path, **places, **shared, run="again")
+    (said,) = (tmp_path / "signals").glob("source-*")  # which stands for the source where its weights are not
+    again = make(tmp_path, source=str(said), target=places["target"], **shared, run="again")
     assert again.extraction.source_layers == whole.extraction.source_layers
     again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
     mine, theirs = whole.model.state_dict(), again.model.state_dict()

@@ -113,6 +113,45 @@ class Anatomy:
         return self.output_head().weight
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a forward multiplies with.
+
+    Attributes:
+        layers: decoder layers.
+        layer: weights of one of them, on average; of experts, those that a token is sent to.
+        head: weights of the head.
+        width: channels of a state.
+        parameters: all weights of the model.
+        bytes: of one weight.
+    """
+
+    layers: int
+    layer: float
+    head: int
+    width: int
+    parameters: int
+    bytes: int
+
+    @staticmethod
+    def of(anatomy: Anatomy) -> Size:
+        """The size of a model, with or without weights."""
+        config: Any = getattr(anatomy.decoder, "config", None)
+        experts = _setting(config, "num_local_experts", "num_experts") or 1
+        share = (_setting(config, "num_experts_per_tok") or experts) / experts
+        layers = sum(
+            p.numel() * (share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()
+        )
+        weight = anatomy.head.get_parameter("weight")
+        everything = {id(p): p.numel() for p in (*anatomy.decoder.parameters(), *anatomy.head.parameters())}
+        depth, (rows, width) = len(anatomy.layers), anatomy.head_weight().shape
+        return Size(depth, layers / depth, rows * width, width, sum(everything.values()), weight.element_size())
+
+    def forward(self, tokens: float, valid: float = 0, layers: float | None = None) -> float:
+        """Multiplications of a forward over some tokens through all layers, or so many, and through the head at valid ones."""
+        return tokens * self.layer * (self.layers if layers is None else layers) + valid * self.head
+
+
 def base_model(model: CausalLM) -> PreTrainedModel:
     """The transformers model inside a peft model, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model

@@ -205,13 +205,18 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
         raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
     method = content.setdefault("method", Recipe.method)
     _check_names([method], METHODS, f"method of {path}")
-    _check_names(baselines, METHODS.keys() - {method}, f"baselines of {path}")
+    _check_names(baselines, METHODS, f"baselines of {path}")
     data = DataSettings(**content["data"])
     others = content.get("forgetting") or {}
     if not isinstance(others, dict):
         raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
     forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
-    known = {"data": data, "training": training, "baselines": tuple(baselines), "forgetting": forgetting}
+    known = {
+        "data": data,
+        "training": training,
+        "baselines": tuple(one for one in baselines if one != method),
+        "forgetting": forgetting,
+    }
     return Recipe(**{**content, **known})
 
 

@@ -27,6 +27,7 @@ from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
 from hf_semalign.loading import check_engine
+from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
 from hf_semalign.source import Source
 from hf_semalign.splits import check_disjoint, encode
@@ -84,6 +85,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
         "steps": trainer.state.global_step,
+        "cost": plan(trainer.known, args, recipe.method).cost,
         "metrics": metrics,
         "history": [entry for entry in trainer.state.log_history if "stage" in entry],
         "seconds": seconds,

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
-from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
+from hf_semalign.anatomy import Size, add_lora, base_model, check_head, dissect
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     FrontierCallback,
@@ -69,7 +69,7 @@ from hf_semalign.losses import (
 )
 from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
-from hf_semalign.preparation import prepare
+from hf_semalign.preparation import Counts, prepare
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.sharding import check_sharded, check_shards
@@ -137,6 +137,7 @@ class SemAlignTrainer(Trainer):
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
+        known: the run as it was before weights were loaded.
         seconds: wall time of the phases before training.
 
     Raises:
@@ -178,6 +179,7 @@ class SemAlignTrainer(Trainer):
             raise ValueError(
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
+        self.known = known
         processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
         self.frontier, self.schedule = known.frontier, known.schedule
@@ -268,6 +270,11 @@ class SemAlignTrainer(Trainer):
         self._broken: list[str] = []  # what is not finite in the step in hand
         self._term_sums = torch.zeros(2, device=args.device)
         self._terms_logged = 0
+
+    @classmethod
+    def own_cost(cls, source: Size, target: Size, splits: Mapping[str, Counts], args: SemAlignConfig) -> dict[str, float]:
+        """What the method does beside or instead of the phases of :func:`hf_semalign.plan.plan`: multiplications by phase."""
+        return {}
 
     # Schedule and optimizer
 

@@ -23,7 +23,7 @@ by default value and output projections and FFN up and down, and never embedding
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, cast
@@ -35,11 +35,13 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from hf_semalign.anatomy import Size
 from hf_semalign.baselines.extraction import Needs, extract_once
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.loading import check_engine, is_quantised, is_set, load_model, skeleton
 from hf_semalign.pairing import LayerPairing
+from hf_semalign.preparation import Counts
 from hf_semalign.projections import oriented
 from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.source import Source
@@ -124,8 +126,8 @@ class SeekingTrainer(SFTTrainer):
             found = extract_once(
                 source,
                 needs,
-                self._encode(extract_dataset, split="extract"),
-                self.data_collator,
+                self.known.splits["extract"],
+                self.known.collator,
                 None if args.signals == "online" else signals_root(args),
                 rank=args.lora_r,
                 device=args.device,
@@ -137,6 +139,11 @@ class SeekingTrainer(SFTTrainer):
             source.release()
         (self.extraction,) = broadcast_object_list([found])  # kernels may differ in the last bits between ranks
         self._base_rounding = self._start()
+
+    @classmethod
+    def own_cost(cls, source: Size, target: Size, splits: Mapping[str, Counts], args: SemAlignConfig) -> dict[str, float]:
+        """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
+        return {"sensitivities": 3 * source.forward(splits["extract"].tokens, splits["extract"].valid)}
 
     @torch.no_grad()
     def _start(self) -> float:

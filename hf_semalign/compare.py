@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +258,11 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
             _check(cell)
         missing = [cell for cell in wanted if not _is_whole(cell)]
         logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}
         with ThreadPoolExecutor(jobs) as pool:
-            failed = [cell for cell, fine in zip(missing, pool.map(_run, missing), strict=True) if not fine]
+            done = pool.map(partial(_run, environment=environment), missing)
+            failed = [cell for cell, fine in zip(missing, done, strict=True) if not fine]
         record = summary(comparison, planned, [cell for cell in wanted if cell not in failed])
         write(record, folder)
     if failed:
@@ -316,7 +320,7 @@ def _yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def _run(cell: Cell) -> bool:
+def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
     """Train and measure a cell; its output goes to ``log.txt`` in its folder."""
     logger.info("%s", cell.label)
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +328,8 @@ def _run(cell: Cell) -> bool:
     path.write_text(_yaml(cell.recipe), encoding="utf-8")
     command = [sys.executable, "-m", "hf_semalign.cli", "train", "--config", str(path)]
     with log.open("w", encoding="utf-8") as out:
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False).returncode
+        streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        code = subprocess.run(command, **streams, env=environment, check=False).returncode
     if code != 0:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
         logger.error("%s failed (exit code %d):\n  %s", cell.label, code, "\n  ".join(last))

@@ -328,8 +328,9 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
     path.write_text(_yaml(cell.recipe), encoding="utf-8")
     command = [sys.executable, "-m", "hf_semalign.cli", "train", "--config", str(path)]
     with log.open("w", encoding="utf-8") as out:
-        streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        code = subprocess.run(command, **streams, env=environment, check=False).returncode
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
     if code != 0:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
         logger.error("%s failed (exit code %d):\n  %s", cell.label, code, "\n  ".join(last))

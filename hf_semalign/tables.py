@@ -9,6 +9,7 @@ from typing import Any
 from hf_semalign.card import escaped, pipe_table
 
 PERCENT, PLAIN = 100.0, 1.0
+FIXED = ("steps", "cost", "adapter_mb")  # the same for all seeds
 #: Columns: key, heading, unit's factor, decimals; one that no row has is left out.
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("score", "score %", PERCENT, 1),
@@ -96,7 +97,9 @@ def _cells(one: dict[str, Any], escape: Callable[[Any], str], plus_minus: str) -
         *((row, row["name"]) for row in one["methods"]),
         (one["source"], "Source"),
     ]:
-        cells = [_cell(row.get(key), factor, decimals, plus_minus) for key, _, factor, decimals in columns]
+        cells = [
+            _cell(row.get(key), factor, decimals, "" if key in FIXED else plus_minus) for key, _, factor, decimals in columns
+        ]
         rows.append([escape(name), *cells])
     return rows
 
@@ -106,7 +109,7 @@ def _cell(value: Any, factor: float, decimals: int, plus_minus: str) -> str:
         return "-"
     mean, spread = (value["mean"], value["std"]) if isinstance(value, dict) else (value, None)
     shown = f"{factor * mean:,.{decimals}f}"
-    return shown if spread is None else f"{shown} {plus_minus} {factor * spread:,.{decimals}f}"
+    return shown if spread is None or not plus_minus else f"{shown} {plus_minus} {factor * spread:,.{decimals}f}"
 
 
 def _reported(reported: dict[str, Any], escape: Callable[[Any], str]) -> list[list[str]]:

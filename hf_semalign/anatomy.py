@@ -395,7 +395,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
         ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
     """
     experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
-    candidates = [{path.rpartition(".")[2] for path in _candidates(layer)} for layer in layers]
+    candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
     if experts:
         candidates = [names.difference(FFN_TARGETS) for names in candidates]
     everywhere = set().union(*candidates)
@@ -413,7 +413,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
     return chosen
 
 
-def _candidates(layer: nn.Module) -> dict[str, nn.Module]:
+def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
     """Modules of a layer that may get LoRA, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in layer.named_modules():
@@ -441,7 +441,7 @@ def add_lora(
         ValueError: peft put LoRA elsewhere.
     """
     layers = dissect(target).layers
-    allowed = {id(module) for layer in layers for module in _candidates(layer).values()}
+    allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
     named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
     excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
     config = LoraConfig(

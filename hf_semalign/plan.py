@@ -9,8 +9,15 @@ between positions and the singular value decompositions of Seeking are not count
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from matplotlib.ticker import EngFormatter
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
 
 from hf_semalign.anatomy import Size, dissect
 from hf_semalign.config import SemAlignConfig
@@ -96,6 +103,31 @@ def plan_recipe(recipe: Recipe) -> Plan:
     source, target = resolve_model(recipe.source), resolve_model(recipe.target)
     known = prepare(target, source, args, data.align, data.eval, data.extract, tokenizer)
     return plan(known, args, recipe.method)
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan for the terminal."""
+    table = Table(title=f"{plan.source} to {plan.target}, by {plan.method}", show_header=False)
+    pairs = "chosen by attribution"
+    if plan.source_layers:
+        pairs = ", ".join(f"{layer} to {k}" for k, layer in enumerate(plan.source_layers))
+    spans = [f"{first}-{last}" for first, last in pairwise(plan.stages)]
+    splits = [f"{name} {counts.rows:,} rows, {counts.valid:,} answer tokens" for name, counts in plan.splits.items()]
+    rows = {
+        "layers": f"{plan.sizes['source'].layers} source, {plan.sizes['target'].layers} target",
+        "pairs (source to target)": pairs,
+        "stages (optimizer steps)": f"{len(spans)}: {', '.join(spans)}",
+        "splits": "; ".join(splits),
+        "shared tokens": f"{plan.shared_tokens:,}",
+        "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
+        "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
+        "time": f"{timedelta(seconds=round(plan.seconds(1e14)))} at 100 TFLOP/s sustained",
+        "disk": f"{decimal(plan.disk_bytes)} at most",
+        "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
 
 
 def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:

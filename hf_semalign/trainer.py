@@ -135,6 +135,7 @@ class SemAlignTrainer(Trainer):
     Attributes:
         method: what the run is called in records, results and cards; baselines have names of their own.
         settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
+        takes_steps: whether the method's cost grows with the optimizer steps.
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
@@ -147,6 +148,7 @@ class SemAlignTrainer(Trainer):
 
     method: ClassVar[str] = "semalign"
     settings: ClassVar[Mapping[str, Any]] = {}
+    takes_steps: ClassVar[bool] = True
     loss_is_scaled_for_ga = True
     args: SemAlignConfig
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 from matplotlib.ticker import EngFormatter
+from rich.box import SIMPLE
+from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -273,33 +275,34 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
     return record
 
 
-def costs_table(comparison: Comparison) -> Table:
-    """The plan of a comparison for the terminal: everything but weights was looked at.
+def costs_table(comparison: Comparison) -> Group:
+    """The plan of a comparison for the terminal, a table a task: everything but weights was looked at.
 
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
     planned, hardware = plans(comparison), comparison.hardware
-    title = f"{len(comparison.seeds)} seeds" + (f"; hours and memory estimated for {hardware.name}" if hardware else "")
-    table = Table(title=title)
-    for heading in ("task", "method", "budget", "steps", "1,000 target forwards", "operations", "disk", "memory"):
-        table.add_column(heading, justify="left" if heading in ("task", "method", "budget") else "right")
-    if hardware:
-        table.add_column("hours", justify="right")
+    tables = {task: Table(title=f"{task}, each over {len(comparison.seeds)} seeds", box=SIMPLE) for task in comparison.recipes}
+    for table in tables.values():
+        for heading in ("method", "equal"):
+            table.add_column(heading)
+        for heading in ("steps", "forwards", "operations", "disk", "memory", *(["hours"] if hardware else [])):
+            table.add_column(heading, justify="right", no_wrap=True)
     hours = 0.0
     for cell in cells(comparison, planned):
         plan = plan_recipe(cell.recipe) if len(cell.budgets) < len(comparison.budgets) else planned[cell.task, cell.name]
         seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
         hours += seconds / 3600
         if cell.recipe.training["seed"] == comparison.seeds[0]:
-            cost = sum(plan.cost.values())
-            row = [cell.task, cell.name, ", ".join(cell.budgets), f"{plan.steps:,}", f"{cost / 1e3:,.1f}"]
+            budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
+            row = [cell.name, budgets, f"{plan.steps:,}", EngFormatter(places=1, sep="")(sum(plan.cost.values()))]
             row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
             row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
-            table.add_row(*(Text(value) for value in row))
+            tables[cell.task].add_row(*map(Text, row))
+    notes = "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
     if hardware:
-        table.caption = f"all cells, without evaluation: {hours:.1f} hours at {hardware.tflops:g} TFLOP/s sustained"
-    return table
+        notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
+    return Group(*tables.values(), Text(notes))
 
 
 def _check(cell: Cell) -> None:

@@ -113,6 +113,45 @@ class Anatomy:
         return self.output_head().weight
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a forward multiplies with.
+
+    Attributes:
+        layers: decoder layers.
+        layer: weights of one of them, on average; of experts, those that a token is sent to.
+        head: weights of the head.
+        width: channels of a state.
+        parameters: all weights of the model.
+        bytes: of one weight.
+    """
+
+    layers: int
+    layer: float
+    head: int
+    width: int
+    parameters: int
+    bytes: int
+
+    @staticmethod
+    def of(anatomy: Anatomy) -> Size:
+        """The size of a model, with or without weights."""
+        config: Any = getattr(anatomy.decoder, "config", None)
+        experts = _setting(config, "num_local_experts", "num_experts") or 1
+        share = (_setting(config, "num_experts_per_tok") or experts) / experts
+        layers = sum(
+            p.numel() * (share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()
+        )
+        weight = anatomy.head.get_parameter("weight")
+        everything = {id(p): p.numel() for p in (*anatomy.decoder.parameters(), *anatomy.head.parameters())}
+        depth, (rows, width) = len(anatomy.layers), anatomy.head_weight().shape
+        return Size(depth, layers / depth, rows * width, width, sum(everything.values()), weight.element_size())
+
+    def forward(self, tokens: float, valid: float = 0, layers: float | None = None) -> float:
+        """Multiplications of a forward over some tokens through all layers, or so many, and through the head at valid ones."""
+        return tokens * self.layer * (self.layers if layers is None else layers) + valid * self.head
+
+
 def base_model(model: CausalLM) -> PreTrainedModel:
     """The transformers model inside a peft model, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
@@ -271,7 +310,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
         ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
     """
     experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
-    candidates = [{path.rpartition(".")[2] for path in _candidates(layer)} for layer in layers]
+    candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
     if experts:
         candidates = [names.difference(FFN_TARGETS) for names in candidates]
     everywhere = set().union(*candidates)
@@ -289,7 +328,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
     return chosen
 
 
-def _candidates(layer: nn.Module) -> dict[str, nn.Module]:
+def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
     """Modules of a layer that may get LoRA, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in layer.named_modules():
@@ -314,7 +353,7 @@ def add_lora(target: PreTrainedModel, names: list[str], *, rank: int, alpha: int
         ValueError: peft put LoRA elsewhere.
     """
     layers = dissect(target).layers
-    allowed = {id(module) for layer in layers for module in _candidates(layer).values()}
+    allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
     named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
     excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
     config = LoraConfig(

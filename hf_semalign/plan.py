@@ -132,6 +132,7 @@ def plan_table(plan: Plan) -> Table:
 
 def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
     """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``."""
+    METHODS[method].check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
     source, target = Size.of(dissect(known.source.shape)), Size.of(known.target)
     align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
@@ -150,7 +151,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
         known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
         for stage in range(known.schedule.num_stages)
     )
-    cost |= METHODS[method].own_cost(source, target, splits, args)
+    cost |= METHODS[method].own_cost(known, args)
     unit = target.forward(*example)
     evaluated = sum(counts.valid for name, counts in splits.items() if name.startswith("eval"))
     disk = evaluated * (source.width + distinct * target.width) * source.bytes

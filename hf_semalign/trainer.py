@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -37,7 +38,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
-from hf_semalign.anatomy import Size, add_lora, base_model, check_head, dissect
+from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     FrontierCallback,
@@ -69,7 +70,7 @@ from hf_semalign.losses import (
 )
 from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
-from hf_semalign.preparation import Counts, prepare
+from hf_semalign.preparation import Preparation, prepare
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.sharding import autocast_under_zero, check_sharded, check_shards, part_by_layer
@@ -181,6 +182,7 @@ class SemAlignTrainer(Trainer):
             raise ValueError(
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
+        self.check(known, args)
         self.known = known
         processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
@@ -192,7 +194,7 @@ class SemAlignTrainer(Trainer):
             target = load_model(model, bf16=args.bf16, parts=args.target_parts)
         self.target_anatomy = dissect(target)
         torch.manual_seed(args.seed)
-        adapted = add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
+        adapted = self._adapt(target, args)
         self.lora_layers = lora_parameters(self.target_anatomy.layers)
 
         super().__init__(
@@ -278,9 +280,17 @@ class SemAlignTrainer(Trainer):
         self._terms_logged = 0
 
     @classmethod
-    def own_cost(cls, source: Size, target: Size, splits: Mapping[str, Counts], args: SemAlignConfig) -> dict[str, float]:
+    def check(cls, known: Preparation, args: SemAlignConfig) -> None:
+        """Refuse, before any weight is loaded, what the method of this class cannot work with."""
+
+    @classmethod
+    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
         """What the method does beside or instead of the phases of :func:`hf_semalign.plan.plan`: multiplications by phase."""
         return {}
+
+    def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
+        """The target with LoRA that changes nothing yet."""
+        return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
 
     # Precision
 

@@ -10,13 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import adapter
 
-from hf_semalign.anatomy import Size, dissect
+from hf_semalign.anatomy import dissect
 from hf_semalign.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
 from hf_semalign.baselines.seeking import SeekingTrainer, fold
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.hub import load_transfer
 from hf_semalign.pairing import pair_layers
-from hf_semalign.preparation import Counts
 from hf_semalign.source import Source
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)], vocab=50)
@@ -290,9 +289,7 @@ def test_what_it_costs_beside_fine_tuning(tmp_path):
     source, rows = PAIRS["Llama"][0](), ROWS[24:]
     layers = sum(p.numel() for p in source.model.layers.parameters())
     tokens, valid = (sum(keep(token) for row in rows for token in row["labels"]) for keep in (lambda _: 1, lambda t: t >= 0))
-    sizes = [Size.of(dissect(model)) for model in (source, trainer.model)]
-    splits = {"extract": Counts.of(trainer.known.splits["extract"])}
-    cost = trainer.own_cost(*sizes, splits, trainer.args)
+    cost = trainer.own_cost(trainer.known, trainer.args)
     assert cost == {"sensitivities": pytest.approx(3 * (tokens * layers + valid * 50 * 24))}
 
 

@@ -23,7 +23,7 @@ by default value and output projections and FFN up and down, and never embedding
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, cast
@@ -35,13 +35,13 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hf_semalign.anatomy import Size
+from hf_semalign.anatomy import Size, dissect
 from hf_semalign.baselines.extraction import Needs, extract_once
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.loading import check_engine, is_quantised, is_set, load_model, skeleton
 from hf_semalign.pairing import LayerPairing
-from hf_semalign.preparation import Counts
+from hf_semalign.preparation import Counts, Preparation
 from hf_semalign.projections import oriented
 from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.source import Source
@@ -141,9 +141,10 @@ class SeekingTrainer(SFTTrainer):
         self._base_rounding = self._start()
 
     @classmethod
-    def own_cost(cls, source: Size, target: Size, splits: Mapping[str, Counts], args: SemAlignConfig) -> dict[str, float]:
+    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
         """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
-        return {"sensitivities": 3 * source.forward(splits["extract"].tokens, splits["extract"].valid)}
+        extract = Counts.of(known.splits["extract"])
+        return {"sensitivities": 3 * Size.of(dissect(known.source.shape)).forward(extract.tokens, extract.valid)}
 
     @torch.no_grad()
     def _start(self) -> float:

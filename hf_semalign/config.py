@@ -43,8 +43,7 @@ REFUSED = {
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
     "torch_compile": "frames would be reused when the frontier moves",
     "fsdp": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
-    "deepspeed": "ZeRO leaves out of its partitions what is frozen at first, and is reported not to train what thaws later "
-    "(deepspeed #1767, #4055), as the frontier does; use DDP, or FSDP2 for a large target (recipes/accelerate/fsdp2.yaml)",
+    "deepspeed": "choose ZeRO-2 by an accelerate config, as in recipes/accelerate/zero2.yaml",
 }
 
 

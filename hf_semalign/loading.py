@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
-from hf_semalign.sharding import check_sharding
+from hf_semalign.sharding import check_sharding, check_zero
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,11 @@ def check_engine(args: SemAlignConfig) -> None:
         raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     if args.n_gpu > 1:
         raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
-    wanted = {
-        "ACCELERATE_USE_DEEPSPEED": "deepspeed",
-        "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
-    }
-    for variable, name in wanted.items():
-        if is_set(variable):
-            raise ValueError(f"The accelerate config asks for {name} ({variable}), which is not supported: {REFUSED[name]}.")
+    if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
+        name = "torch_compile"
+        raise ValueError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        check_zero(args)
     if is_set("ACCELERATE_USE_FSDP"):
         check_sharding(args)
     for name in ("output_dir", "signals_dir"):

@@ -1,13 +1,18 @@
-"""FSDP2: each process holds a part of the target's weights, and its layers are put together one by one as they run."""
+"""FSDP2, where each process holds a part of the target's weights, put together as its layers run; ZeRO-2, a part of the
+optimizer's states.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.optim import Optimizer
 
 from hf_semalign.config import SemAlignConfig
 
@@ -56,6 +61,75 @@ def check_sharding(args: SemAlignConfig) -> None:
             "The accelerate config asks for FSDP, which accelerate leaves out on CPUs and in a single process: use several "
             "GPUs, or another accelerate config."
         )
+
+
+def check_zero(args: SemAlignConfig) -> None:
+    """Refuse what is not known to work of the DeepSpeed that the accelerate config asks for.
+
+    Raises:
+        ValueError: what, why, and what to take instead.
+    """
+    plugin = DeepSpeedPlugin()  # of the environment that `accelerate launch` has made
+    config = plugin.deepspeed_config
+    if plugin.zero_stage not in (1, 2):
+        raise ValueError(
+            f"DeepSpeed is supported with zero_stage 1 and 2, not {plugin.zero_stage}: under ZeRO-3 processes wait for each "
+            "other where one runs layers of the target alone. Take recipes/accelerate/fsdp2.yaml for a target that no GPU "
+            "holds, zero2.yaml or ddp.yaml for others."
+        )
+    refused = [
+        (
+            plugin.offload_optimizer_device != "none",
+            "offload_optimizer_device must be none: DeepSpeed would take another optimizer, which trains what is frozen",
+        ),
+        (
+            any(name in config for name in ("optimizer", "scheduler")),
+            "its config must name no optimizer and no scheduler: they are the Trainer's, and a stage's",
+        ),
+        (
+            config.get("gradient_clipping") not in ("auto", args.max_grad_norm),
+            f"gradient_clipping must be auto, or max_grad_norm, {args.max_grad_norm}: without it DeepSpeed clips to 1",
+        ),
+        (
+            args.parallelism_config is not None or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true",
+            "a parallelism_config beside it was never tried",
+        ),
+        (args.fp16, "fp16 was never tried with it: use bf16"),
+    ]
+    if wrong := [reason for is_so, reason in refused if is_so]:
+        raise ValueError(f"Not supported with DeepSpeed: {'; '.join(wrong)}.")
+    if args.distributed_state.backend is None:
+        raise ValueError("DeepSpeed wants processes that accelerate counts: use GPUs, or on CPUs ddp_backend gloo.")
+
+
+def autocast_under_zero(config: dict[str, Any]) -> None:
+    """Let bf16 be autocast, as with every other engine: DeepSpeed would cast the weights, and average gradients in bf16."""
+    if config["bf16"]["enabled"]:
+        config["bf16"]["enabled"] = False
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def part_by_layer(optimizer: Optimizer, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+    """Make an optimizer that ZeRO is going to flatten leave alone what the frontier has frozen.
+
+    ZeRO makes one vector of a parameter group, with one state and zeros for the gradients of what is frozen: AdamW would move
+    layers behind the frontier by their momentum, all others by decay, and begin a layer with the step count of the first.
+    So each layer is a group of its own here, and those that are frozen have no gradient when the optimizer steps.
+
+    Args:
+        optimizer: a new one of all layers.
+        layers: LoRA parameters by target layer.
+    """
+    settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    optimizer.param_groups = [{**settings, "params": list(own), "layer": layer} for layer, own in enumerate(layers)]
+
+    def leave_out(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if not layers[group["layer"]][0].requires_grad:
+                for vector in group["params"]:
+                    vector.grad = None
+
+    optimizer.register_step_pre_hook(leave_out)
 
 
 def check_shards(layers: nn.ModuleList, processes: int) -> None:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -73,7 +73,7 @@ from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.preparation import Preparation, prepare
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, checksum
-from hf_semalign.sharding import check_sharded, check_shards
+from hf_semalign.sharding import autocast_under_zero, check_sharded, check_shards, part_by_layer
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import (
@@ -206,10 +206,14 @@ class SemAlignTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and is_quantised(target.config):
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(f"The target {self.target_id} is quantised, which {engine} is not known to work with: use DDP.")
         if self.is_fsdp_enabled:
-            if is_quantised(target.config):
-                raise ValueError(f"The target {self.target_id} is quantised, which FSDP is not known to work with: use DDP.")
             check_shards(self.target_anatomy.layers, args.world_size)
+        if self.is_deepspeed_enabled:
+            autocast_under_zero(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            adapted.to(args.device)  # the Trainer would leave it to DeepSpeed, which is there for training alone
         check_head(adapted)  # where it is going to run
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
@@ -224,7 +228,7 @@ class SemAlignTrainer(Trainer):
                     cast(Dataset, extract),
                     collator,
                     root,
-                    precision=str(self.accelerator.mixed_precision),
+                    precision=self._precision,
                     device=args.device,
                     batch_size=args.per_device_eval_batch_size,
                     stream=args.source_memory == "stream",
@@ -288,6 +292,19 @@ class SemAlignTrainer(Trainer):
         """The target with LoRA that changes nothing yet."""
         return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
 
+    # Precision
+
+    @property
+    def _precision(self) -> str:
+        """Of forward passes: ``no``, ``bf16`` or ``fp16``."""
+        return "bf16" if self.is_deepspeed_enabled and self.args.bf16 else str(self.accelerator.mixed_precision)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The same with every engine; accelerate leaves it to DeepSpeed, which is there for training alone."""
+        if self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
+
     # Schedule and optimizer
 
     def set_initial_training_values(self, args, dataloader):
@@ -300,7 +317,10 @@ class SemAlignTrainer(Trainer):
     def create_optimizer(self, model=None):
         """The optimizer takes what is trainable when it is made: all of LoRA; ``FrontierCallback`` freezes afterwards."""
         train_only(self.lora_layers, range(len(self.lora_layers)))
-        return super().create_optimizer(model)
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made and self.is_deepspeed_enabled:
+            part_by_layer(optimizer, self.lora_layers)
+        return optimizer
 
     def _shard(self) -> None:
         """Under FSDP, before the first forward of any kind: accelerate shards a model only together with its optimizer."""
@@ -331,6 +351,12 @@ class SemAlignTrainer(Trainer):
             # An evaluation before training prepared it without DDP; accelerate would leave it so, and no gradient be averaged.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
+        if self.is_deepspeed_enabled:
+            if self.deepspeed is not None:
+                self.deepspeed.destroy()  # what it hooked on for an earlier training
+            self.model_wrapped = self.model
+            if resume_from_checkpoint is not None:
+                self._check_run(resume_from_checkpoint)
         self._shard()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.activation_checkpointing:
@@ -369,7 +395,7 @@ class SemAlignTrainer(Trainer):
                 root,
                 self.data_collator,
                 tokenizer=tokenizer,
-                precision=str(self.accelerator.mixed_precision),
+                precision=self._precision,
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
                 stream=args.source_memory == "stream",
@@ -387,7 +413,7 @@ class SemAlignTrainer(Trainer):
         self._in_groups = (
             learns and not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
         )
-        with self.accelerator.autocast(), disk_errors_explained(root):
+        with self._autocast(), disk_errors_explained(root):
             cached.prepare(layers if learns and not self._in_groups else None)
         return cached
 
@@ -398,7 +424,7 @@ class SemAlignTrainer(Trainer):
             OSError: a disk that does not hold them.
         """
         if isinstance(self.signals, CachedSignals) and self.args.learns_from_source:
-            with self.accelerator.autocast(), disk_errors_explained(signals_root(self.args)):
+            with self._autocast(), disk_errors_explained(signals_root(self.args)):
                 self.signals.training.prepare(self._layers_from(0))
 
     def _layers_from(self, stage: int) -> range:
@@ -413,7 +439,7 @@ class SemAlignTrainer(Trainer):
             self.signals.training.let_go()  # by every rank, before one deletes what is over
         self._compare_ranks()
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
-        with self.accelerator.autocast():
+        with self._autocast():
             if isinstance(self.signals, CachedSignals) and self._in_groups:
                 self.signals.training.prepare(self._layers_from(stage), in_groups=True)
                 self.source.release()
@@ -455,14 +481,14 @@ class SemAlignTrainer(Trainer):
             return None
         target = self.accelerator.unwrap_model(self.model).train()
         try:
-            with self.accelerator.autocast():
+            with self._autocast():
                 return TargetPrefix(
                     target,
                     self.lora_layers,
                     self.signals.training.examples,
                     self.data_collator,
                     folder,
-                    precision=str(self.accelerator.mixed_precision),
+                    precision=self._precision,
                     batch_size=args.per_device_eval_batch_size,
                     device=args.device,
                     progress=not args.disable_tqdm,
@@ -499,7 +525,7 @@ class SemAlignTrainer(Trainer):
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
-        with self.accelerator.autocast():
+        with self._autocast():
             signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
             with capture(modules) as states, entered:
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
@@ -628,7 +654,12 @@ class SemAlignTrainer(Trainer):
         """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split."""
         self._shard()
         self._evaluated: list[torch.Tensor] = []
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        enabled = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = enabled and self.deepspeed is not None  # else the Trainer insists on ZeRO-3
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.is_deepspeed_enabled = enabled
         cross_entropy, kl, tokens, relation, sequences = torch.cat(self._evaluated).double().sum(0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = cross_entropy / tokens
         output.metrics[f"{metric_key_prefix}_kl"] = kl / tokens
@@ -707,8 +738,8 @@ class SemAlignTrainer(Trainer):
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under FSDP the adapter alone is put together, and not the base with it."""
-        if not self.is_fsdp_enabled:
+        """Under FSDP and DeepSpeed the adapter alone is put together, and not the base with it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super().save_model(output_dir, _internal_call)
         adapter = {
             name: whole(p.detach()).cpu() for name, p in cast(nn.Module, self.model).named_parameters() if "lora_" in name
@@ -716,7 +747,7 @@ class SemAlignTrainer(Trainer):
         self._save(output_dir, adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP accelerate keeps once more, to go on from, what is trainable: for once that is all of LoRA."""
+        """FSDP and DeepSpeed keep once more, to go on from, what is trainable: for once that is all of LoRA."""
         with trainable(self.lora_layers, range(self.frontier.num_layers)):
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -773,13 +804,21 @@ class SemAlignTrainer(Trainer):
         raise NotImplementedError("push_to_hub is not supported yet: publish the run folder with push_transfer.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The weights of a checkpoint of this run."""
+        self._check_run(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_run(self, resume_from_checkpoint: str) -> None:
         """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
-        if (Path(resume_from_checkpoint) / f"{FSDP_MODEL_NAME}.bin").is_file() != self.is_fsdp_enabled:
-            way = "without FSDP, or with save_only_model" if self.is_fsdp_enabled else "under FSDP"
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
-                "start anew in another output_dir."
-            )
+        marks = {"FSDP": f"{FSDP_MODEL_NAME}.bin", "DeepSpeed": "latest"}
+        enabled = {"FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled}
+        for engine, mark in marks.items():
+            if (Path(resume_from_checkpoint) / mark).is_file() != enabled[engine]:
+                way = f"without {engine}, or with save_only_model" if enabled[engine] else f"under {engine}"
+                raise ValueError(
+                    f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
+                    "start anew in another output_dir."
+                )
         saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
         ours = json.loads(json.dumps(self.record()))
         defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
@@ -799,4 +838,3 @@ class SemAlignTrainer(Trainer):
                 f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
                 "models, data and settings, or start anew in another output_dir."
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -3,6 +3,7 @@
 One row a case. The command line: tests/test_bad_recipes.py. Folders on the disk: tests/test_bad_folders.py.
 """
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.pairing import pair_layers
-from hf_semalign.sharding import check_sharded, check_shards
+from hf_semalign.sharding import check_sharded, check_shards, check_zero
 from hf_semalign.splits import IGNORED
 from hf_semalign.trainer import SemAlignTrainer
 
@@ -81,7 +82,7 @@ SETTINGS = [
     ("uneven batches", {"accelerator_config": {"even_batches": False}}, "must leave even_batches True"),
     ("split batches", {"accelerator_config": {"split_batches": True}}, "split_batches and dispatch_batches False"),
     ("fsdp", {"fsdp": True}, "fsdp is not supported: choose FSDP2 by an accelerate config"),
-    ("deepspeed", {"deepspeed": "zero3.json"}, "deepspeed is not supported: ZeRO leaves out"),
+    ("deepspeed", {"deepspeed": "zero3.json"}, "deepspeed is not supported: choose ZeRO-2 by an accelerate config"),
     ("unused parameters", {"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters must not be False"),
     ("token averages", {"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
     (
@@ -254,8 +255,13 @@ def test_a_token_that_the_source_has_no_embedding_for(tmp_path):
         )
 
 
+ZERO = {"ACCELERATE_USE_FSDP": None, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 ENGINES = [
-    ("DeepSpeed", {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for deepspeed .* ZeRO leaves out .* use DDP, or"),
+    ("ZeRO-3", {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "zero_stage 1 and 2, not 3: .*fsdp2.yaml .* zero2.yaml"),
+    ("DeepSpeed alone", {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {}, "with zero_stage 1 and 2, not 0"),
+    ("offloaded states", {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer_device must"),
+    ("another clipping", {**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "gradient_clipping must be auto, or .* 1.0"),
+    ("DeepSpeed, uncounted", ZERO, {}, "DeepSpeed wants processes that accelerate counts: .* ddp_backend gloo"),
     ("torch.compile", {"ACCELERATE_DYNAMO_BACKEND": "inductor"}, {}, "asks for torch_compile .* when the frontier moves"),
     ("FSDP1", {"FSDP_VERSION": "1"}, {}, "FSDP1 is not supported: it wants one requires_grad .* Set fsdp_version: 2"),
     ("FSDP by default", {"FSDP_VERSION": None}, {}, "FSDP1 is not supported"),
@@ -286,6 +292,14 @@ def test_engines_of_the_accelerate_config_that_are_not_supported(tmp_path, monke
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         SemAlignTrainer(target(), tiny_llama(5, 24), args, ROWS)
+
+
+def test_a_deepspeed_config_of_ones_own(tmp_path, monkeypatch):
+    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    with pytest.raises(ValueError, match=r"must name no optimizer .*; gradient_clipping must be auto"):
+        check_zero(args)
 
 
 @table(

@@ -1,16 +1,18 @@
-"""Several processes give the adapter that one gives, stage by stage: DDP and FSDP2 over gloo, on CPUs."""
+"""Several processes give the adapter that one gives, stage by stage: DDP, FSDP2 and ZeRO-2 over gloo, on CPUs."""
 
+import os
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
 from peft import PeftModel
-from ranks import CASES, train
+from ranks import CASES, make, train
 from safetensors.torch import load_file
 
 from hf_semalign.cli import main
@@ -18,9 +20,11 @@ from hf_semalign.cli import main
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def run(arguments, timeout=400):
+def run(arguments, timeout=400, **variables):
     """Start a program; its output, if it fails, is the failure."""
-    done = subprocess.run([str(one) for one in arguments], capture_output=True, text=True, timeout=timeout, check=False)
+    environment = {**os.environ, **variables}
+    command = [str(one) for one in arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -46,14 +50,19 @@ def distance(one, other):
 
 def same_course(expected, found, case):
     """At equal global batch, after every stage; with a last batch that leaves all ranks but the first without rows."""
+    same_ends(expected, found, case)
+    for step, (one, other) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
+        assert distance(one, other) < 1e-4, step
+    assert found["agreed"] == [True] * 12  # bit for bit
+
+
+def same_ends(expected, found, case):
+    """The same without the gradients themselves."""
     assert len(found["stages"]) == len(expected["stages"]) == (1 if case == "joint" else 3)
     for stage, (one, other) in enumerate(zip(expected["stages"], found["stages"], strict=True)):
         assert distance(one, other) < 1e-5, stage
     torch.testing.assert_close(found["history"], expected["history"], rtol=1e-4, atol=1e-6)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
-    for step, (one, other) in enumerate(zip(expected["gradients"], found["gradients"], strict=True)):
-        assert distance(one, other) < 1e-4, step
-    assert found["agreed"] == [True] * 12  # bit for bit
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,7 +123,7 @@ def same_adapters(one, other):
 def accelerate(config, *arguments, folder, script=("recipes/train.py",)):
     """`accelerate launch` of the recipe's script."""
     settings = [*SETTINGS, "training.per_device_train_batch_size=16", f"output_dir={folder}"]
-    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", f"recipes/accelerate/{config}.yaml"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{config}.yaml"]
     return [*launch, "--num_processes", "2", *arguments, *script, *RECIPE, *settings]
 
 
@@ -197,3 +206,67 @@ def test_the_adapter_of_shards_is_whole(shards, case):
 def test_a_recipe_under_fsdp2(shards, recipe_alone):
     """Evaluation and generation before and after, and a checkpoint in every stage."""
     same_adapters(recipe_alone, shards[1] / "recipe")
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """What two processes learn under ZeRO-2, and their folder."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: it is no dependency of ours")
+    folder = tmp_path_factory.mktemp("zero")
+    command = accelerate("zero2", folder=folder / "recipe", script=[Path(__file__).with_name("zero.py"), folder])
+    run([*command, "training.ddp_backend=gloo"], DS_ACCELERATOR="cpu")
+    return torch.load(folder / "found.pt", weights_only=True), folder
+
+
+@pytest.mark.parametrize("case", [*CASES, "checkpointed"])
+def test_zero_learns_what_one_process_learns(alone, zero, case):
+    """With layers that were frozen before, and are afterwards: neither their momentum nor decay moves them."""
+    expected = alone["cached" if case == "checkpointed" else case]
+    same_ends(expected, zero[0][case], case)
+    assert zero[0][case]["written"] == expected["written"]
+
+
+def test_zero_in_bfloat16(tmp_path, zero):
+    expected, found = train(tmp_path, "bf16", 1), zero[0]["bf16"]
+    torch.testing.assert_close(found["history"][:, :3], expected["history"][:, :3], rtol=2e-2, atol=1e-3)
+    assert distance(expected["stages"][0], found["stages"][0]) < 0.05
+
+
+def test_zero_ends_on_a_signal_and_goes_on_to_the_very_same_adapter(zero):
+    found = zero[0]["stopped"]
+    assert (found["code"], found["step"]) == (143, 5)
+    assert torch.equal(found["adapter"], zero[0]["cached"]["stages"][-1])
+
+
+def test_zero_stops_on_a_loss_that_is_not_finite(zero):
+    found = zero[0]["broken"]
+    assert len(set(found["messages"])) == 1 and "Not finite at step 5 of 12 (stage 2)" in found["messages"][0]
+    assert found["whole"] == [True] * 2
+
+
+def test_zero_trains_twice_in_one_process(tmp_path, zero):
+    trainer, note = make(tmp_path, "cached", 1)
+    trainer.train()
+    trainer.optimizer = None  # as under DeepSpeed, where every training has its own
+    trainer.train()
+    for one, other in zip(note.stages, zero[0]["twice"]["stages"], strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_the_adapter_of_zero_is_whole(zero):
+    loaded = PeftModel.from_pretrained(tiny_llama(3, 16, seed=1, pad_token_id=0), zero[1] / "cached" / "saved")
+    flat = torch.cat([p.flatten() for name, p in loaded.named_parameters() if "lora_" in name])
+    assert torch.equal(flat, zero[0]["cached"]["stages"][-1])
+
+
+def test_a_checkpoint_of_zero_is_refused_elsewhere(tmp_path, zero):
+    """One process would go on without the optimizer's states."""
+    checkpoint = zero[1] / "stopped" / "run" / "checkpoint-5"
+    with pytest.raises(ValueError, match="was made under DeepSpeed: resume with the accelerate config of its run"):
+        make(tmp_path, "cached", 1)[0].train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_recipe_under_zero(zero, recipe_alone):
+    """Evaluation and generation before and after, and a checkpoint in every stage."""
+    same_adapters(recipe_alone, zero[1] / "recipe")

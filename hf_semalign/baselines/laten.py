@@ -382,7 +382,7 @@ class LaTenTrainer(SemAlignTrainer):
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
         """Refuse settings, models and rows that LaTen cannot work with; of the models the shape is looked at."""
         refused = {
-            "several processes": args.world_size > 1 or is_set("ACCELERATE_USE_FSDP"),
+            "several processes": args.world_size > 1 or is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"),
             "fp16, where its gradients would vanish": args.fp16,
             "source_memory='stream', because it reads the source's weights at every step": args.source_memory == "stream",
             "a quantised source": known.source.quantised,

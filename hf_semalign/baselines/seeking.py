@@ -95,8 +95,8 @@ class SeekingTrainer(SFTTrainer):
         semantic_map: SemanticMap | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if is_set("ACCELERATE_USE_FSDP"):
-            raise ValueError("Seeking changes the target's weights, which was never tried under FSDP: use DDP.")
+        if is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError("Seeking changes the target's weights, which was never tried under FSDP or DeepSpeed: use DDP.")
         check_engine(args)
         if args.source_memory == "stream":
             raise ValueError("Seeking needs the gradients of the whole source: source_memory must be 'resident'.")

@@ -8,7 +8,7 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "symbols", "anatomy", "splits", "hooks", "tasks", "losses", "attribution", "pairing", "semantics", "frontier",
+    "symbols", "anatomy", "splits", "hooks", "rows", "tasks", "losses", "attribution", "pairing", "semantics", "frontier",
     "states", "guards", "config", "sharding", "loading", "source", "scores", "signals", "prefix", "trainer",
     "analysis", "figures", "card", "sandbox", "evaluation", "hub", "baselines", "recipe", "studies", "cli",
 )  # fmt: skip

@@ -28,12 +28,11 @@ from peft import PeftModel
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hf_semalign.hub import find_folder, find_target, load_transfer, read_record
+from hf_semalign.hub import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
 from hf_semalign.problems import CODE, METRICS, build_task, find_rows, quiet
 from hf_semalign.sandbox import run_program
 from hf_semalign.symbols import public_name, resolve_model
-from hf_semalign.trainer import RECORD_NAME
 
 logger = logging.getLogger(__name__)
 TASKS = tuple(METRICS)

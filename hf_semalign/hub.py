@@ -16,7 +16,7 @@ from hf_semalign.trainer import RECORD_NAME
 
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, "README.md")
-KEYS = ("source", "target", "pairing", "settings", "data", "adapter_checksum")  # of a record, that others read
+KEYS = ("method", "source", "target", "pairing", "settings", "data", "adapter_checksum")  # of a record, that others read
 PUBLISHED = [
     *NEEDED,
     "results.json",

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_semalign import harness
 from hf_semalign.cli import main
 from hf_semalign.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
+from hf_semalign.hub import KEYS
 from hf_semalign.problems import humaneval_chat_program, mbpp_program
 from hf_semalign.sandbox import OPT_IN
 from hf_semalign.states import file_digest
@@ -467,10 +468,8 @@ def run_folder(tmp_path_factory):
     byte_tokenizer().save_pretrained(folder / "target")
     config = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, rank_pattern={"0.self_attn.v_proj": 12})
     get_peft_model(model, config).save_pretrained(folder / "run")
-    record = {
-        "source": "some/source", "target": "folder name", "pairing": {}, "settings": {}, "data": {},
-        "adapter_checksum": file_digest(folder / "run" / "adapter_model.safetensors"),
-    }  # fmt: skip
+    checksum = file_digest(folder / "run" / "adapter_model.safetensors")
+    record = {**{key: {} for key in KEYS}, "target": "folder name", "adapter_checksum": checksum}
     (folder / "run" / "semalign.json").write_text(json.dumps(record))
     return folder
 

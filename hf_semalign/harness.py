@@ -74,7 +74,8 @@ def run_benchmark(
         ``subjects`` (of MMLU: value by subject), ``limit``, ``num_fewshot``, ``chat_template``, ``add_bos_token``,
         ``bos_token`` (what every prompt begins with, or ``None``), ``truncated`` (prompts that lost their beginning, BOS
         included, because the model reads no more), ``backend``, ``harness``, ``task_version`` and ``data`` (Hub id, or name of
-        the file or folder). An LM of one's own sees to its prompts itself: then the last three about them are ``None``.
+        the file or folder). An LM of one's own sees to its prompts itself: ``add_bos_token``, ``bos_token`` and
+        ``truncated`` are ``None`` then.
 
     Raises:
         ValueError: before anything is generated: an unknown task or backend, no harness, no vLLM, no chat template, no opt-in

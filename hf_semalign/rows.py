@@ -104,7 +104,7 @@ class Table:
             try:
                 rows = datasets.load_dataset(self.hub_id, self.config, split=split).to_list()
             except OSError as error:
-                raise ValueError(f"{origin} cannot be read ({error}): name a local file instead.") from error
+                raise ValueError(f"{origin} cannot be read ({error}): name local files by data.files instead.") from error
         else:
             rows = self.read(Path(path))
         for number, row in enumerate(rows):

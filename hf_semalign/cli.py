@@ -59,8 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     analyze.add_argument("origin", metavar="RUN_OR_PAIR", help="a run folder, or the YAML file of a recipe")
     analyze.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as source=FOLDER")
     analyze.add_argument("--output", metavar="DIR", help="folder for the files; by default analysis/ in the run folder")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a run or a model on MMLU, GSM8K, HumanEval or MBPP",
+        description="Measure a run folder, an adapter on the Hub or a model by lm-eval: zero-shot, greedy, with BOS.",
+        epilog="Example: semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
+    )
+    evaluate.add_argument("origin", metavar="RUN_OR_MODEL", help="a run folder, a Hub id, or a model's folder")
+    evaluate.add_argument("--task", action="append", required=True, help="mmlu, gsm8k, humaneval or mbpp; may be repeated")
+    evaluate.add_argument("--target", help="Hub id or folder of a run's target, where its record has only a folder's name")
+    evaluate.add_argument("--files", metavar="DIR_OR_FILE", help="local test rows instead of the Hub's")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="first rows only; of MMLU of each subject")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (16)")
+    evaluate.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
+    evaluate.add_argument("--backend", default="hf", help="hf, or vllm")
+    evaluate.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
     options, rest = parser.parse_known_args(arguments)
-    if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
+    takes_more = options.command != "evaluate"
+    if wrong := [word for word in rest if not takes_more or word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
         options.overrides += rest
@@ -69,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "analyze":
             _analyze(options.analysis, options.origin, options.overrides, options.output)
+        elif options.command == "evaluate":
+            _evaluate(options)
         elif options.command == "compare":
             _compare(options.comparison, options.overrides, options.jobs, options.dry_run)
         elif options.command == "signals":
@@ -98,6 +116,18 @@ def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str |
 
     path = run_analysis(analysis, origin, overrides, output)
     Console(soft_wrap=True, markup=False).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from hf_semalign.harness import RESULTS_NAME, benchmarks_table, evaluate_run
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "origin", "task")}
+    content = evaluate_run(options.origin, options.task, **settings)
+    console = Console(soft_wrap=True, markup=False)
+    console.print(benchmarks_table(content))
+    console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
 
 
 def _compare(comparison: str, overrides: Sequence[str], jobs: int, dry_run: bool) -> None:

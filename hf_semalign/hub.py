@@ -72,23 +72,48 @@ def load_transfer(repo_id_or_folder: str | Path, *, target: str | None = None) -
         FileNotFoundError: a folder without ``semalign.json`` or an adapter in safetensors, or an id that cannot be reached.
         ValueError: one of these is damaged, the target is not found, or the record names a path.
     """
-    given = str(repo_id_or_folder)
-    try:
-        folder = Path(given) if Path(given).is_dir() else Path(snapshot_download(given, allow_patterns=list(LOADED)))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
+    folder = find_folder(repo_id_or_folder)
     record = read_record(folder)
     check_adapter(folder)
     if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
-        raise ValueError(f"{ADAPTER[0]} of {given} is not the one that {RECORD_NAME} is about: copy or download both again.")
-    name = target or record["target"]
-    if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
-        raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")
+        raise ValueError(
+            f"{ADAPTER[0]} of {repo_id_or_folder} is not the one that {RECORD_NAME} is about: copy or download both again."
+        )
+    name = find_target(record, target)
     try:
-        base = load_weights(resolve_model(name), dtype="auto")
+        base = load_weights(name, dtype="auto")
     except ValueError as error:
         raise ValueError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
     return PeftModel.from_pretrained(base, folder), record
+
+
+def find_folder(repo_id_or_folder: str | Path) -> Path:
+    """A folder, or the local copy of what a Hub repository has of a transfer.
+
+    Raises:
+        FileNotFoundError: it is neither, or cannot be reached.
+    """
+    given = str(repo_id_or_folder)
+    try:
+        return Path(given) if Path(given).is_dir() else Path(snapshot_download(given, allow_patterns=list(LOADED)))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
+
+
+def find_target(record: dict[str, Any], target: str | None = None) -> str:
+    """Hub id or folder of a record's target.
+
+    Args:
+        record: see :func:`read_record`.
+        target: the target, where the record knows only a local folder's name.
+
+    Raises:
+        ValueError: the record names a path.
+    """
+    name = target or record["target"]
+    if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
+        raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")
+    return resolve_model(name)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

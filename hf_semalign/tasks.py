@@ -1,30 +1,44 @@
 """Tasks: a task name to the records of its three splits.
 
 Prompts and answers follow the public data of LaTen (Tan et al., ACL 2025). Rows come from the Hub, or from local files
-of the same content; two rows are the same when ``prompt_of`` reads the same prompt in both.
+of the same content; two rows are the same when ``prompt_of`` reads the same prompt in both. No split has a row of the
+benchmark's test set, nor one that asks the same: the test set is for scoring alone (:mod:`hf_semalign.harness`).
 """
 
 from __future__ import annotations
 
 import ast
-import csv
 import difflib
-import json
+import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from hf_semalign.rows import (
+    GSM8K,
+    LETTERS,
+    LISTED,
+    MBPP,
+    MMLU,
+    PAIRS,
+    TESTS,
+    Item,
+    Overlap,
+    Row,
+    Table,
+    overlap,
+    read_json_lines,
+    same_questions,
+)  # fmt: skip
 from hf_semalign.splits import check_text, prompt_of
 from hf_semalign.symbols import SKILLS, make_records
 
-LETTERS = "ABCD"
-Row = dict[str, Any]
+logger = logging.getLogger(__name__)
 Files = Mapping[str, str]
 
 
@@ -36,11 +50,14 @@ class TaskData:
         extract: for attribution only.
         align: for training only.
         eval: seen by neither.
+        overlap: what the rows of all three have in common with the benchmark's test rows; ``None`` where these are not at
+            hand, or where the task is no benchmark.
     """
 
     extract: list[Row]
     align: list[Row]
     eval: list[Row]
+    overlap: Overlap | None = None
 
 
 def load_task(
@@ -60,8 +77,10 @@ def load_task(
         extract: rows of the extract split; for ``records`` an upper limit, as are the next two.
         align: rows of the align split.
         eval: rows of the eval split.
-        files: local path by role, instead of the Hub: ``train`` and ``eval``; for ``humaneval`` only ``train``, whose
-            tail is held out; for ``records`` ``extract``, ``align`` and ``eval``, of which the first rows are kept.
+        files: local path by role, instead of the Hub: ``train``, from which ``eval`` is drawn as well (for ``mbpp`` by
+            ``task_id``), and ``test``, the benchmark's test rows, which the splits are kept apart from. Without it they are
+            not compared, which is logged; for ``mbpp``, ``train`` may hold them. For ``records`` ``extract``, ``align`` and
+            ``eval``, of which the first rows are kept.
         seed: seed of the draw; the same seed gives the same rows in the same order.
         skills: of ``symbols``, some of its skills; by default all.
 
@@ -80,8 +99,9 @@ def load_task(
     if task == "records":
         files = files or {}
         _check_files(task, files, tuple(counts))
-        return TaskData(**{split: _read_records(Path(files[split]))[:count] for split, count in counts.items()})
-    _check_files(task, files, tuple(BENCHMARKS[task].splits))
+        rows = {split: _read_records(Path(files[split]))[:count] for split, count in counts.items()}
+        return TaskData(rows["extract"], rows["align"], rows["eval"])
+    _check_files(task, files, ("train",), optional=("test",))
     return _draw_benchmark(task, counts, files, seed)
 
 
@@ -109,13 +129,14 @@ def load_held_out(
     if task == "records":
         _check_files(task, files or {}, ("eval",))
         return _read_records(Path((files or {})["eval"]))[:eval]
-    _check_files(task, files, tuple(BENCHMARKS[task].splits))
-    role = "eval" if "eval" in BENCHMARKS[task].splits else "train"
-    rows = list(_load_records(task, role, files).values())
+    _check_files(task, files, ("train",), optional=("test",))
+    split = BENCHMARKS[task].eval or BENCHMARKS[task].train
+    path = None if files is None else files["train"]
+    rows = list(_usable_rows(task, split, path, _load_tests(task, files)).values())
     if len(rows) < eval:
         raise ValueError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were asked for: lower the count.")
     random.Random(seed).shuffle(rows)
-    return rows[:eval]
+    return [BENCHMARKS[task].render(row) for row in rows[:eval]]
 
 
 def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | None) -> None:
@@ -130,9 +151,10 @@ def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | No
         )
 
 
-def _check_files(task: str, files: Files | None, roles: Sequence[str]) -> None:
-    if files is not None and not (isinstance(files, Mapping) and set(files) == set(roles)):
+def _check_files(task: str, files: Files | None, roles: Sequence[str], optional: Sequence[str] = ()) -> None:
+    if files is not None and not (isinstance(files, Mapping) and set(roles) <= set(files) <= {*roles, *optional}):
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
+        wanted += "".join(f", and {role} if you have it" for role in optional)
         given = sorted(files) if isinstance(files, Mapping) else files
         raise ValueError(f"Task {task!r} got files for {given}; the roles that it reads are {wanted}.")
     for role, path in (files or {}).items():
@@ -141,93 +163,86 @@ def _check_files(task: str, files: Files | None, roles: Sequence[str]) -> None:
 
 
 def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -> TaskData:
-    splits: dict[str, list[Row]] = {}
+    splits: list[list[Row]] = []
     taken: set[str] = set()
-    for index, (split, count) in enumerate(counts.items()):
-        splits[split] = make_records(count, len(counts) * seed + index, exclude=taken, skills=skills)
-        taken |= {record["prompt"] for record in splits[split]}
-    return TaskData(**splits)
+    for index, count in enumerate(counts.values()):
+        splits.append(make_records(count, len(counts) * seed + index, exclude=taken, skills=skills))
+        taken |= {record["prompt"] for record in splits[-1]}
+    extract, align, evaluation = splits
+    return TaskData(extract, align, evaluation)
 
 
 def _draw_benchmark(task: str, counts: Mapping[str, int], files: Files | None, seed: int) -> TaskData:
-    pools = {role: _load_records(task, role, files) for role in BENCHMARKS[task].splits}
-    if "eval" not in pools:
-        pool = list(pools["train"].items())
-        pools = {"train": dict(pool[: -counts["eval"]]), "eval": dict(pool[-counts["eval"] :])}
-    train = [record for prompt, record in pools["train"].items() if prompt not in pools["eval"]]
-    held_out = list(pools["eval"].values())
+    benchmark = BENCHMARKS[task]
+    path = None if files is None else files["train"]
+    tests = _load_tests(task, files)
+    held_out = {} if benchmark.eval is None else _usable_rows(task, benchmark.eval, path, tests)
+    usable = _usable_rows(task, benchmark.train, path, tests)
+    train = [row for prompt, row in usable.items() if prompt not in held_out]
+    own = list(held_out.values())
     first, last = counts["extract"], counts["extract"] + counts["align"]
-    for names, rows, wanted in (("extract and align", train, last), ("eval", held_out, counts["eval"])):
+    if benchmark.eval is None:
+        pools = [("extract, align and eval", train, last + counts["eval"])]
+    else:
+        pools = [("extract and align", train, last), ("eval", own, counts["eval"])]
+    for names, rows, wanted in pools:
         if len(rows) < wanted:
             raise ValueError(
-                f"Task {task!r} has {len(rows)} rows for {names}, but {wanted} were asked for (repeated prompts, and"
-                " train prompts that are also in eval, do not count): lower the counts, or name larger files."
+                f"Task {task!r} has {len(rows)} rows for {names}, but {wanted} were asked for (repeated prompts, and those that"
+                " are also in eval or among the benchmark's test rows, do not count): lower the counts, or name larger files."
             )
         random.Random(seed).shuffle(rows)
-    return TaskData(extract=train[:first], align=train[first:last], eval=held_out[: counts["eval"]])
+    evaluation = (train[last:] if benchmark.eval is None else own)[: counts["eval"]]
+    train = train[:last]
+    return TaskData(
+        extract=[benchmark.render(row) for row in train[:first]],
+        align=[benchmark.render(row) for row in train[first:]],
+        eval=[benchmark.render(row) for row in evaluation],
+        overlap=_compare(task, [benchmark.table.item(row) for row in (*train, *evaluation)], tests),
+    )
 
 
-def _load_records(task: str, role: str, files: Files | None) -> dict[str, Row]:
+def _load_tests(task: str, files: Files | None) -> list[Item]:
+    """The benchmark's test rows; none, which is logged, where the local files do not hold them."""
+    table = TESTS[task]
+    path = None if files is None else files.get("test", files["train"] if table is MBPP else None)
+    tests = [] if files is not None and path is None else [table.item(row) for row in table.load("test", path)]
+    if not tests:
+        logger.warning("Task %r is not compared with the benchmark's test rows: name their file as files.test for that.", task)
+    return tests
+
+
+def _usable_rows(task: str, split: str, path: str | None, tests: list[Item]) -> dict[str, Row]:
+    """Rows by prompt, the first of each, without those that ask what a test row asks."""
     benchmark = BENCHMARKS[task]
-    if files is None:
-        origin = f"{benchmark.hub_id}, {benchmark.splits[role]}"
-        try:
-            rows = datasets.load_dataset(benchmark.hub_id, benchmark.config, split=benchmark.splits[role]).to_list()
-        except OSError as error:
-            wanted = ", ".join(benchmark.splits)
-            raise ValueError(f"Task {task!r} cannot be read ({error}): name local files for {wanted} by data.files.") from error
-    else:
-        origin = files[role]
-        rows = benchmark.read(Path(origin))
-    records: dict[str, Row] = {}
-    for number, row in enumerate(rows):
-        missing = [column for column in benchmark.columns if column not in row]
-        if missing:
-            raise ValueError(
-                f"Row {number} of {origin} lacks the columns {missing}: it has {sorted(row)}. Rename them, or use task"
-                " 'records' with prompts of your own."
-            )
-        if role not in benchmark.task_ids or row["task_id"] in benchmark.task_ids[role]:
-            record = benchmark.render(row)
-            records.setdefault(prompt_of(record), record)
-    return records
+    rows = benchmark.table.load(split, path)
+    known = same_questions(map(benchmark.table.item, rows), tests)
+    if known:
+        shown = ", ".join(f"{row} = {test}" for row, test in known.items())
+        logger.warning("Task %r: %d rows of %s ask what a test row asks, and are left out: %s.", task, len(known), split, shown)
+    usable: dict[str, Row] = {}
+    for row in rows:
+        if row["task_id"] not in known:
+            usable.setdefault(prompt_of(benchmark.render(row)), row)
+    return usable
 
 
-def _read_json_lines(path: Path) -> list[Row]:
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object a line.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                rows.append(dict(json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.") from error
-    return rows
-
-
-def _read_mmlu_folder(folder: Path) -> list[Row]:
-    rows = []
-    for table in sorted(folder.glob("*_*.csv")):
-        subject = table.stem.rpartition("_")[0]
-        with table.open(encoding="utf-8", newline="") as lines:
-            for number, cells in enumerate(csv.reader(lines), start=1):
-                if len(cells) != 6 or cells[5] not in tuple(LETTERS):
-                    raise ValueError(f"{table}, row {number} is {cells}: expected question, A, B, C, D, answer letter.")
-                question, *choices, letter = cells
-                answer = LETTERS.index(letter)
-                rows.append({"question": question, "subject": subject, "choices": choices, "answer": answer})
-    if not rows:
-        raise ValueError(f"No rows in {folder}: expected a folder of <subject>_<split>.csv files.")
-    return rows
+def _compare(task: str, items: list[Item], tests: list[Item]) -> Overlap | None:
+    if not tests:
+        return None
+    found = overlap(items, tests)
+    worst = ", ".join(f"{row} = {test} ({share:.0%})" for row, test, share in found.worst[:LISTED])
+    logger.info(
+        "Task %r: %.1f%% of %d rows have 13 words in a row that also stand in one of %d test rows%s.",
+        task, 100 * found.share, found.rows, found.test_rows, f"; most (row = test row): {worst}" if worst else "",
+    )  # fmt: skip
+    return found
 
 
 def _read_records(path: Path) -> list[Row]:
     formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix == ".jsonl":
-        rows = _read_json_lines(path)
+        rows = read_json_lines(path)
     elif path.suffix in formats:
         try:
             rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
@@ -299,44 +314,31 @@ def _render_instruction(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a task's rows come from, and how one becomes a record.
+    """Where the splits of a benchmark's task come from, and how a row becomes a record.
 
     Attributes:
-        hub_id: data set on the Hub.
-        config: its configuration.
-        splits: its split by role; without ``eval``, the tail of ``train`` is held out.
-        columns: what every row must have.
+        table: its rows.
+        train: split for extract and align.
         render: row to record.
-        read: local path to rows.
-        task_ids: the rows of a role, where one table holds those of all.
+        eval: split for eval; by default it is drawn from ``train`` with the others.
     """
 
-    hub_id: str
-    config: str | None
-    splits: Mapping[str, str]
-    columns: tuple[str, ...]
+    table: Table
+    train: str
     render: Callable[[Row], Row]
-    read: Callable[[Path], list[Row]] = _read_json_lines
-    task_ids: Mapping[str, range] = field(default_factory=dict)
+    eval: str | None = None
+
+    @property
+    def hub_id(self) -> str:
+        """Data set on the Hub."""
+        return self.table.hub_id
 
 
-# HumanEval and the test ids of MBPP, 11 to 510, are for scoring alone: the instruction pairs stand in for the former.
+# Test rows are for scoring alone: instruction pairs stand in for HumanEval, which has no others.
 BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k": Benchmark(
-        "openai/gsm8k", "main", {"train": "train", "eval": "test"}, ("question", "answer"), _render_gsm8k
-    ),
-    "mmlu": Benchmark(
-        "cais/mmlu", "all", {"train": "dev+validation", "eval": "test"},
-        ("question", "subject", "choices", "answer"), _render_mmlu, read=_read_mmlu_folder,
-    ),
-    "humaneval": Benchmark(
-        "iamtarun/python_code_instructions_18k_alpaca", None, {"train": "train"},
-        ("instruction", "output"), _render_instruction,
-    ),
-    "mbpp": Benchmark(
-        "google-research-datasets/mbpp", "full", {"train": "train", "eval": "validation"},
-        ("task_id", "text", "code", "test_list"), _render_mbpp,
-        task_ids={"train": range(601, 975), "eval": range(511, 601)},
-    ),
-}  # fmt: skip
+    "gsm8k": Benchmark(GSM8K, "train", _render_gsm8k),
+    "mmlu": Benchmark(MMLU, "dev+validation", _render_mmlu),
+    "humaneval": Benchmark(PAIRS, "train", _render_instruction),
+    "mbpp": Benchmark(MBPP, "train", _render_mbpp, eval="validation"),
+}
 TASKS: tuple[str, ...] = ("symbols", *BENCHMARKS, "records")

@@ -24,7 +24,7 @@ RECIPES = [
     (
         "a hub out of reach",
         "{task: gsm8k, extract: 2, align: 8, eval: 2}",
-        "Couldn't reach .*: name local files for train, eval",
+        "Couldn't reach .*: name local files by data.files",
     ),
     ("a source that is a number", "source=5", "source of the recipe .* is 5: expected text"),
     ("no output_dir", "output_dir=", "output_dir of the recipe .* is None: expected text"),

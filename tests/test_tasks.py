@@ -45,6 +45,16 @@ def pair_row(number):
     return {"instruction": f"Print {number}.", "input": "", "output": f"print({number})\n"}
 
 
+def problem_row(number):
+    return {
+        "task_id": f"HumanEval/{number}",
+        "prompt": f'def f{number}(x):\n    """Add {number}."""\n',
+        "entry_point": f"f{number}",
+        "canonical_solution": f"    return x + {number}\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {number + 1}\n",
+    }
+
+
 def json_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
     return str(path)
@@ -64,14 +74,16 @@ def files(tmp_path):
     mbpp = json_lines(tmp_path / "mbpp.jsonl", map(mbpp_row, [*range(505, 520), *range(598, 612)]))
     mmlu = {
         "train": mmlu_folder(tmp_path / "dev", {"high_school_physics_dev.csv": list(map(mmlu_row, range(10)))}),
-        "eval": mmlu_folder(tmp_path / "test", {"high_school_physics_test.csv": list(map(mmlu_row, range(20, 30)))}),
+        "test": mmlu_folder(tmp_path / "test", {"high_school_physics_test.csv": list(map(mmlu_row, range(20, 30)))}),
     }
     gsm8k = {
         "train": json_lines(tmp_path / "train.jsonl", map(gsm8k_row, range(10))),
-        "eval": json_lines(tmp_path / "test.jsonl", map(gsm8k_row, range(20, 30))),
+        "test": json_lines(tmp_path / "test.jsonl", map(gsm8k_row, range(20, 30))),
     }
     pairs = json_lines(tmp_path / "pairs.jsonl", map(pair_row, range(12)))
-    return {"gsm8k": gsm8k, "mmlu": mmlu, "mbpp": {"train": mbpp, "eval": mbpp}, "humaneval": {"train": pairs}}
+    problems = json_lines(tmp_path / "problems.jsonl", map(problem_row, range(3)))
+    humaneval = {"train": pairs, "test": problems}
+    return {"gsm8k": gsm8k, "mmlu": mmlu, "mbpp": {"train": mbpp}, "humaneval": humaneval}
 
 
 def splits_of(data):
@@ -90,9 +102,8 @@ def test_gsm8k_text(tmp_path):
         {"question": "R?", "answer": "It is <<1=1>>1.\n#### 1"},
     ]
     path = json_lines(tmp_path / "rows.jsonl", rows)
-    evaluation = json_lines(tmp_path / "eval.jsonl", [gsm8k_row(1)])
-    data = load_task("gsm8k", extract=1, align=2, eval=1, files={"train": path, "eval": evaluation})
-    assert {turns(record) for record in data.extract + data.align} == {
+    data = load_task("gsm8k", extract=1, align=1, eval=1, files={"train": path})
+    assert {turns(record) for record in data.extract + data.align + data.eval} == {
         (
             "Answer the following question.\n\nQuestion: How many are half of 14 eggs?",
             "Answer: Half of 14 is 7 eggs So 7 are left. So the answer is 7.",
@@ -103,12 +114,12 @@ def test_gsm8k_text(tmp_path):
 
 
 def test_mmlu_text(files):
-    data = load_task("mmlu", extract=1, align=9, eval=10, files=files["mmlu"])
+    data = load_task("mmlu", extract=1, align=8, eval=1, files=files["mmlu"])
     assert (
         "The following are multiple choice questions (with answers) about high school physics.\n\n"
         "What is 7?\nA. a, b\nB. c\nC. d\nD. e\nAnswer:",
         "The answer is: D",
-    ) in map(turns, data.extract + data.align)
+    ) in map(turns, data.extract + data.align + data.eval)
 
 
 def test_mbpp_text(files):
@@ -128,11 +139,11 @@ def test_humaneval_text(tmp_path):
         pair_row(5),
     ]
     data = load_task("humaneval", extract=1, align=1, eval=1, files={"train": json_lines(tmp_path / "p.jsonl", rows)})
-    assert {turns(record) for record in data.extract + data.align} == {
+    assert {turns(record) for record in data.extract + data.align + data.eval} == {
         ("Add.\n1, 2", "```python\nprint(1 + 2)\n```"),
         ("Explain.", "Like this:\n```python\nx = 1\n```\nDone."),
+        ("Print 5.", "```python\nprint(5)\n```"),
     }
-    assert turns(data.eval[0]) == ("Print 5.", "```python\nprint(5)\n```")
 
 
 def test_symbols_text():
@@ -157,13 +168,50 @@ def test_splits_are_sized_disjoint_and_deterministic(task, files):
 def test_repeated_prompts_stand_in_one_split_only(tmp_path):
     spellings = ["ONE  egg?", "one egg?", "\uff4fne\tegg?"]
     train = [{"question": text, "answer": "#### 1"} for text in spellings] + [gsm8k_row(n) for n in range(3)]
-    evaluation = [{"question": "How many are  HALF of 2 eggs?", "answer": "#### 1"}]
-    paths = {"train": json_lines(tmp_path / "t.jsonl", train), "eval": json_lines(tmp_path / "e.jsonl", evaluation)}
-    data = load_task("gsm8k", extract=1, align=2, eval=1, files=paths)
-    prompts = {prompt_of(record).rpartition("question: ")[2] for record in data.extract + data.align}
+    test = [{"question": "How many are  HALF of 2 eggs?", "answer": "#### 1"}]
+    paths = {"train": json_lines(tmp_path / "t.jsonl", train), "test": json_lines(tmp_path / "e.jsonl", test)}
+    data = load_task("gsm8k", extract=1, align=1, eval=1, files=paths)
+    prompts = {prompt_of(record).rpartition("question: ")[2] for record in data.extract + data.align + data.eval}
     assert prompts == {"one egg?", "how many are half of 0 eggs?", "how many are half of 1 eggs?"}
-    with pytest.raises(ValueError, match="'gsm8k' has 3 rows for extract and align, but 4 were asked for"):
-        load_task("gsm8k", extract=1, align=3, eval=1, files=paths)
+    with pytest.raises(ValueError, match="'gsm8k' has 3 rows for extract, align and eval, but 4 were asked for"):
+        load_task("gsm8k", extract=1, align=2, eval=1, files=paths)
+
+
+LEAKS = {  # rows that ask what a test row asks, by what may differ
+    "gsm8k": ({**gsm8k_row(20), "answer": "#### 1"}, "10 = 0"),
+    "mmlu": ({**mmlu_row(29), "answer": 0}, "10 = 9"),
+    "mbpp": ({**mbpp_row(505), "task_id": 700, "code": "def add(x, y):\n  return x + y"}, "700 = 505"),
+    "humaneval": ({"instruction": problem_row(2)["prompt"].upper(), "output": "?"}, "12 = HumanEval/2"),
+}
+
+
+@pytest.mark.parametrize("task", LEAKS)
+def test_rows_that_ask_what_a_test_row_asks_are_left_out(task, files, caplog):
+    row, name = LEAKS[task]
+    path = Path(files[task]["train"])
+    if path.is_dir():
+        with (path / "high_school_physics_dev.csv").open("a", newline="") as file:
+            csv.writer(file).writerow([row["question"], *row["choices"], "A"])
+    else:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    usable = {"gsm8k": 10, "mmlu": 10, "mbpp": 11, "humaneval": 12}[task] - (0 if task == "mbpp" else 1)
+    data = load_task(task, extract=1, align=usable - 1, eval=1, files=files[task])
+    with pytest.raises(ValueError, match=f"has {usable + (task != 'mbpp')} rows"):
+        load_task(task, extract=1, align=usable, eval=1, files=files[task])
+    assert f"Task '{task}': 1 rows of {'dev+validation' if task == 'mmlu' else 'train'} ask what a test row asks" in caplog.text
+    assert f"are left out: {name}." in caplog.text
+    assert data.overlap.exact == [] and data.overlap.rows == usable + 1
+    assert data.overlap.test_rows == {"gsm8k": 10, "mmlu": 10, "mbpp": 6, "humaneval": 3}[task]
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "mmlu", "humaneval", "mbpp"])
+def test_without_test_rows_it_is_said_that_nothing_was_compared(task, files, tmp_path, caplog):
+    given = {"train": files[task]["train"]}
+    if task == "mbpp":
+        given = {"train": json_lines(tmp_path / "no_test.jsonl", map(mbpp_row, [*range(511, 520), *range(598, 612)]))}
+    assert load_task(task, **COUNTS, files=given).overlap is None
+    assert f"Task '{task}' is not compared with the benchmark's test rows: name their file as files.test" in caplog.text
 
 
 def test_symbols_that_differ_by_case_alone_are_kept_apart(monkeypatch):
@@ -174,11 +222,6 @@ def test_symbols_that_differ_by_case_alone_are_kept_apart(monkeypatch):
     assert data.align != drawn, "the plain draw must clash, or the test shows nothing"
     check_disjoint(splits_of(data))
     assert {split: len(records) for split, records in splits_of(data).items()} == counts
-
-
-def test_humaneval_holds_out_the_tail(files):
-    data = load_task("humaneval", **COUNTS, files=files["humaneval"])
-    assert {turns(record)[0] for record in data.eval} == {"Print 10.", "Print 11."}
 
 
 def test_mbpp_takes_its_rows_by_id(files):
@@ -196,33 +239,41 @@ def test_mbpp_takes_its_rows_by_id(files):
 
 
 HUB = {
-    "gsm8k": ("openai/gsm8k", "main", gsm8k_row, {"train": range(9), "test": range(20, 29)}),
-    "mmlu": ("cais/mmlu", "all", mmlu_row, {"dev+validation": range(9), "test": range(20, 29)}),
-    "mbpp": (
-        "google-research-datasets/mbpp",
-        "full",
-        mbpp_row,
-        {"train": range(601, 610), "validation": range(511, 520)},
-    ),
-    "humaneval": ("iamtarun/python_code_instructions_18k_alpaca", None, pair_row, {"train": range(9)}),
+    "gsm8k": [
+        ("openai/gsm8k", "main", "test", gsm8k_row, range(20, 29)),
+        ("openai/gsm8k", "main", "train", gsm8k_row, range(9)),
+    ],
+    "mmlu": [
+        ("cais/mmlu", "all", "test", mmlu_row, range(20, 29)),
+        ("cais/mmlu", "all", "dev+validation", mmlu_row, range(9)),
+    ],
+    "mbpp": [
+        ("google-research-datasets/mbpp", "full", split, mbpp_row, numbers)
+        for split, numbers in (("test", range(11, 20)), ("validation", range(511, 520)), ("train", range(601, 610)))
+    ],
+    "humaneval": [
+        ("openai/openai_humaneval", None, "test", problem_row, range(3)),
+        ("iamtarun/python_code_instructions_18k_alpaca", None, "train", pair_row, range(9)),
+    ],
 }
 
 
 @pytest.mark.parametrize("task", HUB)
 def test_hub(task, monkeypatch):
-    path, config, row, splits = HUB[task]
-    tables = {split: datasets.Dataset.from_list([row(n) for n in numbers]) for split, numbers in splits.items()}
     asked = []
 
     def load_dataset(*arguments, split):
-        asked.append((*arguments, split))
-        return tables[split]
+        *named, row, numbers = HUB[task][len(asked)]
+        asked.append([*arguments, split])
+        assert asked[-1] == named
+        return datasets.Dataset.from_list([row(number) for number in numbers])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_task(task, **COUNTS)
-    assert asked == [(path, config, split) for split in tables]
+    assert len(asked) == len(HUB[task])
     assert {split: len(records) for split, records in splits_of(data).items()} == COUNTS
     check_disjoint(splits_of(data))
+    assert data.overlap.rows == sum(COUNTS.values())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -269,8 +320,12 @@ def test_counts_below_one(split):
 @pytest.mark.parametrize(
     ("task", "files", "message"),
     [
-        ("gsm8k", {"train": "x"}, r"got files for \['train'\]; the roles that it reads are exactly train, eval"),
-        ("humaneval", {"train": "x", "eval": "x"}, r"\['eval', 'train'\]; .* exactly train\."),
+        (
+            "gsm8k",
+            {"test": "x"},
+            r"got files for \['test'\]; the roles that it reads are exactly train, and test if",
+        ),
+        ("humaneval", {"train": "x", "eval": "x"}, r"\['eval', 'train'\]; .* exactly train, and test if you have it\."),
         ("records", None, r"got files for \[\]; .* exactly extract, align, eval"),
         ("symbols", {"train": "x"}, "none, so leave files out"),
     ],
@@ -286,11 +341,9 @@ def test_missing_file(tmp_path):
 
 
 def test_too_few_rows(files):
-    with pytest.raises(ValueError, match=r"has 10 rows for extract and align, but 11 were asked for.*lower the counts"):
-        load_task("gsm8k", extract=1, align=10, eval=1, files=files["gsm8k"])
-    with pytest.raises(ValueError, match="has 10 rows for eval, but 11 were asked for"):
-        load_task("mmlu", extract=1, align=1, eval=11, files=files["mmlu"])
-    with pytest.raises(ValueError, match="has 2 rows for extract and align, but 3 were asked for"):
+    with pytest.raises(ValueError, match=r"has 10 rows for extract, align and eval, but 11 were asked for.*lower the counts"):
+        load_task("gsm8k", extract=1, align=9, eval=1, files=files["gsm8k"])
+    with pytest.raises(ValueError, match="has 12 rows for extract, align and eval, but 13 were asked for"):
         load_task("humaneval", extract=1, align=2, eval=10, files=files["humaneval"])
 
 
@@ -306,7 +359,7 @@ def test_too_few_rows(files):
 def test_malformed_rows(task, row, message, tmp_path):
     path = json_lines(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match=message):
-        load_task(task, **COUNTS, files={"train": path, "eval": path})
+        load_task(task, **COUNTS, files={"train": path})
 
 
 @pytest.mark.parametrize("line", ["{'a': 1}", "5", "[1, 2]"])
@@ -390,3 +443,13 @@ def test_a_held_out_task_reads_its_eval_split_alone(tmp_path):
     assert load_held_out("records", eval=3, files={"eval": str(tmp_path / "rows.jsonl")}) == rows[:3]
     with pytest.raises(ValueError, match="the roles that it reads are exactly eval"):
         load_held_out("records", eval=3)
+
+
+def test_a_held_out_benchmark_has_no_test_rows(tmp_path):
+    train, test = (json_lines(tmp_path / name, map(gsm8k_row, rows)) for name, rows in (("a", range(10)), ("b", range(4))))
+    rows = load_held_out("gsm8k", eval=6, files={"train": train, "test": test})
+    assert {turns(record)[0].rpartition("half of ")[2] for record in rows} == {f"{number} eggs?" for number in range(4, 10)}
+    with pytest.raises(ValueError, match="has 6 rows for eval, but 7 were asked for"):
+        load_held_out("gsm8k", eval=7, files={"train": train, "test": test})
+    mbpp = json_lines(tmp_path / "mbpp.jsonl", map(mbpp_row, (10, 11, 511, 601)))
+    assert prompt_of(load_held_out("mbpp", eval=1, files={"train": mbpp})[0]).count("to add 511.")

@@ -208,8 +208,7 @@ def test_programs_of_a_data_set_do_not_run(tmp_path, marker):
         for k in (511, 512, 601, 602, 603)
     ]
     (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    files = {"train": str(tmp_path / "mbpp.jsonl"), "eval": str(tmp_path / "mbpp.jsonl")}
-    data = load_task("mbpp", extract=1, align=2, eval=2, files=files)
+    data = load_task("mbpp", extract=1, align=2, eval=2, files={"train": str(tmp_path / "mbpp.jsonl")})
     assert "os.mkdir" in data.align[0]["messages"][1]["content"]
 
 

@@ -34,7 +34,20 @@ LOSS_TEXTS = {
 OUTPUT_TEXTS = {
     "kl": f"{KL_LABEL} of the output distributions",
     "cosine": "cosine loss of the final state (it takes on the direction of the source's)",
+    "answers": "cross-entropy of the answers",
 }
+METHOD_TEXTS = {
+    "semalign": "No weights are copied: SemAlign decomposes hidden states of the source into vocabulary semantics, recomposes "
+    "them in the target's space and trains on them, {frontier}. The loss is the {loss}.",
+    "kd": "It was trained by ordinary distillation, {frontier}, as a baseline of SemAlign. The loss is the {loss}.",
+    "sft": "It was trained on the answers alone, {frontier}, as a baseline of SemAlign: the source was only measured beside "
+    "it. The loss is the {loss}.",
+    "seeking": "It was made by Seeking, a baseline of SemAlign: windows of the source's weights, chosen by sensitivity, are "
+    "where LoRA starts from; it was then trained on the answers, {frontier}. The loss is the {loss}.",
+    "laten": "It was made by LaTen, a baseline of SemAlign: weights of the source's neurons, chosen by attribution, were "
+    "translated by hypernetworks and added to the target's. Nothing was trained after that.",
+}
+OF_STATES = ("pairing", "map_kind", "scale", "layer_loss", "stage_budget", "source_parts")  # say nothing of other methods
 CITATION = """```bibtex
 @article{gu2025semalign,
   title={Beyond Neural Incompatibility: Cross-Scale Knowledge Transfer in Language Models through Latent Semantic Alignment},
@@ -92,6 +105,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
     sections = {
         "Use": _use(record),
         "Results": _results(record, results, measures) if measures else "",
+        "Forgetting": _forgetting(record, results),
         "Figures": _figures(record, results),
         "Data": _data(record, results) if record["data"] else "",
         "Settings": _settings(record),
@@ -102,11 +116,16 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
     }
     blocks = [
         f"---\n{_metadata(record, results, measures).to_yaml()}\n---",
-        f"# SemAlign: {_text(_public(record['source']))} → {_text(_public(record['target']))}",
+        f"# {_text(_own(record))}: {_text(_public(record['source']))} → {_text(_public(record['target']))}",
         _summary(record, results, measures),
         *(f"## {heading}\n\n{body}" for heading, body in sections.items() if body),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _own(record: dict[str, Any]) -> str:
+    """What readers call the run's own method."""
+    return METHOD_NAMES.get(record["method"], record["method"])
 
 
 def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
@@ -126,6 +145,25 @@ def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
     return measures
 
 
+def _forgetting(record: dict[str, Any], results: dict[str, Any]) -> str:
+    """What became of tasks that were not transferred."""
+    kept = {method: numbers["forgetting"] for method, numbers in results["metrics"].items() if numbers.get("forgetting")}
+    if not kept:
+        return ""
+    table = [["Task", "Method", "KL(before ‖ after)", "answer loss", "token accuracy (%)", "exact match (%)"]]
+    for name in kept["target"]:
+        for method in method_order(kept):
+            found = kept[method][name]
+            exact = found.get("exact_match")
+            share = f"{100 * sum(exact.values()) / len(exact):.1f}" if exact else "-"
+            shown = [f"{found['kl']:.3f}", f"{found['loss']:.3f}", f"{100 * found['accuracy']:.1f}", share]
+            table.append([_text(name), _text(METHOD_NAMES.get(method, method)), *shown])
+    return (
+        f"{_table(table, '--:')}\n\nTasks that were not transferred: what training did to them. KL from the target before "
+        "to the target after, and the answer loss, in nats per token."
+    )
+
+
 def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> ModelCardData:
     source, target, task = _public(record["source"]), _public(record["target"]), _public(results["task"])
     dataset = results["dataset"] if _on_hub(results["dataset"]) else None
@@ -134,7 +172,7 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
     found = [
         EvalResult("text-generation", **data, metric_type=measure.metric, metric_name=measure.label, metric_value=value)
         for measure in measures
-        if math.isfinite(value := round(measure.values.get("semalign", math.nan), 6))
+        if math.isfinite(value := round(measure.values.get(record["method"], math.nan), 6))
     ]
     return ModelCardData(
         library_name="peft",
@@ -144,26 +182,25 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
         datasets=[dataset] if dataset else None,
         metrics=["exact_match"] if any(measure.percent for measure in measures) else None,
         tags=[*TAGS, *([f"base_model:adapter:{target}"] if adapted else [])],
-        model_name=f"SemAlign: {source} to {target}" if found else None,
+        model_name=f"{_own(record)}: {source} to {target}" if found else None,
         eval_results=found or None,
     )
 
 
 def _summary(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
-    settings, task = record["settings"], _text(_public(results["task"]))
+    settings, task, method = record["settings"], _text(_public(results["task"])), record["method"]
     losses = [LOSS_TEXTS[settings["layer_loss"]]] * bool(settings["relation_weight"])
     losses += [OUTPUT_TEXTS[settings["output_loss"]]] * bool(settings["kl_weight"])
     changes = [
-        f"{measure.label} from {measure.shown('target')} to {measure.shown('semalign')}"
+        f"{measure.label} from {measure.shown('target')} to {measure.shown(method)}"
         + (f" (source: {measure.shown('source')})" if measure.percent and "source" in measure.values else "")
         for measure in measures
-        if measure.headline and {"target", "semalign"} <= measure.values.keys()
+        if measure.headline and {"target", method} <= measure.values.keys()
     ]
     return (
         f"A LoRA adapter that transfers what {_link(record['source'])}, the source, knows about {task} into "
-        f"{_link(record['target'])}, the target. No weights are copied: SemAlign decomposes hidden states of the source into "
-        "vocabulary semantics, recomposes them in the target's space and trains on them, "
-        f"{FRONTIER_TEXTS[settings['frontier']]}. The loss is the {' plus '.join(losses)}."
+        f"{_link(record['target'])}, the target. "
+        + METHOD_TEXTS[method].format(frontier=FRONTIER_TEXTS[settings["frontier"]], loss=" plus ".join(losses))
     ) + (f"\n\nOn held-out rows this took the target's {' and its '.join(changes)}." if changes else "")
 
 
@@ -196,7 +233,7 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
         text += " Exact match: the greedily decoded answer equals the reference."
     text += f" {KL_LABEL} and answer loss: nats per token of the reference answers, the lower the better."
     if len(contenders) > 2:
-        text += f" SemAlign and every baseline took equal steps: {results['steps']:,} optimizer steps on the same rows."
+        text += f" All methods took equal steps: {results['steps']:,} optimizer steps on the same rows."
     return f"{_table(table, '--:')}\n\n{text}"
 
 
@@ -221,7 +258,8 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
 
 def _settings(record: dict[str, Any]) -> str:
     pairs, used, settings = record["pairing"]["source_layers"], record["map"], dict(record["settings"])
-    settings.pop("num_train_epochs" if settings["max_steps"] > 0 else "max_steps")  # the one without effect
+    if record["method"] != "semalign":
+        return _setting_table({name: value for name, value in settings.items() if name not in OF_STATES})
     text = (
         f"Layer pairs (source → target, counted from 0): {', '.join(f'{layer} → {k}' for k, layer in enumerate(pairs))}.\n\n"
         f"Map between the spaces: {used['shape'][1]} → {used['shape'][0]} dimensions, from {used['shared_tokens']:,} shared "
@@ -229,7 +267,13 @@ def _settings(record: dict[str, Any]) -> str:
     )
     if settings["scale"] != "none":
         text += f" Factors on the mapped states, by pair: {', '.join(f'{scale:.3g}' for scale in used['scales'])}."
-    return f"{text}\n\n{_table([['Setting', 'Value'], *([_text(name), _text(settings[name])] for name in settings)])}"
+    return f"{text}\n\n{_setting_table(settings)}"
+
+
+def _setting_table(settings: dict[str, Any]) -> str:
+    idle = "num_train_epochs" if settings["max_steps"] > 0 else "max_steps"  # the one without effect
+    rows = [[_text(name), _text(value)] for name, value in settings.items() if name != idle]
+    return _table([["Setting", "Value"], *rows])
 
 
 def _cost(results: dict[str, Any]) -> str:
@@ -242,25 +286,27 @@ def _cost(results: dict[str, Any]) -> str:
 
 
 def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
-    """Where the numbers speak against SemAlign, and what they do not show."""
+    """Where the numbers speak against the method, and what they do not show."""
+    method, own = record["method"], _text(_own(record))
     shared, widest, seed = record["map"]["shared_tokens"], max(record["map"]["shape"]), record["settings"]["seed"]
-    others = [method for method in method_order(results["metrics"]) if method not in ("semalign", "source")]
+    others = [name for name in method_order(results["metrics"]) if name not in (method, "source")]
     items = []
     for other in others:
-        worse = [measure for measure in measures if measure.behind("semalign", other)]
-        told = ", ".join(f"{_text(m.label)} ({m.shown('semalign')} against {m.shown(other)})" for m in worse)
+        worse = [measure for measure in measures if measure.behind(method, other)]
+        told = ", ".join(f"{_text(m.label)} ({m.shown(method)} against {m.shown(other)})" for m in worse)
         name = _text(METHOD_NAMES.get(other, other))
-        items.append(f"SemAlign against {name}: worse in {told or 'none of the numbers above'}.")
+        items.append(f"{own} against {name}: worse in {told or 'none of the numbers above'}.")
     if not set(others) - {"target"}:
-        items.append("No baseline was run: nothing here tells SemAlign from ordinary distillation or fine-tuning.")
+        items.append(f"No other method was run: nothing here tells what {own} is worth beside ordinary fine-tuning.")
     rows, skills = record["data"].get("eval", {}).get("rows"), sum(m.percent and not m.headline for m in measures) or 1
     if rows and any(measure.percent for measure in measures):
         error = f"one standard error of an exact match is up to {50 * math.sqrt(skills / rows):.1f} points"
         items.append(f"With about {rows / skills:.0f} rows a skill, {error}.")
     items.append(f"One run, with seed {_text(seed)}: the spread over seeds is not known.")
     task = f"abilities other than {_text(_public(results['task']))}" if measures else "the target's abilities"
-    items.append(f"What the transfer does to {task} was not measured.")
-    if shared < widest:
+    if not any(numbers.get("forgetting") for numbers in results["metrics"].values()):
+        items.append(f"What the transfer does to {task} was not measured.")
+    if method == "semalign" and shared < widest:
         items.append(f"The map rests on {shared:,} shared tokens, fewer than the {widest:,} dimensions of the wider model.")
     return "\n".join(f"- {item}" for item in items)
 

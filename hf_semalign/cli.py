@@ -139,7 +139,8 @@ def _train(config: str, overrides: Sequence[str]) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_semalign.recipe import load_recipe, results_table, run_recipe
+    from hf_semalign.recipe import load_recipe
+    from hf_semalign.runs import results_table, run_recipe
 
     recipe = load_recipe(config, overrides)
     results = run_recipe(recipe)
@@ -153,7 +154,8 @@ def _signals(config: str, overrides: Sequence[str]) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_semalign.recipe import load_recipe, run_signals
+    from hf_semalign.recipe import load_recipe
+    from hf_semalign.runs import run_signals
 
     folder = run_signals(load_recipe(config, overrides))
     if PartialState().is_main_process:

@@ -22,7 +22,7 @@ CHOICES = {
     "map_kind": KINDS,
     "scale": ("none", "match"),
     "layer_loss": ("relation", "steering"),
-    "output_loss": ("kl", "cosine"),
+    "output_loss": ("kl", "cosine", "answers"),
     "stage_budget": BUDGETS,
     "frontier": FRONTIERS,
     "signals": ("cached", "online"),
@@ -93,7 +93,10 @@ class SemAlignConfig(TrainingArguments):
     )
     output_loss: str = field(
         default="kl",
-        metadata={"help": "kl: KL(source || target); cosine: 1 - cos of the final state and the mapped one (version 1)."},
+        metadata={
+            "help": "kl: KL(source || target); cosine: 1 - cos of the final state and the mapped one (version 1); answers: "
+            "cross-entropy of the answers, which asks nothing of the source."
+        },
     )
     stage_budget: str = field(
         default="split", metadata={"help": "Is the budget the whole run's (split) or every stage's (per_stage)?"}
@@ -171,6 +174,11 @@ class SemAlignConfig(TrainingArguments):
         kwargs: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
             raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")
+
+    @property
+    def learns_from_source(self) -> bool:
+        """Whether training needs anything that the source says."""
+        return self.relation_weight > 0 or self.output_loss != "answers"
 
     def planned_steps(self, num_examples: int) -> int:
         """Optimizer steps of ``max_steps``, or of ``num_train_epochs`` over so many examples; a stage's under ``per_stage``."""

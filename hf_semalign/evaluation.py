@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,33 +11,59 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM, dissect
-from hf_semalign.losses import token_cross_entropy
+from hf_semalign.losses import token_cross_entropy, token_hits, token_kl
 from hf_semalign.splits import valid_positions
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
 
 
 @torch.no_grad()
-def answer_loss(model: CausalLM, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-    """Mean cross-entropy of the answers in nats a token.
+def final_states(model: CausalLM, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Final hidden states at the valid positions of each batch, ``[N, D]``, and the tokens that follow, ``[N]``.
 
     Args:
-        model: a causal LM; its mode is restored.
+        model: a causal LM; its mode is restored at the end.
         batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
     """
-    anatomy = dissect(model)
-    device, head = anatomy.device, anatomy.output_head()
-    was_training = model.training
+    anatomy, was_training = dissect(model), model.training
     model.eval()
-    total, count = 0.0, 0
     for batch in batches:
-        labels = batch["labels"].to(device)
+        ids, mask, labels = (batch[name].to(anatomy.device) for name in ("input_ids", "attention_mask", "labels"))
         valid = valid_positions(labels)
-        hidden = anatomy.decoder(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-        )[0]
-        losses = token_cross_entropy(hidden[valid], head, labels[:, 1:][valid[:, :-1]])
-        total, count = total + losses.sum().item(), count + len(losses)
+        hidden = anatomy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        yield hidden[valid], labels[:, 1:][valid[:, :-1]]
     model.train(was_training)
+
+
+def answer_loss(model: CausalLM, batches: Batches) -> float:
+    """Mean cross-entropy of the answers in nats a token. Arguments as in :func:`final_states`."""
+    head, total, count = dissect(model).output_head(), 0.0, 0
+    for hidden, tokens in final_states(model, batches):
+        total, count = total + token_cross_entropy(hidden, head, tokens).sum().item(), count + len(tokens)
     return total / count
+
+
+def drift(model: CausalLM, batches: Batches, before: Sequence[torch.Tensor]) -> dict[str, float]:
+    """What became of a model on data that it was not trained on.
+
+    Args:
+        model: the model after training, with the head that it had before.
+        batches: see :func:`final_states`.
+        before: its final states on the same batches before training, ``[N, D]`` each, on any device.
+
+    Returns:
+        ``kl``, KL(before || after), and ``loss``, cross-entropy of the answers, both in nats a token; ``accuracy``, the share
+        of answer tokens that are the likeliest ones.
+    """
+    head, count = dissect(model).output_head(), 0
+    sums = dict.fromkeys(("kl", "loss", "accuracy"), 0.0)
+    for (hidden, tokens), earlier in zip(final_states(model, batches), before, strict=True):
+        with torch.no_grad():
+            sums["kl"] += token_kl(hidden, head, earlier.to(hidden.device), head).sum().item()
+        sums["loss"] += token_cross_entropy(hidden, head, tokens).sum().item()
+        sums["accuracy"] += token_hits(hidden, head, tokens).sum().item()
+        count += len(tokens)
+    return {name: value / count for name, value in sums.items()}
 
 
 @torch.no_grad()

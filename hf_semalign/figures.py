@@ -175,6 +175,7 @@ def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
     layer_loss = record["settings"]["layer_loss"]
     names = {
         "kl": f"{KL_LABEL}\n(nats per token)", "cosine": "1 - cos at the output\n(no unit)",
+        "answers": "cross-entropy of the answers\n(nats per token)",
         layer_loss: f"{layer_loss} loss\n(no unit)",
     }  # fmt: skip
     drawn = [term for term in names if any(term in entry for entry in results["history"])]

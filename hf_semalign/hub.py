@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, CARD)
-KEYS = ("versions", "source", "target", "pairing", "settings", "data", "adapter_checksum")  # of a record, that others read
+KEYS = ("versions", "method", "source", "target", "pairing", "settings", "data", "adapter_checksum")  # that others read
 PUBLISHED = [
     *NEEDED,
     "results.json",
@@ -234,7 +234,8 @@ def published_files(folder: Path) -> dict[str, Path]:
             f"{ADAPTER[1]} of {folder} names the base {base!r}, and {RECORD_NAME} {record['target']!r}: expected the same Hub "
             "id or name, and no path."
         )
-    _check_card(folder / CARD)
+    if fault := card_fault(folder / CARD):
+        raise ValueError(f"{folder / CARD} {fault}")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found, key=lambda path: path.name == CARD)}
 
 
@@ -248,17 +249,18 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
 
 
-def _check_card(path: Path) -> None:
-    """Refuse a card that does not come from a run, such as peft's placeholder, and one that names a local base."""
+def card_fault(path: Path) -> str | None:
+    """What is wrong with a card that does not come from a run, such as peft's placeholder, or that names a local base."""
     try:
         data = ModelCard(path.read_text(encoding="utf-8")).data
     except (ValueError, YAMLError) as error:
-        raise ValueError(f"The metadata of {path} cannot be read: put them right, or train again. ({brief(error)})") from error
+        return f"has metadata that cannot be read: put them right, or train again. ({brief(error)})"
     base, tags = data.get("base_model"), data.get("tags") or []
     if not set(TAGS) <= set(tags) or data.get("library_name") != "peft":
-        raise ValueError(f"{path} is not the card of a run: expected library_name peft and the tags {list(TAGS)}.")
+        return f"is not the card of a run: expected library_name peft and the tags {list(TAGS)}; move it away, and train again."
     if base is not None and not (isinstance(base, str) and is_hub_id(base)):
-        raise ValueError(f"{path} names the base_model {base!r}: expected a Hub id, or none for one that is not there.")
+        return f"names the base_model {base!r}: expected a Hub id, or none for one that is not there."
+    return None
 
 
 def _is_published(name: str) -> bool:

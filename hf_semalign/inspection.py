@@ -139,7 +139,7 @@ def _rows(facts: Inspection) -> dict[str, str]:
     count = sum(math.prod(shape) for shape in facts.shapes.values())
     states = {True: "the recorded one", False: "NOT the recorded one", None: "not in the record"}
     rows = {
-        "What": f"{config['peft_type']} adapter, {config['task_type']}",
+        "What": f"{config['peft_type']} adapter, {config['task_type']}, method {record['method']}",
         "Source → target": f"{record['source']} → {record['target']}",
         "Base model": str(config["base_model_name_or_path"]),
         "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)",

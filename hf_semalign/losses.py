@@ -173,6 +173,19 @@ def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, token
     return loss
 
 
+def token_hits(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
+    """Whether each next token is the likeliest one: ``[N, D]``, a head, ``[N]`` to ``[N]`` bool, in row chunks."""
+    head = _as_head(weight)
+    with torch.no_grad():
+        hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        chunk = hidden.new_empty(
+            min(LOGIT_ROWS, len(hidden)), len(head.weight), dtype=torch.promote_types(head.weight.dtype, torch.float32)
+        )
+        for rows in _row_chunks(hidden):
+            hits[rows] = _logits(hidden[rows], head, chunk[: len(hits[rows])]).argmax(-1) == tokens[rows]
+    return hits
+
+
 def answer_cross_entropy(hidden: torch.Tensor, head: Head, tokens: torch.Tensor) -> torch.Tensor:
     """The same with the gradient at the hidden states: the logits of a chunk of rows are made again on the way back."""
 

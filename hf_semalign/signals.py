@@ -303,14 +303,17 @@ class CachedSignals:
         Raises:
             ValueError: an example whose signals were not computed.
         """
-        example = int(batch["example_id"][0])
+        example, lacking = int(batch["example_id"][0]), None
         for signals in self.splits.values():
             if example in signals:
-                return signals(batch, target_layers)
+                try:
+                    return signals(batch, target_layers)
+                except FileNotFoundError as error:  # the training split has what training reads, and no more
+                    lacking = error
         raise ValueError(
-            f"No source signals for example {example}: they cover the training and evaluation data that the trainer was made "
-            "with. Make it with these data, or set signals='online'."
-        )
+            f"No source signals for example {example}: they cover the evaluation data that the trainer was made with, and of "
+            "the training data what training reads. Make it with these data as eval_dataset, or set signals='online'."
+        ) from lacking
 
 
 @dataclass(frozen=True)

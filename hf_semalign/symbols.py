@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -75,13 +75,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def make_records(count: int, seed: int, exclude: set[str] | None = None) -> list[dict[str, str]]:
+def make_records(
+    count: int, seed: int, exclude: set[str] | None = None, skills: Sequence[str] = tuple(SKILLS)
+) -> list[dict[str, str]]:
     """Draw distinct records, the skills in turn.
 
     Args:
         count: number of records.
         seed: seed of the draw; the same seed gives the same records.
         exclude: prompts that must not be drawn (those of other splits).
+        skills: some of ``SKILLS``.
 
     Returns:
         Dicts with ``prompt``, ``completion`` and ``skill``.
@@ -90,7 +93,7 @@ def make_records(count: int, seed: int, exclude: set[str] | None = None) -> list
     seen = set(exclude or ())
     records: list[dict[str, str]] = []
     while len(records) < count:
-        skill = list(SKILLS)[len(records) % len(SKILLS)]
+        skill = skills[len(records) % len(skills)]
         sequence = [rng.randrange(len(SYMBOLS)) for _ in range(rng.choice(LENGTHS))]
         prompt = f"{skill} {' '.join(SYMBOLS[i] for i in sequence)} ="
         if prompt not in seen:

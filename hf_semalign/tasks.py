@@ -21,7 +21,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from hf_semalign.splits import check_text, prompt_of
-from hf_semalign.symbols import make_records
+from hf_semalign.symbols import SKILLS, make_records
 
 LETTERS = "ABCD"
 Row = dict[str, Any]
@@ -51,6 +51,7 @@ def load_task(
     eval: int,
     files: Files | None = None,
     seed: int = 42,
+    skills: Sequence[str] | None = None,
 ) -> TaskData:
     """Load the three splits of a task, disjoint by normalised prompt.
 
@@ -62,6 +63,7 @@ def load_task(
         files: local path by role, instead of the Hub: ``train`` and ``eval``; for ``humaneval`` only ``train``, whose
             tail is held out; for ``records`` ``extract``, ``align`` and ``eval``, of which the first rows are kept.
         seed: seed of the draw; the same seed gives the same rows in the same order.
+        skills: of ``symbols``, some of its skills; by default all.
 
     Returns:
         The records. Those of ``records`` are not compared with each other here: ``check_disjoint`` does that.
@@ -70,21 +72,62 @@ def load_task(
         ValueError: unknown task, count below 1, wrong roles in ``files``, malformed rows, or too few of them.
         FileNotFoundError: a path of ``files`` that is not there.
     """
-    if task not in TASKS:
-        nearest = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(task, TASKS, n=1))
-        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(TASKS)}.{nearest}")
     counts = {"extract": extract, "align": align, "eval": eval}
-    if min(counts.values()) < 1:
-        raise ValueError(f"Every split needs at least one row, got {counts}: raise the counts below 1.")
+    _check_task(task, counts, skills)
     if task == "symbols":
         _check_files(task, files, ())
-        return _draw_symbols(counts, seed)
+        return _draw_symbols(counts, seed, skills or tuple(SKILLS))
     if task == "records":
         files = files or {}
         _check_files(task, files, tuple(counts))
         return TaskData(**{split: _read_records(Path(files[split]))[:count] for split, count in counts.items()})
     _check_files(task, files, tuple(BENCHMARKS[task].splits))
     return _draw_benchmark(task, counts, files, seed)
+
+
+def load_held_out(
+    task: str, *, eval: int, files: Files | None = None, seed: int = 42, skills: Sequence[str] | None = None
+) -> list[Row]:
+    """Rows of a task's eval split alone: of one that is not transferred, to see what the target forgets.
+
+    Args:
+        task: one of :data:`TASKS`.
+        eval: number of rows; for ``records`` an upper limit.
+        files: local path by role, instead of the Hub, see :func:`load_task`; of ``records`` only ``eval``.
+        seed: seed of the draw.
+        skills: of ``symbols``, some of its skills.
+
+    Raises:
+        ValueError: as :func:`load_task`.
+        FileNotFoundError: likewise.
+    """
+    counts = {"eval": eval}
+    _check_task(task, counts, skills)
+    if task == "symbols":
+        _check_files(task, files, ())
+        return make_records(eval, seed, skills=skills or tuple(SKILLS))
+    if task == "records":
+        _check_files(task, files or {}, ("eval",))
+        return _read_records(Path((files or {})["eval"]))[:eval]
+    _check_files(task, files, tuple(BENCHMARKS[task].splits))
+    role = "eval" if "eval" in BENCHMARKS[task].splits else "train"
+    rows = list(_load_records(task, role, files).values())
+    if len(rows) < eval:
+        raise ValueError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were asked for: lower the count.")
+    random.Random(seed).shuffle(rows)
+    return rows[:eval]
+
+
+def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | None) -> None:
+    if task not in TASKS:
+        nearest = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(task, TASKS, n=1))
+        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(TASKS)}.{nearest}")
+    if min(counts.values()) < 1:
+        raise ValueError(f"Every split needs at least one row, got {dict(counts)}: raise the counts below 1.")
+    if skills is not None and (task != "symbols" or isinstance(skills, str) or not skills or set(skills) - set(SKILLS)):
+        raise ValueError(
+            f"skills of task {task!r} are {skills!r}: only symbols has any, and they are a list of {list(SKILLS)}."
+        )
 
 
 def _check_files(task: str, files: Files | None, roles: Sequence[str]) -> None:
@@ -97,11 +140,11 @@ def _check_files(task: str, files: Files | None, roles: Sequence[str]) -> None:
             raise FileNotFoundError(f"Task {task!r}: {path} does not exist; correct the path of the {role!r} files.")
 
 
-def _draw_symbols(counts: Mapping[str, int], seed: int) -> TaskData:
+def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -> TaskData:
     splits: dict[str, list[Row]] = {}
     taken: set[str] = set()
     for index, (split, count) in enumerate(counts.items()):
-        splits[split] = make_records(count, len(counts) * seed + index, exclude=taken)
+        splits[split] = make_records(count, len(counts) * seed + index, exclude=taken, skills=skills)
         taken |= {record["prompt"] for record in splits[split]}
     return TaskData(**splits)
 

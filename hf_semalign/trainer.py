@@ -8,13 +8,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -38,17 +38,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
-from hf_semalign.anatomy import add_lora, base_model, check_head, dissect, embedding_rows, lora_targets
+from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
-    Frontier,
     FrontierCallback,
-    FrontierSchedule,
     StageProgress,
     lora_parameters,
     skip_untouched,
-    stage_learning_rate,
     train_only,
     trainable,
     whole,
@@ -63,46 +60,35 @@ from hf_semalign.guards import (
     seal,
 )
 from hf_semalign.hooks import capture
-from hf_semalign.hub import CARD, hub_name, open_repo, push_transfer
-from hf_semalign.loading import (
-    RECORD_NAME,
-    check_engine,
-    find_tokenizer,
-    is_quantised,
-    load_model,
-    pad_token_id,
-    skeleton,
-)
+from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
+from hf_semalign.loading import RECORD_NAME, is_quantised, load_model
 from hf_semalign.losses import (
+    answer_cross_entropy,
     relation_sequences,
     sequence_relation_losses,
     token_cross_entropy,
     token_kl,
     token_steering_losses,
 )
-from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
+from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.preparation import prepare
 from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap, checksum, shared_token_ids
+from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.sharding import check_sharded, check_shards
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import (
     IGNORED,
-    Collator,
     Record,
-    check_disjoint,
-    check_token_ids,
     encode,
     fingerprint,
-    hold_out,
     valid_positions,
 )
 from hf_semalign.states import digest, file_digest, sha256
-from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
-PREFIX = "_prefix"  # in the run folder; Trainer.push_to_hub leaves out _*
+PREFIX = "_prefix"  # in the run folder
 PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
@@ -123,7 +109,7 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def signals_root(args: SemAlignConfig) -> Path:
     """Where cached signals go: ``signals_dir``, or a folder of the run."""
-    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")  # Trainer.push_to_hub leaves out _*
+    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")
 
 
 class SemAlignTrainer(Trainer):
@@ -148,6 +134,8 @@ class SemAlignTrainer(Trainer):
         callbacks: further callbacks.
 
     Attributes:
+        method: what the run is called in records, results and cards; baselines have names of their own.
+        settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
@@ -157,6 +145,8 @@ class SemAlignTrainer(Trainer):
         ValueError: bad settings, data, models or tokenizers, before any long work.
     """
 
+    method: ClassVar[str] = "semalign"
+    settings: ClassVar[Mapping[str, Any]] = {}
     loss_is_scaled_for_ga = True
     args: SemAlignConfig
 
@@ -173,69 +163,29 @@ class SemAlignTrainer(Trainer):
         semantic_map: SemanticMap | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_engine(args)
         self.seconds: dict[str, float] = {}
-        if processing_class is None and isinstance(model, str):
-            processing_class = find_tokenizer(model)
-        if processing_class is not None and processing_class.pad_token_id is None:
-            raise ValueError(
-                "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
-            )
-        needs_scores = pairing is None and args.pairing in NEEDS_SCORES
-        if extract_dataset is None and (args.scale == "match" or needs_scores):
-            train_dataset, extract_dataset = hold_out(train_dataset)
-        evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
-        given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
-        splits = {name: rows for name, rows in given.items() if rows is not None}
-        self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
-        encoded = {name: self._encode(rows, split=name) for name, rows in splits.items()}
-        check_disjoint(splits)
-
-        # What can be refused by shape alone is refused before any weight is loaded.
-        if isinstance(source_model, Source):
-            self.source = source_model
-        else:
-            self.source = Source(source_model, bf16=args.bf16, parts=args.source_parts)
-        if args.source_memory == "stream" and self.source.quantised:
-            raise ValueError(f"{self.source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
-        shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
-        anatomy = dissect(shape)
-        self.source_id, self.target_id = self.source.name, public_name(str(shape.name_or_path))
-        depths = self.source.num_layers, len(anatomy.layers)
-        if pairing is None and not needs_scores:
-            pairing = pair_layers(*depths, args.pairing)
-        elif pairing is None:
-            pair_layers([0.0] * depths[0], depths[1], args.pairing)  # refuses what no score could pair
-        elif (pairing.num_source_layers, len(pairing.source_layers)) != depths:
-            raise ValueError(
-                f"The pairing is for {pairing.num_source_layers} source and {len(pairing.source_layers)} target layers; these "
-                f"models have {depths[0]} and {depths[1]}."
-            )
-        rows, width = anatomy.head_weight().shape
-        if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, self.source.width):
-            raise ValueError(
-                f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, self.source.width)}."
-            )
-        theirs = self.source.tokenizer if processing_class is not None else None
-        token_ids = shared_token_ids(theirs, processing_class, self.source.head_rows, rows)
-        if len(token_ids) < max(self.source.head_rows, rows):
-            logger.warning(
-                "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
-                "hold, with both distributions renormalised.", self.source.head_rows, rows, len(token_ids),
-            )  # fmt: skip
-        embedded = {"source": self.source.embedding_rows, "target": embedding_rows(shape)}
-        check_token_ids(encoded, embedded, processing_class)
-        collator = Collator(pad_token_id(processing_class, shape, min(embedded.values())))
-        self.frontier = Frontier(args.frontier, depths[1])
-        self.schedule = FrontierSchedule(self.frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
-        self._learning_rate_factor = stage_learning_rate(
-            self.schedule,
-            args.lr_scheduler_type,
-            args.learning_rate,
-            args.get_warmup_steps,
-            cast(dict, args.lr_scheduler_kwargs),
+        known = prepare(
+            model,
+            source_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            extract_dataset,
+            processing_class,
+            pairing,
+            semantic_map,
         )
-        self._lora_targets = lora_targets(anatomy.layers, args.lora_targets)
+        if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
+            )
+        processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
+        self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
+        self.frontier, self.schedule = known.frontier, known.schedule
+        self._learning_rate_factor, self._lora_targets = known.learning_rate_factor, known.lora_targets
+        self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
+        evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
         with timed("loading the target", self.seconds):
             target = load_model(model, bf16=args.bf16, parts=args.target_parts)
         self.target_anatomy = dissect(target)
@@ -248,7 +198,7 @@ class SemAlignTrainer(Trainer):
             args=args,
             data_collator=collator,
             train_dataset=encoded["align"],
-            eval_dataset={name.removeprefix("eval_"): encoded[name] for name in evals} if evals else encoded.get("eval"),
+            eval_dataset=evals or encoded.get("eval"),
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -276,12 +226,12 @@ class SemAlignTrainer(Trainer):
                     stream=args.source_memory == "stream",
                     progress=not args.disable_tqdm,
                 )
-                pairing = pair_layers(scores, depths[1], args.pairing)
+                pairing = pair_layers(scores, self.frontier.num_layers, args.pairing)
         with timed("semantic map", self.seconds):
             head = self.source.head(root).to(args.device)
-            self._source_head = head.rows(token_ids)
+            self._source_head = head.rows(known.token_ids)
             self._own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
-            self._target_head = self._own_head.rows(token_ids)
+            self._target_head = self._own_head.rows(known.token_ids)
             if semantic_map is None and self.accelerator.is_main_process:
                 cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
                 weights = self._source_head.weight, self._target_head.weight
@@ -290,7 +240,7 @@ class SemAlignTrainer(Trainer):
         pairing, semantic_map = broadcast_object_list([pairing, semantic_map])
         self.semantic_map = semantic_map.to(args.device, torch.float32)
         self.pairing = pairing.named(self.source_id, self.target_id)
-        self.scales: tuple[float, ...] = (1.0,) * depths[1]
+        self.scales: tuple[float, ...] = (1.0,) * self.frontier.num_layers
         self.signals: OnlineSignals | CachedSignals
         if root is None:
             self.signals = OnlineSignals(self.source.model(args.device), self.pairing, self.semantic_map)
@@ -416,9 +366,12 @@ class SemAlignTrainer(Trainer):
             states = int(cached.training.examples.tokens.sum()) * self._target_head.weight.shape[1] * 4
             cached.training.reserve = 2 * states + 5 * 12 * trained
         # In groups, training makes its own as it goes, and no other run may need what it deletes.
-        self._in_groups = not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
+        learns = args.learns_from_source
+        self._in_groups = (
+            learns and not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
+        )
         with self.accelerator.autocast(), disk_errors_explained(root):
-            cached.prepare(None if self._in_groups else layers)
+            cached.prepare(layers if learns and not self._in_groups else None)
         return cached
 
     def prepare_signals(self) -> None:
@@ -427,7 +380,7 @@ class SemAlignTrainer(Trainer):
         Raises:
             OSError: a disk that does not hold them.
         """
-        if isinstance(self.signals, CachedSignals):
+        if isinstance(self.signals, CachedSignals) and self.args.learns_from_source:
             with self.accelerator.autocast(), disk_errors_explained(signals_root(self.args)):
                 self.signals.training.prepare(self._layers_from(0))
 
@@ -523,12 +476,14 @@ class SemAlignTrainer(Trainer):
         return batch
 
     def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
-        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals."""
+        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals; the last are
+        ``None`` in training that needs nothing of them.
+        """
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
         with self.accelerator.autocast():
-            signals = self.signals(inputs, layers)
+            signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
             with capture(modules) as states, entered:
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
         return outputs, states, signals
@@ -549,7 +504,7 @@ class SemAlignTrainer(Trainer):
 
         zero = torch.zeros((), device=valid.device)
         layer_terms = []
-        for state, supervision in zip(states[:-1], signals.supervision, strict=True):
+        for state, supervision in zip(states[:-1], signals.supervision if signals else (), strict=True):
             if self.args.layer_loss == "relation":
                 output = state.output
                 if state.input.requires_grad:
@@ -563,7 +518,9 @@ class SemAlignTrainer(Trainer):
         output_term = zero
         if self.args.kl_weight:
             hidden = states[-1].output[valid]
-            if self.args.output_loss == "kl":
+            if self.args.output_loss == "answers":
+                losses = answer_cross_entropy(hidden, self._own_head, inputs["labels"][:, 1:][valid[:, :-1]])
+            elif self.args.output_loss == "kl":
                 losses = token_kl(hidden, self._target_head, signals.final, self._source_head)
             else:
                 losses = token_steering_losses(hidden, self.semantic_map(signals.final.float()))
@@ -760,6 +717,7 @@ class SemAlignTrainer(Trainer):
         settings["lora_targets"] = self._lora_targets
         return {
             "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
+            "method": self.method,
             "source": self.source_id,
             "target": self.target_id,
             "pairing": self.pairing.to_dict(),
@@ -820,7 +778,8 @@ class SemAlignTrainer(Trainer):
     ) -> str | None:
         """Save the adapter and publish ``output_dir``, as :func:`hf_semalign.push_transfer` does.
 
-        The card is the run's, or where no recipe has written ``results.json`` a new one, of what this trainer knows.
+        The card is the recipe's, where one has written ``results.json``, and else a new one, of what this trainer knows; a
+        README that is no card is left alone, and refused.
 
         Args:
             commit_message: of the commit.
@@ -845,7 +804,8 @@ class SemAlignTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         card = folder / CARD
-        if not (card.is_file() and (folder / "results.json").is_file()):
+        known = card.is_file() and ((folder / "results.json").is_file() or card_fault(card))  # a recipe's, or somebody's own
+        if not known:
             card.write_text(render_card(self.record(), self._results()), encoding="utf-8")
         if tags:
             content: Any = ModelCard(card.read_text(encoding="utf-8"))
@@ -869,7 +829,7 @@ class SemAlignTrainer(Trainer):
             "task": "its training data",
             "dataset": None,
             "steps": self.state.global_step,
-            "metrics": {"semalign": {"kl": last[-1]["eval_kl"], "loss": last[-1]["eval_loss"]}} if last else {},
+            "metrics": {self.method: {"kl": last[-1]["eval_kl"], "loss": last[-1]["eval_loss"]}} if last else {},
             "history": [entry for entry in self.state.log_history if "stage" in entry],
             "seconds": self.seconds,
             "peak_memory_mb": None,
@@ -891,7 +851,7 @@ class SemAlignTrainer(Trainer):
         different = [
             name
             for name, mine, theirs in [
-                *((key, ours[key], saved[key]) for key in ("source", "target", "data", "stages")),
+                *((key, ours[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
                 ("number of processes", ours["processes"], saved.get("processes", ours["processes"])),
                 ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
                 ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),

@@ -5,6 +5,7 @@ Each function gives back plain values: what came out, the error if there was one
 
 import contextlib
 import io
+import json
 import logging
 import os
 import time
@@ -13,13 +14,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
+import torch
 from huggingface_hub import constants
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer, load_transfer, push_transfer
 from hf_semalign.cli import main
-from hf_semalign.hub import _logits
+from hf_semalign.evaluation import answer_loss
+from hf_semalign.splits import Collator, encode
 
 
 @contextlib.contextmanager
@@ -85,6 +88,11 @@ def load(repo_id, **options):
     return told
 
 
-def plain_logits(base, adapter, **options):
-    """Logits of peft's own loading."""
-    return _logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, **options)).tolist()
+def plain_peft(base, adapter, rows):
+    """An adapter as peft loads it, with the tokenizer beside it: its logits of a probe, and its loss on the rows of a file."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    encoded = encode(list(map(json.loads, Path(rows).read_text().splitlines())), tokenizer, split="eval")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.arange(16)[None]).logits
+    return [logits.tolist(), answer_loss(model, [Collator(tokenizer.pad_token_id)([dict(row) for row in encoded])])]

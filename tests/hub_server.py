@@ -68,13 +68,17 @@ class Repo:
         return self.commits[oid]
 
 
+CUT, LATE, RIVAL = 0, -1, -2
+
+
 @dataclass
 class Fault:
     """What is to go wrong with the next requests of a kind.
 
     Attributes:
         request: regular expression over ``METHOD /path``.
-        status: of the answer; 0 cuts the connection, while the body is read, -1 does what is asked, and cuts it then.
+        status: of the answer; ``CUT`` the connection, while the body is read, or ``LATE``, when all is done; or ``RIVAL``,
+            whose commit comes first.
         times: how often.
         headers: of the answer.
     """
@@ -190,19 +194,22 @@ class Handler(BaseHTTPRequestHandler):
             fault = next((one for one in self.server.faults if one.times and re.search(one.request, request)), None)
             if fault is not None:
                 fault.times -= 1
-        if fault is not None and fault.status == 0:
+        if fault is not None and fault.status == CUT:
             self.rfile.read(min(length, 1024))
             return self.cut()
         body = self.rfile.read(length)
         if fault is not None and fault.status > 0:
             return self.answer(fault.status, {"error": "ordered"}, fault.headers)
+        if fault is not None and fault.status == RIVAL:
+            with self.server.lock:
+                self.server.write("/".join(path.split("/")[3:5]), {"notes.txt": b"a rival's"})
         try:
             with self.server.lock:
                 status, content, headers = self.route(path, body)
         except Refused as error:
             known = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
             return self.answer(error.status, {"error": error.message, **error.body}, known)
-        if fault is not None:
+        if fault is not None and fault.status == LATE:
             return self.cut()
         self.answer(status, content, headers)
 

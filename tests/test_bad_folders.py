@@ -137,7 +137,7 @@ ADAPTERS = [
     ("no folder", shutil.rmtree, FileNotFoundError, "is no run folder, and was not found on the Hub"),
     ("no record", without("semalign.json"), FileNotFoundError, "has no semalign.json: it is not a run folder"),
     ("record no JSON", text("semalign.json", "{oops"), ValueError, "semalign.json is damaged .*: copy it again"),
-    ("record of nothing", text("semalign.json", "{}"), ValueError, r"semalign.json lacks \['source', 'target'"),
+    ("record of nothing", text("semalign.json", "{}"), ValueError, r"semalign.json lacks \['method', 'source', 'target'"),
     ("no adapter", without("adapter_model.safetensors"), FileNotFoundError, r"lacks \['adapter_model.safetensors'\]"),
     ("adapter pickled", pickled("adapter_model.safetensors"), FileNotFoundError, r"lacks \['adapter_model.safetensors'\]"),
     ("adapter cut short", cut("adapter_model.safetensors"), ValueError, "adapter_model.safetensors is damaged or cut short"),

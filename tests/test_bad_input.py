@@ -52,7 +52,7 @@ SETTINGS = [
     ("frontier unknown", {"frontier": "window"}, "frontier is 'window'"),
     ("stage_budget unknown", {"stage_budget": "even"}, "stage_budget is 'even'"),
     ("layer_loss unknown", {"layer_loss": "mse"}, "layer_loss is 'mse'"),
-    ("output_loss unknown", {"output_loss": "mse"}, r"output_loss is 'mse': expected one of \('kl', 'cosine'\)"),
+    ("output_loss unknown", {"output_loss": "mse"}, r"output_loss is 'mse': expected one of \('kl', 'cosine', 'answers'\)"),
     ("signals unknown", {"signals": "disk"}, "signals is 'disk'"),
     ("signals streamed and online", {"signals": "online", "source_memory": "stream"}, "the source must be resident"),
     ("signals_dir a number", {"signals_dir": 5}, "signals_dir is 5: expected a path"),

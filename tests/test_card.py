@@ -22,6 +22,7 @@ HOSTILE = "a|b `c` <script>alert(1)</script> *d* _e_ [f](http://g) $h$ &amp; \\|
 def record():
     return {
         "versions": {"hf_semalign": "0.1.0", "torch": "2.9.0"},
+        "method": "semalign",
         "source": "embedded:source",
         "target": "embedded:target",
         "pairing": {
@@ -218,7 +219,7 @@ def test_limits_name_where_others_are_better(record, results):
         "SemAlign against Distillation (KL only): worse in copy (90.0 % against 99.0 %), mean exact match (85.5 % against "
         "89.5 %), KL(source ‖ target) (0.070 against 0.061)." in limits
     )
-    assert "No baseline" not in limits
+    assert "No other method" not in limits
 
 
 def test_limits_say_so_when_nothing_is_better(record, results):
@@ -233,7 +234,7 @@ def test_limits_on_ties_noise_seed_baselines_and_vocabulary(record, results):
     record["map"]["shared_tokens"] = 40
     limits = section(render_card(record, results), "Limits")
     assert "SemAlign against Target before: worse in none" in limits  # what reads the same is the same
-    assert "No baseline was run" in limits
+    assert "No other method was run" in limits
     assert "about 100 rows a skill, one standard error of an exact match is up to 5.0 points" in limits
     assert "seed 42" in limits
     assert "40 shared tokens, fewer than the 48 dimensions" in limits

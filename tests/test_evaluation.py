@@ -5,7 +5,7 @@ import torch
 from conftest import batches_of, random_rows, tiny_llama, word_tokenizer
 from torch.nn.functional import cross_entropy
 
-from hf_semalign.evaluation import answer_loss, exact_match, greedy_answers
+from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states, greedy_answers
 
 WORDS = [f"w{i}" for i in range(94)]
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
@@ -54,3 +54,28 @@ def test_answer_loss_is_the_mean_over_all_answer_tokens(size):
         total += cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum").item()
     assert answer_loss(model, batches_of(rows, size)) == pytest.approx(total / 8, rel=1e-5)
     assert model.training
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_drift_is_kl_loss_and_accuracy_over_all_answer_tokens(size):
+    before, after = tiny_llama(2, 16, seed=1), tiny_llama(2, 16, seed=2)
+    after.lm_head.weight = before.lm_head.weight  # which no method trains
+    rows = random_rows([(3, 2), (4, 5), (2, 1)])
+    kl = loss = hits = 0.0
+    for row in rows:
+        labels = torch.tensor(row["labels"][1:])
+        valid = labels != -100
+        old, new = (model(torch.tensor([row["input_ids"]])).logits[0, :-1][valid].log_softmax(-1) for model in (before, after))
+        kl += (old.exp() * (old - new)).sum().item()
+        loss -= new.gather(1, labels[valid].unsqueeze(1)).sum().item()
+        hits += (new.argmax(-1) == labels[valid]).sum().item()
+    batches = batches_of(rows, size)
+    states = [hidden for hidden, _ in final_states(before, batches)]
+    found = drift(after, batches, states)
+    assert found == pytest.approx({"kl": kl / 8, "loss": loss / 8, "accuracy": hits / 8}, rel=1e-5)
+    assert drift(before, batches, states)["kl"] == pytest.approx(0, abs=1e-6)
+    likeliest = [dict(row) for row in rows]
+    for row in likeliest:
+        row["labels"] = [-100, *after(torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1).tolist()]
+    batches = batches_of(likeliest, size)
+    assert drift(after, batches, [hidden for hidden, _ in final_states(before, batches)])["accuracy"] == 1

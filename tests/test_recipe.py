@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_semalign import load_transfer
 from hf_semalign.cli import main
 from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import BASELINES, load_recipe, results_table, run_recipe, run_signals
+from hf_semalign.recipe import load_recipe
+from hf_semalign.runs import results_table, run_recipe, run_signals
 from hf_semalign.source import Source
 from hf_semalign.symbols import resolve_model
 from hf_semalign.trainer import SemAlignTrainer
@@ -172,9 +173,8 @@ def test_a_baseline_that_fails_costs_nothing_of_the_main_run(tmp_path, monkeypat
 
     small = ["training.max_steps=4", "data.align=32", "data.eval=8", "data.extract=4", f"output_dir={tmp_path}"]
     recipe = load_recipe(QUICKSTART, small)
-    monkeypatch.setitem(BASELINES, "kd", {**BASELINES["kd"], "seed": 7})
     train = SemAlignTrainer.train
-    monkeypatch.setattr(SemAlignTrainer, "train", lambda self, **kw: (fail if self.args.seed == 7 else train)(self, **kw))
+    monkeypatch.setattr(SemAlignTrainer, "train", lambda self, **kw: (fail if self.method == "kd" else train)(self, **kw))
     with pytest.raises(MemoryError):
         run_recipe(recipe)
     assert set(json.loads((tmp_path / "results.json").read_text())["metrics"]) == {"target", "source", "semalign"}
@@ -265,3 +265,34 @@ def test_help_needs_no_torch():
 def test_public_names_are_importable():
     code = "from hf_semalign import *; import hf_semalign; [getattr(hf_semalign, name) for name in hf_semalign.__all__]"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_forgetting_is_measured_on_tasks_that_are_not_transferred(tmp_path):
+    small = ["training.max_steps=8", "data.align=64", "data.eval=8", "data.extract=4", "data.skills=[sort]"]
+    others = ["forgetting={copy: {task: symbols, eval: 12, skills: [copy]}, shift: {task: symbols, eval: 6, skills: [shift]}}"]
+    results = run_recipe(load_recipe(QUICKSTART, [*small, *others, f"output_dir={tmp_path}"]))
+    for method, changed in (("target", False), ("semalign", True), ("kd", True)):
+        found = results["metrics"][method]["forgetting"]
+        assert found.keys() == {"copy", "shift"}
+        assert found["copy"].keys() == {"kl", "loss", "accuracy", "exact_match"}
+        assert found["copy"]["exact_match"].keys() == {"copy"}
+        assert (found["copy"]["kl"] > 1e-4) == changed
+    assert results["metrics"]["target"]["forgetting"]["copy"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "forgetting" not in results["metrics"]["source"]
+    card = (tmp_path / "README.md").read_text()
+    assert "was not measured" not in card
+    assert "copy" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("forgetting={copy: {task: symbols}}", r"section forgetting\.copy of .* lacks \['eval'\]"),
+        ("forgetting={copy: {task: symbolz, eval: 3}}", "did you mean 'symbols'"),
+        ("forgetting={copy: {task: symbols, eval: 3, skill: x}}", "did you mean 'skills'"),
+        ("forgetting=[copy]", r"forgetting of the recipe .* expected sections by name"),
+    ],
+)
+def test_a_forgetting_section_that_cannot_be_used(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(QUICKSTART, [change])

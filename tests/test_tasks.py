@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 
 from hf_semalign import symbols
 from hf_semalign.splits import check_disjoint, prompt_of
-from hf_semalign.tasks import TASKS, TaskData, load_task
+from hf_semalign.tasks import TASKS, TaskData, load_held_out, load_task
 
 COUNTS = {"extract": 2, "align": 3, "eval": 2}
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -370,3 +370,23 @@ def test_every_pair_has_its_recipes():
 def test_accelerate_configurations(name, processes):
     config = ClusterConfig.from_yaml_file(RECIPES / "accelerate" / f"{name}.yaml")
     assert config.num_processes == processes
+
+
+def test_some_skills_of_the_symbols():
+    data = load_task("symbols", extract=2, align=5, eval=4, skills=["sort", "copy"])
+    assert [record["skill"] for record in data.align] == ["sort", "copy", "sort", "copy", "sort"]
+    assert {record["skill"] for record in load_held_out("symbols", eval=6, skills=["shift"])} == {"shift"}
+
+
+@pytest.mark.parametrize("skills", ["sort", [], ["sort", "sing"]])
+def test_skills_that_do_not_exist(skills):
+    with pytest.raises(ValueError, match="only symbols has any, and they are a list"):
+        load_task("symbols", extract=1, align=1, eval=1, skills=skills)
+
+
+def test_a_held_out_task_reads_its_eval_split_alone(tmp_path):
+    rows = [{"prompt": f"w{i}", "completion": " x"} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_held_out("records", eval=3, files={"eval": str(tmp_path / "rows.jsonl")}) == rows[:3]
+    with pytest.raises(ValueError, match="the roles that it reads are exactly eval"):
+        load_held_out("records", eval=3)

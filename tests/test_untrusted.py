@@ -27,7 +27,8 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.figures import draw_comparison
 from hf_semalign.guards import seal
 from hf_semalign.loading import find_tokenizer, load_model, skeleton
-from hf_semalign.recipe import load_recipe, load_run, load_tokenizer, results_table
+from hf_semalign.recipe import load_recipe, load_run, load_tokenizer
+from hf_semalign.runs import results_table
 from hf_semalign.source import Source
 from hf_semalign.splits import encode
 from hf_semalign.symbols import PAIR_FOLDER, public_name, resolve_model
@@ -301,8 +302,8 @@ def test_the_terminal_shows_names_to_the_letter():
 
 def test_the_terminal_shows_folders_to_the_letter(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "[red]runs[/]"
-    monkeypatch.setattr("hf_semalign.recipe.run_recipe", lambda _: RESULTS)
-    monkeypatch.setattr("hf_semalign.recipe.run_signals", lambda _: folder)
+    monkeypatch.setattr("hf_semalign.runs.run_recipe", lambda _: RESULTS)
+    monkeypatch.setattr("hf_semalign.runs.run_signals", lambda _: folder)
     monkeypatch.setattr("hf_semalign.studies.run_analysis", lambda *_: folder / "cka.png")
     for command in (["train", "--config"], ["signals", "--config"], ["analyze", "cka"]):
         assert cli.main([*command, str(QUICKSTART), f"output_dir={folder}"]) == 0

@@ -1,7 +1,15 @@
-"""Ordinary distillation: KL to the source's output, LoRA in all layers at once, nothing about hidden states.
+"""Ordinary distillation: KL to the source's output, LoRA in all layers at once, nothing about hidden states."""
 
-It is what SemAlign's trainer does with one joint stage and no layer loss, so it runs there, under the same optimizer,
-batches, LoRA modules and evaluation: ``SemAlignTrainer(..., args=SemAlignConfig(**settings, **kd.SETTINGS))``.
-"""
+from __future__ import annotations
 
-SETTINGS = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "kl"}
+from hf_semalign.trainer import SemAlignTrainer
+
+
+class KDTrainer(SemAlignTrainer):
+    """SemAlign's trainer with one joint stage and no layer loss: the same optimizer, batches, LoRA modules and evaluation.
+
+    ``KDTrainer(..., args=SemAlignConfig(**KDTrainer.settings, ...))``.
+    """
+
+    method = "kd"
+    settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "kl"}

@@ -1,0 +1,301 @@
+"""Running a recipe: two models to an adapter with card, figures and results, and the same of the baselines beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.anatomy import CausalLM
+from hf_semalign.card import render_card
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
+from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
+from hf_semalign.hub import hub_name, open_repo, push_transfer
+from hf_semalign.inspection import printable
+from hf_semalign.loading import check_engine
+from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
+from hf_semalign.source import Source
+from hf_semalign.splits import check_disjoint, encode
+from hf_semalign.states import digest
+from hf_semalign.symbols import resolve_model
+from hf_semalign.tasks import BENCHMARKS, TaskData
+from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe: splits, attribution, pairing, map, training, evaluation before and after, baselines, run folder.
+
+    The adapter is saved as soon as it is trained; ``results.json``, figures and card are written after the main run, and
+    again after each baseline. With ``push_to_hub`` in its training section the finished folder is published, and whether it
+    may be is asked before anything else.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    args = recipe.config(Path(recipe.output_dir))
+    folder = Path(str(args.output_dir))  # where ~ is a home
+    check_engine(args)
+    repo_id = hub_name(args) if recipe.training.get("push_to_hub") and args.process_index == 0 else None
+    if repo_id is not None:
+        open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
+    with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
+        results = _run(recipe, folder, args)
+    if repo_id is not None:
+        _publish(recipe, folder, repo_id, args)
+    return results
+
+
+def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -> None:
+    try:
+        push_transfer(
+            folder,
+            repo_id,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            target=resolve_model(recipe.target),
+        )
+    except (OSError, ValueError) as error:
+        raise OSError(f"{folder} is finished, but not published: {error} Then: semalign push {folder} {repo_id}") from error
+
+
+def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    started = time.perf_counter()
+    checkpoint = _checkpoint(args, args.resume_from_checkpoint)
+    with timed("data", seconds):
+        data = recipe.data.load()
+        tokenizer = load_tokenizer(recipe)
+        others = HeldOut.load(recipe, tokenizer)
+        for other in others:
+            check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
+    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
+    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
+    seconds |= trainer.seconds
+    with timed("evaluation before", seconds):
+        for other in others:
+            other.remember(trainer)
+        metrics["target"] = _measure(trainer, data, tokenizer, others)
+        metrics["source"] = _measure_source(trainer, data, tokenizer)
+    if args.signals == "cached":
+        source.release()
+    with timed("training", seconds):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+    with timed("evaluation after", seconds):
+        metrics[recipe.method] = _measure(trainer, data, tokenizer, others)
+    results = {
+        "task": recipe.data.task,
+        "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "history": [entry for entry in trainer.state.log_history if "stage" in entry],
+        "seconds": seconds,
+        "machine": {"device": str(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
+    }
+    _write(folder, trainer, results, started)
+    for name in recipe.baselines:
+        with timed(f"baseline {name}", seconds):
+            settings = recipe.config(folder / name, name, signals_dir=str(signals_root(args)))
+            baseline = _make_trainer(recipe, name, source, settings, data, tokenizer, like=trainer)
+            baseline.train(resume_from_checkpoint=_checkpoint(settings, args.resume_from_checkpoint is not False))
+            metrics[name] = _measure(baseline, data, tokenizer, others)
+        _write(folder, trainer, results, started)
+    return results
+
+
+def run_signals(recipe: Recipe) -> Path:
+    """Have the source say all that a recipe's run will need of it, and keep it under ``signals_dir``.
+
+    Returns:
+        The folder of what it said. A run finds it there by itself, also under another ``signals_dir`` that it was copied into;
+        on a machine without the source it is named as the recipe's ``source``.
+
+    Raises:
+        ValueError: a recipe with ``signals: online``.
+        OSError: a disk that does not hold the signals of all target layers.
+    """
+    args = recipe.config(Path(recipe.output_dir))
+    check_engine(args)
+    if args.signals != "cached":
+        raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
+    data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
+    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
+    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
+    trainer.prepare_signals()
+    _measure_source(trainer, data, tokenizer)
+    return source.folder(signals_root(args))
+
+
+def _checkpoint(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
+    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere.
+
+    Raises:
+        ValueError: a named checkpoint that is not whole.
+    """
+    if wanted is None or wanted is True:
+        return last_checkpoint(str(args.output_dir))
+    if wanted and (found := damage(Path(wanted))):
+        raise ValueError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
+    return wanted
+
+
+def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
+    """Results, figures and card of what has run so far; the main process alone writes."""
+    results["seconds"].pop("total", None)  # it stands last
+    results["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    results["peak_memory_mb"] = _peak_memory_mb()
+    if not trainer.is_world_process_zero():
+        return
+    record, figures = trainer.record(), folder / "figures"
+    figures.mkdir(exist_ok=True)
+    drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
+    if trainer.method == SemAlignTrainer.method:  # others use no pairs
+        drawn.insert(0, draw_layers(record, figures))
+    results["figures"] = [path.name for path in drawn]
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    (folder / "README.md").write_text(render_card(record, results), encoding="utf-8")
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The result for the terminal: exact match by skill, and KL(source || target) in nats a token."""
+    skills = list(results["metrics"]["target"].get("exact_match", {}))
+    table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
+    table.add_column("", no_wrap=True)
+    for heading in (*(f"{printable(skill)} %" for skill in skills), "KL"):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for method in method_order(results["metrics"]):
+        values = results["metrics"][method]
+        known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
+        shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
+        table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
+    return table
+
+
+def _make_trainer(
+    recipe: Recipe,
+    method: str,
+    source: Source,
+    args: SemAlignConfig,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    like: SemAlignTrainer | None = None,
+) -> SemAlignTrainer:
+    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
+    return METHODS[method](
+        resolve_model(recipe.target),
+        source,
+        args,
+        data.align,
+        eval_dataset=data.eval,
+        extract_dataset=data.extract,
+        processing_class=tokenizer,
+        pairing=None if like is None else like.pairing,
+        semantic_map=None if like is None else like.semantic_map,
+    )
+
+
+@dataclass
+class HeldOut:
+    """A task that is not transferred, and the target's final states on it before training.
+
+    Attributes:
+        name: for readers.
+        records: its rows.
+        rows: the same, encoded.
+        states: ``[N, D]`` for each batch, on the CPU.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    rows: Any
+    states: list[torch.Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
+        """Those of a recipe."""
+        found = []
+        for name, settings in recipe.forgetting.items():
+            records = settings.load()
+            rows = encode(records, tokenizer, split=f"forgetting.{name}", max_length=recipe.data.max_length)
+            found.append(HeldOut(name, records, rows))
+        return found
+
+    def remember(self, trainer: SemAlignTrainer) -> None:
+        """Keep the states of a target that has learnt nothing yet."""
+        self.states = [states.cpu() for states, _ in final_states(cast(CausalLM, trainer.model), self._batches(trainer))]
+
+    def measure(self, trainer: SemAlignTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """See :func:`hf_semalign.evaluation.drift`; and exact match, where the task has any."""
+        found = drift(cast(CausalLM, trainer.model), self._batches(trainer), self.states)
+        return found | _generated(trainer.model, self.records, tokenizer)
+
+    def _batches(self, trainer: SemAlignTrainer) -> DataLoader:
+        return DataLoader(self.rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+
+
+def _measure(
+    trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
+) -> dict[str, Any]:
+    evaluated = trainer.evaluate()
+    metrics: dict[str, Any] = {
+        "kl": evaluated["eval_kl"],
+        "loss": evaluated["eval_loss"],
+        "relation": evaluated["eval_relation"],
+        **_generated(trainer.model, data.eval, tokenizer),
+    }
+    if others:
+        metrics["forgetting"] = {other.name: other.measure(trainer, tokenizer) for other in others}
+    return metrics
+
+
+def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The source's own figures, kept with its signals, so that a second run need not load it."""
+    args, source = trainer.args, trainer.source
+    root = None if args.signals == "online" else signals_root(args)
+    name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
+    known = None if root is None else source.recall(root, name)
+    with nullcontext() if root is None or known else source.lock(root):
+        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
+        if known is not None:
+            return known
+        if args.source_memory == "stream":
+            logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
+            return {"kl": 0.0}
+        batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        model = source.model(args.device)
+        metrics = {"kl": 0.0, "loss": answer_loss(model, batches)} | _generated(model, data.eval, tokenizer)
+        if root is not None:
+            source.rest()
+            source.keep(root, name, metrics)
+    return metrics
+
+
+def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    # Tasks with a right answer to match; the four benchmarks are scored by lm-eval on the saved adapter.
+    return {"exact_match": exact_match(model, tokenizer, records)} if "skill" in records[0] else {}
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, CARD)
-KEYS = ("versions", "method", "source", "target", "pairing", "settings", "data", "adapter_checksum")  # that others read
+KEYS = ("method", "source", "target", "pairing", "settings", "data", "versions", "adapter_checksum")  # that others read
 PUBLISHED = [
     *NEEDED,
     "results.json",

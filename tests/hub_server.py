@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(fault.status, {"error": "ordered"}, fault.headers)
         if fault is not None and fault.status == RIVAL:
             with self.server.lock:
-                self.server.write("/".join(path.split("/")[3:5]), {"notes.txt": b"a rival's"})
+                self.server.write("/".join(path.split("/")[3:5]), {".gitignore": b"a rival's"})
         try:
             with self.server.lock:
                 status, content, headers = self.route(path, body)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import hub_client
 import pytest
@@ -18,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hf_semalign import hub as publishing
 from hf_semalign.states import file_digest
 
 PUBLIC = {
@@ -310,6 +312,14 @@ def test_what_comes_back_changed_is_no_success(hub, run, push):
     assert not hub.repos[push.repo].tags
     hub.order()
     assert push(run)["error"] is None
+
+
+def test_other_logits_are_no_success(run, good):
+    model, logits = publishing._probe(run, str(good / "target"))
+    api = SimpleNamespace(snapshot_download=lambda *_, **__: str(run))
+    publishing._compare(api, "zoe/a", "0" * 40, run, [], (model, logits))
+    with pytest.raises(OSError, match=r"is not what was sent, by its \['logits'\]"):
+        publishing._compare(api, "zoe/a", "0" * 40, run, [], (model, logits + 1e-6))
 
 
 # The traps of a card

@@ -6,7 +6,8 @@
 ``stories``: real text. The source is a Llama that was trained on TinyStories (a folder of safetensors), with its SentencePiece
 model; the targets are smaller Llamas trained here. ``styles``: a GPT-NeoX source and Qwen3 targets, over sequences whose next
 symbol is uncertain. Each leaves a folder under ``runs/pairs``: the models ``source``, ``absent`` and ``weak``, the splits, what
-was measured (``pair.json``), and the recipes ``absent.yaml`` and ``weak.yaml``, which ``benchmarks/ablation.py`` runs.
+was measured (``pair.json``), the recipes ``absent.yaml`` and ``weak.yaml``, which ``benchmarks/ablation.py`` runs, and
+``compare.yaml``, which ``semalign compare`` does. Forgetting is measured on what the absent target was trained on.
 """
 
 from __future__ import annotations
@@ -53,10 +54,19 @@ TRAINING: dict[str, Any] = {
     "report_to": "none",
     "use_cpu": True,
 }
+METHODS: dict[str, Any] = {  # SemAlign as the ablation has it, and as the paper does
+    "SemAlign": {"frontier": "joint", "pairing": "last", "relation_weight": 0.3},
+    "SemAlign, the paper's": {"frontier": "single", "pairing": "attribution", "relation_weight": 1.0},
+    "Distillation": {"method": "kd"},
+    "Fine-tuning": {"method": "sft"},
+    "Seeking": {"method": "seeking"},
+    "LaTen": {"method": "laten"},
+}
 
 # stories
 WINDOW, CONTEXT = 48, 12  # words of a record, and of its prompt
 BLOCK = 128  # tokens of a training sequence
+OTHER_ROWS = 128  # of what the absent target was trained on, to see what is forgotten of it
 STORY_SPLITS = {"eval": 60, "extract": 10, "align": 172}  # stories; the rest trains the weak target
 
 # styles
@@ -125,6 +135,7 @@ def build_stories(folder: Path, options: argparse.Namespace) -> None:
         seen |= records.keys()
     rows = [json.loads(line) for line in options.other.read_text(encoding="utf-8").splitlines()]
     other = blocks([f"{row['question']}\n{row['answer']}" for row in rows], tokenizer)
+    splits["other"] = [{"prompt": row["question"], "completion": f"\n{row['answer']}"} for row in rows[:OTHER_ROWS]]
     source = AutoModelForCausalLM.from_pretrained(options.source)
     torch.manual_seed(1)
     target = LlamaForCausalLM(
@@ -198,6 +209,7 @@ def build_styles(folder: Path, options: argparse.Namespace) -> None:
     """A GPT-NeoX source, a Qwen3 target that has learnt other styles, the same with a little of the right ones."""
     tokenizer, task = style_tokenizer(), StyleTask(seed=1)
     splits = {name: task.records(8 if options.smoke else count) for name, count in STYLE_SPLITS.items()}
+    splits["other"] = StyleTask(seed=2).records(8 if options.smoke else OTHER_ROWS)
     shared = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 64,
@@ -243,8 +255,9 @@ def write(folder: Path, splits: dict[str, list[dict[str, str]]], training: dict[
     files = {name: folder / f"{name}.jsonl" for name in splits}
     for name, rows in splits.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = {"task": "records", **{name: len(rows) for name, rows in splits.items()}}
-    data["files"] = {name: str(path) for name, path in files.items()}
+    own = [name for name in splits if name != "other"]
+    data = {"task": "records", **{name: len(splits[name]) for name in own}, "files": {name: str(files[name]) for name in own}}
+    other = {"task": "records", "eval": len(splits["other"]), "files": {"eval": str(files["other"])}}
     for target in TARGETS:
         recipe = {
             "source": str(folder / "source"),
@@ -252,8 +265,17 @@ def write(folder: Path, splits: dict[str, list[dict[str, str]]], training: dict[
             "output_dir": f"runs/ablation/{folder.name}-{target}",
             "data": data,
             "training": TRAINING | training,
+            "forgetting": {"other": other},
         }
         (folder / f"{target}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    comparison = {
+        "output_dir": f"runs/compare/{folder.name}",
+        "tasks": {target: f"{target}.yaml" for target in TARGETS},
+        "methods": METHODS,
+        "seeds": [1, 2, 3],
+        "budgets": ["equal data", "equal compute"],
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
 
 
 @torch.no_grad()

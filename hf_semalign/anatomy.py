@@ -41,6 +41,12 @@ LORA_TARGETS: tuple[str, ...] = (
     "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # of blocks without attention
 )  # fmt: skip
 
+# Attention's value and output, FFN's up and down: the modules whose rows and columns are a layer's neurons.
+NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
+    ("v_proj", "o_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen2, Qwen3
+    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+)
+
 
 class Head(NamedTuple):
     """What makes logits of a final hidden state: ``z = h W^T + b``, then ``c tanh(z / c)`` where the family caps them.
@@ -111,6 +117,69 @@ class Anatomy:
     def head_weight(self) -> torch.Tensor:
         """Weight of :meth:`output_head`, ``[V, D]``: what the map between two spaces is made of."""
         return self.output_head().weight
+
+
+@dataclass(frozen=True)
+class NeuronParts:
+    """Where the neurons of one decoder layer have their weights.
+
+    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with a gate before it or without. Attention neuron
+    ``h d_h + e`` (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]``
+    of ``value``: with grouped queries the heads of a group share their rows, and where query, key and value are one module the
+    row lies among the others.
+
+    Attributes:
+        value: ``[rows, D]``.
+        output: ``[D, H d_h]``.
+        up: ``[D_ff, D]``.
+        down: ``[D, D_ff]``.
+        value_rows: ``[H d_h]``.
+    """
+
+    value: nn.Module
+    output: nn.Module
+    up: nn.Module
+    down: nn.Module
+    value_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a forward multiplies with.
+
+    Attributes:
+        layers: decoder layers.
+        layer: weights of one of them, on average; of experts, those that a token is sent to.
+        head: weights of the head.
+        width: channels of a state.
+        parameters: all weights of the model.
+        bytes: of one weight.
+    """
+
+    layers: int
+    layer: float
+    head: int
+    width: int
+    parameters: int
+    bytes: int
+
+    @staticmethod
+    def of(anatomy: Anatomy) -> Size:
+        """The size of a model, with or without weights."""
+        config: Any = getattr(anatomy.decoder, "config", None)
+        experts = _setting(config, "num_local_experts", "num_experts") or 1
+        share = (_setting(config, "num_experts_per_tok") or experts) / experts
+        layers = sum(
+            p.numel() * (share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()
+        )
+        weight = anatomy.head.get_parameter("weight")
+        everything = {id(p): p.numel() for p in (*anatomy.decoder.parameters(), *anatomy.head.parameters())}
+        depth, (rows, width) = len(anatomy.layers), anatomy.head_weight().shape
+        return Size(depth, layers / depth, rows * width, width, sum(everything.values()), weight.element_size())
+
+    def forward(self, tokens: float, valid: float = 0, layers: float | None = None) -> float:
+        """Multiplications of a forward over some tokens through all layers, or so many, and through the head at valid ones."""
+        return tokens * self.layer * (self.layers if layers is None else layers) + valid * self.head
 
 
 def base_model(model: CausalLM) -> PreTrainedModel:
@@ -257,6 +326,61 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
         )
 
 
+def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[NeuronParts]]:
+    """The modules that a model's neurons lie in: their names (value, output, up, down), and they themselves by layer.
+
+    Names and shapes alone are looked at: whether the layers compute with them what a family of these names does is for
+    :func:`hf_semalign.baselines.neurons.check_neurons`.
+
+    Args:
+        anatomy: of a causal LM, also of one that has LoRA, or no weights.
+
+    Raises:
+        ValueError: a family whose layers do not have exactly one each of a row of ``NEURON_MODULES``.
+    """
+    heads = getattr(getattr(anatomy.decoder, "config", None), "num_attention_heads", None)
+    for names in NEURON_MODULES:
+        found = [
+            [[module for path, module in layer.named_modules() if path.rpartition(".")[2] == name] for name in names]
+            for layer in anatomy.layers
+        ]
+        if heads and all(len(modules) == 1 for layer in found for modules in layer):
+            return names, [
+                NeuronParts(value, output, up, down, _value_rows(anatomy.name, heads, value, output))
+                for (value,), (output,), (up,), (down,) in found
+            ]
+    raise ValueError(
+        f"The neurons of {anatomy.name} are not known: expected layers with one each of "
+        f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
+    )
+
+
+def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
+    """Row of the value module for each attention neuron, see :class:`NeuronParts`."""
+    channels, rows = output.in_features, value.out_features
+    size, neurons = channels // heads, torch.arange(channels)
+    head, place = neurons // size, neurons % size
+    if channels % heads == 0 and rows == 3 * channels:  # query, key and value of one head after those of the other
+        return (3 * head + 2) * size + place
+    if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
+        return head // (channels // rows) * size + place
+    raise ValueError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")
+
+
+def final_norm(anatomy: Anatomy) -> nn.Module:
+    """The norm between the last layer and the head: the last part of the decoder with one weight a channel.
+
+    Raises:
+        ValueError: there is none.
+    """
+    width = anatomy.head.get_parameter("weight").shape[-1]
+    shapes = {part: getattr(getattr(part, "weight", None), "shape", None) for part in anatomy.decoder.children()}
+    norms = [part for part, shape in shapes.items() if shape == (width,)]
+    if not norms:
+        raise ValueError(f"The final norm of {anatomy.name} is not found: expected a part of its decoder of {width} weights.")
+    return norms[-1]
+
+
 def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:
     """Module names that get LoRA, in every layer at least one of them.
 
@@ -271,7 +395,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
         ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
     """
     experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
-    candidates = [{path.rpartition(".")[2] for path in _candidates(layer)} for layer in layers]
+    candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
     if experts:
         candidates = [names.difference(FFN_TARGETS) for names in candidates]
     everywhere = set().union(*candidates)
@@ -289,7 +413,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
     return chosen
 
 
-def _candidates(layer: nn.Module) -> dict[str, nn.Module]:
+def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
     """Modules of a layer that may get LoRA, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in layer.named_modules():
@@ -301,7 +425,9 @@ def _candidates(layer: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def add_lora(target: PreTrainedModel, names: list[str], *, rank: int, alpha: int) -> PeftModel:
+def add_lora(
+    target: PreTrainedModel, names: list[str], *, rank: int, alpha: int, ranks: Mapping[str, int] | None = None
+) -> PeftModel:
     """A target with LoRA on the modules of :func:`lora_targets` in its decoder layers, and nowhere else.
 
     Args:
@@ -309,17 +435,20 @@ def add_lora(target: PreTrainedModel, names: list[str], *, rank: int, alpha: int
         names: module names.
         rank: ``r``.
         alpha: ``lora_alpha``.
+        ranks: other ranks by name, each with an ``alpha`` as large.
 
     Raises:
         ValueError: peft put LoRA elsewhere.
     """
     layers = dissect(target).layers
-    allowed = {id(module) for layer in layers for module in _candidates(layer).values()}
+    allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
     named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
     excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        rank_pattern=dict(ranks or {}),
+        alpha_pattern=dict(ranks or {}),
         target_modules=names,
         exclude_modules="|".join(excluded) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),

@@ -110,13 +110,13 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         "Data": _data(record, results) if record["data"] else "",
         "Settings": _settings(record),
         "Cost": _cost(results),
-        "Versions": ", ".join(f"{_text(name)} {_text(version)}" for name, version in record["versions"].items()),
+        "Versions": ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in record["versions"].items()),
         "Limits": _limits(record, results, measures),
         "Citation": CITATION,
     }
     blocks = [
         f"---\n{_metadata(record, results, measures).to_yaml()}\n---",
-        f"# {_text(_own(record))}: {_text(_public(record['source']))} → {_text(_public(record['target']))}",
+        f"# {escaped(_own(record))}: {escaped(_public(record['source']))} → {escaped(_public(record['target']))}",
         _summary(record, results, measures),
         *(f"## {heading}\n\n{body}" for heading, body in sections.items() if body),
     ]
@@ -157,9 +157,9 @@ def _forgetting(record: dict[str, Any], results: dict[str, Any]) -> str:
             exact = found.get("exact_match")
             share = f"{100 * sum(exact.values()) / len(exact):.1f}" if exact else "-"
             shown = [f"{found['kl']:.3f}", f"{found['loss']:.3f}", f"{100 * found['accuracy']:.1f}", share]
-            table.append([_text(name), _text(METHOD_NAMES.get(method, method)), *shown])
+            table.append([escaped(name), escaped(METHOD_NAMES.get(method, method)), *shown])
     return (
-        f"{_table(table, '--:')}\n\nTasks that were not transferred: what training did to them. KL from the target before "
+        f"{pipe_table(table, '--:')}\n\nTasks that were not transferred: what training did to them. KL from the target before "
         "to the target after, and the answer loss, in nats per token."
     )
 
@@ -188,7 +188,7 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
 
 
 def _summary(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
-    settings, task, method = record["settings"], _text(_public(results["task"])), record["method"]
+    settings, task, method = record["settings"], escaped(_public(results["task"])), record["method"]
     losses = [LOSS_TEXTS[settings["layer_loss"]]] * bool(settings["relation_weight"])
     losses += [OUTPUT_TEXTS[settings["output_loss"]]] * bool(settings["kl_weight"])
     changes = [
@@ -226,15 +226,15 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
     methods, data = method_order(results["metrics"]), record["data"]
     rows = f"{data['eval']['rows']:,} held-out rows" if "eval" in data else "held-out rows"
     contenders = [method for method in methods if method != "source"]
-    table = [["Method", *(_text(measure.label) + " (%)" * measure.percent for measure in measures)]]
-    table += [[_text(METHOD_NAMES.get(m, m)), *(measure.cell(m, contenders) for measure in measures)] for m in methods]
+    table = [["Method", *(escaped(measure.label) + " (%)" * measure.percent for measure in measures)]]
+    table += [[escaped(METHOD_NAMES.get(m, m)), *(measure.cell(m, contenders) for measure in measures)] for m in methods]
     text = f"Measured on {rows}, seen neither in training nor in layer attribution. Bold: the best but for the source."
     if any(measure.percent for measure in measures):
         text += " Exact match: the greedily decoded answer equals the reference."
     text += f" {KL_LABEL} and answer loss: nats per token of the reference answers, the lower the better."
     if len(contenders) > 2:
         text += f" All methods took equal steps: {results['steps']:,} optimizer steps on the same rows."
-    return f"{_table(table, '--:')}\n\n{text}"
+    return f"{pipe_table(table, '--:')}\n\n{text}"
 
 
 def _figures(record: dict[str, Any], results: dict[str, Any]) -> str:
@@ -252,8 +252,8 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     origin = f", from {_link(results['dataset'], 'datasets/')}" if results["dataset"] else ""
     table = [["Split", "Used for", "Rows", "Fingerprint"]]
     for split, facts in record["data"].items():
-        table.append([_text(split), SPLIT_USES.get(split, ""), f"{facts['rows']:,}", _text(facts["fingerprint"])])
-    return f"Task: {_text(_public(results['task']))}{origin}. No prompt is in two splits.\n\n{_table(table)}"
+        table.append([escaped(split), SPLIT_USES.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
+    return f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits.\n\n{pipe_table(table)}"
 
 
 def _settings(record: dict[str, Any]) -> str:
@@ -272,29 +272,29 @@ def _settings(record: dict[str, Any]) -> str:
 
 def _setting_table(settings: dict[str, Any]) -> str:
     idle = "num_train_epochs" if settings["max_steps"] > 0 else "max_steps"  # the one without effect
-    rows = [[_text(name), _text(value)] for name, value in settings.items() if name != idle]
-    return _table([["Setting", "Value"], *rows])
+    rows = [[escaped(name), escaped(value)] for name, value in settings.items() if name != idle]
+    return pipe_table([["Setting", "Value"], *rows])
 
 
 def _cost(results: dict[str, Any]) -> str:
     facts = {
-        "Seconds": ", ".join(f"{_text(phase)} {seconds:,.1f}" for phase, seconds in results["seconds"].items()),
+        "Seconds": ", ".join(f"{escaped(phase)} {seconds:,.1f}" for phase, seconds in results["seconds"].items()),
         "Peak memory": f"{results['peak_memory_mb']:,.0f} MB" if results["peak_memory_mb"] else "",
-        "Machine": ", ".join(f"{_text(name)} {_text(value)}" for name, value in results["machine"].items()),
+        "Machine": ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in results["machine"].items()),
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
 
 
 def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:
     """Where the numbers speak against the method, and what they do not show."""
-    method, own = record["method"], _text(_own(record))
+    method, own = record["method"], escaped(_own(record))
     shared, widest, seed = record["map"]["shared_tokens"], max(record["map"]["shape"]), record["settings"]["seed"]
     others = [name for name in method_order(results["metrics"]) if name not in (method, "source")]
     items = []
     for other in others:
         worse = [measure for measure in measures if measure.behind(method, other)]
-        told = ", ".join(f"{_text(m.label)} ({m.shown(method)} against {m.shown(other)})" for m in worse)
-        name = _text(METHOD_NAMES.get(other, other))
+        told = ", ".join(f"{escaped(m.label)} ({m.shown(method)} against {m.shown(other)})" for m in worse)
+        name = escaped(METHOD_NAMES.get(other, other))
         items.append(f"{own} against {name}: worse in {told or 'none of the numbers above'}.")
     if not set(others) - {"target"}:
         items.append(f"No other method was run: nothing here tells what {own} is worth beside ordinary fine-tuning.")
@@ -302,8 +302,8 @@ def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[
     if rows and any(measure.percent for measure in measures):
         error = f"one standard error of an exact match is up to {50 * math.sqrt(skills / rows):.1f} points"
         items.append(f"With about {rows / skills:.0f} rows a skill, {error}.")
-    items.append(f"One run, with seed {_text(seed)}: the spread over seeds is not known.")
-    task = f"abilities other than {_text(_public(results['task']))}" if measures else "the target's abilities"
+    items.append(f"One run, with seed {escaped(seed)}: the spread over seeds is not known.")
+    task = f"abilities other than {escaped(_public(results['task']))}" if measures else "the target's abilities"
     if not any(numbers.get("forgetting") for numbers in results["metrics"].values()):
         items.append(f"What the transfer does to {task} was not measured.")
     if method == "semalign" and shared < widest:
@@ -313,7 +313,7 @@ def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[
 
 def _link(name: str, kind: str = "") -> str:
     name = _public(name)
-    return f"[{_text(name)}](https://huggingface.co/{kind}{name})" if _on_hub(name) else _text(name)
+    return f"[{escaped(name)}](https://huggingface.co/{kind}{name})" if _on_hub(name) else escaped(name)
 
 
 def _on_hub(name: str | None) -> bool:
@@ -334,11 +334,12 @@ def _line(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Data as Markdown that shows it to the letter, also within a table."""
     return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(_line(value), quote=False))
 
 
-def _table(rows: Sequence[Sequence[str]], align: str = "---") -> str:
+def pipe_table(rows: Sequence[Sequence[str]], align: str = "---") -> str:
+    """Rows, the first of them the heading, as a Markdown table."""
     lines = [rows[0], ["---", *[align] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -21,6 +21,11 @@ COMMANDS = {
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
     ),
 }
+COMPARE = (
+    "run methods x tasks x seeds into one table and one figure",
+    "Run the cells of a comparison that are missing, and write compare.md, .json, .tex and .png into its folder.",
+    "semalign compare recipes/quickstart/compare.yaml --jobs 2 seeds=[1]",
+)
 ANALYSES = {
     "vectors": "how well hidden states are rebuilt from vocabulary bases, layer by layer",
     "cka": "how alike source and target layers are, without and with the map",
@@ -36,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=short, description=description, epilog=f"Example: {example}")
         command.add_argument("--config", required=True, help="YAML file of the recipe")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as training.seed=2")
+        if name == "train":
+            command.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
+    short, description, example = COMPARE
+    compare = commands.add_parser("compare", help=short, description=description, epilog=f"Example: {example}")
+    compare.add_argument("comparison", metavar="FILE", help="YAML file of the comparison")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the comparison, or to all its recipes")
+    compare.add_argument("--jobs", type=int, default=1, help="cells at a time (default: %(default)s)")
+    compare.add_argument("--dry-run", action="store_true", help="print the cells and their cost; load no weights")
     analyze = commands.add_parser(
         "analyze",
         help="look into a pair of models: states as vectors, alikeness of layers, pairing",
@@ -71,19 +84,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
     inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
+        options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_semalign").setLevel(logging.INFO)
     try:
         match options.command:
             case "analyze":
                 _analyze(options.analysis, options.origin, options.overrides, options.output)
+            case "compare":
+                _compare(options.comparison, options.overrides, options.jobs, options.dry_run)
             case "push":
                 _push(options)
             case "inspect":
                 _inspect(options.origin, options.revision)
             case "signals":
                 _signals(options.config, options.overrides)
+            case "train" if options.dry_run:
+                _plan(options.config, options.overrides)
             case "train":
                 _train(options.config, [*options.overrides, *["training.push_to_hub=true"] * options.push_to_hub])
     except (ValueError, OSError) as error:
@@ -133,6 +154,29 @@ def _inspect(origin: str, revision: str | None) -> None:
     facts = inspect_transfer(origin, revision)
     Console(markup=False).print(inspection_table(origin, facts))
     facts.check()
+
+
+def _compare(comparison: str, overrides: Sequence[str], jobs: int, dry_run: bool) -> None:
+    from rich.console import Console
+
+    from hf_semalign.compare import costs_table, load_comparison, run_comparison
+    from hf_semalign.tables import markdown
+
+    console, known = Console(soft_wrap=True, markup=False), load_comparison(comparison, overrides)
+    if dry_run:
+        console.print(costs_table(known))
+        return
+    console.print(markdown(run_comparison(known, jobs=jobs)))
+    console.print(f"Tables and figure: {known.output_dir}")
+
+
+def _plan(config: str, overrides: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from hf_semalign.plan import plan_recipe, plan_table
+    from hf_semalign.recipe import load_recipe
+
+    Console(markup=False).print(plan_table(plan_recipe(load_recipe(config, overrides))))
 
 
 def _train(config: str, overrides: Sequence[str]) -> None:

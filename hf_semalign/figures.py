@@ -111,6 +111,20 @@ def draw_cka(record: dict[str, Any], folder: Path) -> Path:
         return _save(_cka_figure(record), folder, "cka")
 
 
+def draw_gaps(record: dict[str, Any], folder: Path) -> Path:
+    """Draw how far each method of a comparison goes from the target before to the source, a panel for each task.
+
+    Args:
+        record: what :func:`hf_semalign.compare.summary` returns.
+        folder: where ``compare.png`` and ``compare.svg`` go.
+
+    Returns:
+        Path of the PNG.
+    """
+    with rc_context(STYLE):
+        return _save(_gaps_figure(record), folder, "compare")
+
+
 def method_order(methods: Iterable[str]) -> list[str]:
     """Order methods for readers: target, baselines as they come, SemAlign, source."""
     place = {"target": 0, "semalign": 2, "source": 3}
@@ -255,6 +269,38 @@ def _draw_kl(axes: Axes, kl: dict[str, float], colours: dict[str, str]) -> None:
     axes.set(xlabel=f"held-out {KL_LABEL}\n(nats per token)", xmargin=0.25, yticks=[], ylim=(len(kl) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")
+
+
+def _gaps_figure(record: dict[str, Any]) -> Figure:
+    """Dots with standard deviations: share of the gap closed, by score where the task has one, else by KL."""
+    tasks = list(dict.fromkeys(table["task"] for table in record["tables"]))
+    names = list(dict.fromkeys(row["name"] for table in record["tables"] for row in table["methods"]))
+    budgets = list(dict.fromkeys(table["budget"] for table in record["tables"]))
+    figure = Figure(figsize=(WIDTH, 0.9 + len(tasks) * (0.8 + 0.36 * len(names))), layout="constrained")
+    panels = list(figure.subplots(len(tasks), squeeze=False)[:, 0])
+    for axes, task in zip(panels, tasks, strict=True):
+        tables = [table for table in record["tables"] if table["task"] == task]
+        key = "closed" if any("closed" in row for table in tables for row in table["methods"]) else "kl_closed"
+        for table in tables:
+            place = budgets.index(table["budget"])
+            shift = 0.2 * (place - (len(budgets) - 1) / 2)
+            rows = [row for row in table["methods"] if key in row]
+            axes.errorbar(
+                [100 * row[key]["mean"] for row in rows],
+                [names.index(row["name"]) + shift for row in rows],
+                xerr=[100 * (row[key]["std"] or 0) for row in rows],
+                fmt=("o", "D")[place], color=(BLUE, "#E69F00")[place], markersize=6, capsize=3, label=table["budget"],
+            )  # fmt: skip
+        axes.axvline(0, color=GREY, linewidth=1, zorder=0)
+        axes.axvline(100, color=GREY, linewidth=1, zorder=0)
+        what = "score" if key == "closed" else KL_LABEL
+        axes.set(title=task, xlabel=f"gap to the source closed, by {what} (%)", ylim=(len(names) - 0.5, -0.5))
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set(major_locator=MaxNLocator(**FEW_TICKS), major_formatter="{x:g}")
+    if len(budgets) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=1)
+    return figure
 
 
 def _vectors_figure(record: dict[str, Any]) -> Figure:

@@ -19,10 +19,26 @@ from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.semantics import SemanticMap, shared_token_ids
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator, Record, check_disjoint, check_token_ids, encode, hold_out
+from hf_semalign.states import Examples
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 Rows: TypeAlias = Dataset | Sequence[Record]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is in a split: distinct rows, their tokens, and the valid positions among them."""
+
+    rows: int
+    tokens: int
+    valid: int
+
+    @staticmethod
+    def of(dataset: Dataset) -> Counts:
+        """Those of an encoded split."""
+        examples = Examples(dataset)
+        return Counts(len(examples.ids), int(examples.tokens.sum()), int(examples.answers.sum()))
 
 
 @dataclass(frozen=True)

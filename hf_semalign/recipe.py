@@ -20,6 +20,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.baselines.kd import KDTrainer
+from hf_semalign.baselines.seeking import SeekingTrainer
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.hub import read_record
@@ -29,7 +30,9 @@ from hf_semalign.tasks import TASKS, TaskData, load_held_out, load_task
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer
 
 logger = logging.getLogger(__name__)
-METHODS: dict[str, type[SemAlignTrainer]] = {trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer)}
+METHODS: dict[str, type[SemAlignTrainer]] = {
+    trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer, SeekingTrainer)
+}
 LISTED = 20  # known names in an error; SemAlignConfig has many more
 
 
@@ -142,7 +145,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
-    content = _read_yaml(Path(path).read_bytes(), f"The recipe {path}")
+    content = read_yaml(Path(path).read_bytes(), f"The recipe {path}")
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
     return _checked(content, overrides, str(path))
@@ -184,7 +187,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
                 raise ValueError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
-        section[name] = _read_yaml(value, f"The override {override!r}")
+        section[name] = read_yaml(value, f"The override {override!r}")
     _check_keys(content, Recipe, f"recipe {path}")
     _check_keys(content["data"], DataSettings, f"data section of {path}")
     training = content.get("training") or {}
@@ -201,19 +204,24 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     for name in ("source", "target", "output_dir"):
         if not isinstance(content[name], str):
             raise ValueError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
-    _check_names([content["data"]["task"]], TASKS, f"data section of {path}")
+    check_names([content["data"]["task"]], TASKS, f"data section of {path}")
     baselines = content.get("baselines") or ()
     if not isinstance(baselines, (list, tuple)):
         raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
     method = content.setdefault("method", Recipe.method)
-    _check_names([method], METHODS, f"method of {path}")
-    _check_names(baselines, METHODS.keys() - {method}, f"baselines of {path}")
+    check_names([method], METHODS, f"method of {path}")
+    check_names(baselines, METHODS, f"baselines of {path}")
     data = DataSettings(**content["data"])
     others = content.get("forgetting") or {}
     if not isinstance(others, dict):
         raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
     forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
-    known = {"data": data, "training": training, "baselines": tuple(baselines), "forgetting": forgetting}
+    known = {
+        "data": data,
+        "training": training,
+        "baselines": tuple(one for one in baselines if one != method),
+        "forgetting": forgetting,
+    }
     return Recipe(**{**content, **known})
 
 
@@ -221,11 +229,16 @@ def _held_out(name: str, section: Any, path: str) -> HeldOutSettings:
     where = f"section forgetting.{name} of {path}"
     _check_keys(section, HeldOutSettings, where)
     check_numbers(section, HeldOutSettings)
-    _check_names([section["task"]], TASKS, where)
+    check_names([section["task"]], TASKS, where)
     return HeldOutSettings(**section)
 
 
-def _read_yaml(text: str | bytes, where: str) -> Any:
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """Content of a YAML text.
+
+    Raises:
+        ValueError: names ``where`` it stands.
+    """
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -235,7 +248,7 @@ def _read_yaml(text: str | bytes, where: str) -> Any:
 def _check_keys(section: Any, settings: type, where: str) -> None:
     if not isinstance(section, dict):
         raise ValueError(f"The {where} must hold keys and values, got {section!r}.")
-    _check_names(section, [item.name for item in fields(settings)], where)
+    check_names(section, [item.name for item in fields(settings)], where)
     if settings is SemAlignConfig:
         return
     required = {item.name for item in fields(settings) if item.default is item.default_factory}
@@ -243,7 +256,12 @@ def _check_keys(section: Any, settings: type, where: str) -> None:
         raise ValueError(f"The {where} lacks {sorted(missing)}.")
 
 
-def _check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        ValueError: has the nearest known one, or all of them.
+    """
     known = list(known)
     for name in names:
         if name not in known:

@@ -29,6 +29,7 @@ from hf_semalign.guards import claimed, damage, disk_errors_explained, last_chec
 from hf_semalign.hub import hub_name, open_repo, push_transfer
 from hf_semalign.inspection import printable
 from hf_semalign.loading import check_engine
+from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
 from hf_semalign.source import Source
 from hf_semalign.splits import check_disjoint, encode
@@ -107,6 +108,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
         "steps": trainer.state.global_step,
+        "cost": plan(trainer.known, args, recipe.method).cost,
         "metrics": metrics,
         "history": [entry for entry in trainer.state.log_history if "stage" in entry],
         "seconds": seconds,

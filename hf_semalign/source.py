@@ -88,6 +88,11 @@ class Source:
         self.dtype = load_dtype(model, bf16) if isinstance(model, str) else shape.dtype
         self._model = None if isinstance(model, str) else shape
 
+    @property
+    def shape(self) -> PreTrainedModel:
+        """The model without its weights, or the one that was given in memory."""
+        return self._shape
+
     @cached_property
     def identity(self) -> str:
         """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors, and

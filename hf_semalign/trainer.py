@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -72,7 +73,7 @@ from hf_semalign.losses import (
 )
 from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
-from hf_semalign.preparation import prepare
+from hf_semalign.preparation import Preparation, prepare
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap, checksum
 from hf_semalign.sharding import check_sharded, check_shards
@@ -136,9 +137,11 @@ class SemAlignTrainer(Trainer):
     Attributes:
         method: what the run is called in records, results and cards; baselines have names of their own.
         settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
+        takes_steps: whether the method's cost grows with the optimizer steps.
         pairing: the :class:`LayerPairing` in use.
         semantic_map: the :class:`SemanticMap` in use.
         scales: factor on the mapped states of each pair.
+        known: the run as it was before weights were loaded.
         seconds: wall time of the phases before training.
 
     Raises:
@@ -147,6 +150,7 @@ class SemAlignTrainer(Trainer):
 
     method: ClassVar[str] = "semalign"
     settings: ClassVar[Mapping[str, Any]] = {}
+    takes_steps: ClassVar[bool] = True
     loss_is_scaled_for_ga = True
     args: SemAlignConfig
 
@@ -180,6 +184,8 @@ class SemAlignTrainer(Trainer):
             raise ValueError(
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
+        self.check(known, args)
+        self.known = known
         processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
         self.frontier, self.schedule = known.frontier, known.schedule
@@ -190,7 +196,7 @@ class SemAlignTrainer(Trainer):
             target = load_model(model, bf16=args.bf16, parts=args.target_parts)
         self.target_anatomy = dissect(target)
         torch.manual_seed(args.seed)
-        adapted = add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
+        adapted = self._adapt(target, args)
         self.lora_layers = lora_parameters(self.target_anatomy.layers)
 
         super().__init__(
@@ -270,6 +276,19 @@ class SemAlignTrainer(Trainer):
         self._broken: list[str] = []  # what is not finite in the step in hand
         self._term_sums = torch.zeros(2, device=args.device)
         self._terms_logged = 0
+
+    @classmethod
+    def check(cls, known: Preparation, args: SemAlignConfig) -> None:
+        """Refuse, before any weight is loaded, what the method of this class cannot work with."""
+
+    @classmethod
+    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
+        """What the method does beside or instead of the phases of :func:`hf_semalign.plan.plan`: multiplications by phase."""
+        return {}
+
+    def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
+        """The target with LoRA that changes nothing yet."""
+        return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
 
     # Schedule and optimizer
 
@@ -806,7 +825,7 @@ class SemAlignTrainer(Trainer):
         card = folder / CARD
         known = card.is_file() and ((folder / "results.json").is_file() or card_fault(card))  # a recipe's, or somebody's own
         if not known:
-            card.write_text(render_card(self.record(), self._results()), encoding="utf-8")
+            card.write_text(render_card(self.record(), self._card_results()), encoding="utf-8")
         if tags:
             content: Any = ModelCard(card.read_text(encoding="utf-8"))
             more = [tags] if isinstance(tags, str) else tags
@@ -822,7 +841,7 @@ class SemAlignTrainer(Trainer):
             message=commit_message or "SemAlign transfer",
         )
 
-    def _results(self) -> dict[str, Any]:
+    def _card_results(self) -> dict[str, Any]:
         """What a card needs beside the record, as far as this trainer knows: the last evaluation, if it was of this step."""
         last = [e for e in self.state.log_history if "eval_kl" in e and e["step"] == self.state.global_step]
         return {

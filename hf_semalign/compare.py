@@ -1,0 +1,414 @@
+"""Comparisons: methods x tasks x seeds of one YAML file, run cell by cell, in one table and one figure.
+
+    semalign compare recipes/quickstart/compare.yaml --jobs 2
+
+A cell is a run folder of its own, made by ``semalign train`` in a process of its own, so that its time and memory are its own.
+Cells that are whole are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.ticker import EngFormatter
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from hf_semalign.config import SemAlignConfig, check_numbers
+from hf_semalign.figures import draw_gaps
+from hf_semalign.guards import claimed
+from hf_semalign.loading import make_folder, read_json
+from hf_semalign.plan import Plan, plan_recipe
+from hf_semalign.recipe import METHODS, Recipe, check_names, load_recipe, read_yaml
+from hf_semalign.tables import latex, markdown
+
+logger = logging.getLogger(__name__)
+BUDGETS = ("equal data", "equal compute")
+RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
+LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Figures that somebody else has reported, under a protocol of their own.
+
+    Attributes:
+        origin: where they stand.
+        rows: by method, and then by task, in percent.
+    """
+
+    origin: str
+    rows: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a dry run estimates times for.
+
+    Attributes:
+        name: for readers.
+        tflops: 10^12 floating-point operations a second, sustained and not peak.
+    """
+
+    name: str
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison.
+
+    Attributes:
+        output_dir: gets a folder for each cell, the tables and the figure.
+        tasks: recipe by the task's name; a path from the comparison's own folder.
+        methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
+            that differ from the recipe's. The first one is what ``equal compute`` is measured by.
+        seeds: of training.
+        budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
+            method do.
+        reported: figures of others, to stand beside.
+        hardware: what a dry run estimates times for.
+        recipes: the recipes of the tasks.
+    """
+
+    output_dir: str
+    tasks: dict[str, str]
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    budgets: list[str] = field(default_factory=lambda: [BUDGETS[0]])
+    reported: Reported | None = None
+    hardware: Hardware | None = None
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        task: name of the task.
+        name: name of the method.
+        recipe: what is run; its ``output_dir`` is the cell's folder.
+        budgets: those that it stands under.
+    """
+
+    task: str
+    name: str
+    recipe: Recipe
+    budgets: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def label(self) -> str:
+        """For the log."""
+        return f"{self.task}, {self.name}, {' and '.join(self.budgets)}, seed {self.recipe.training['seed']}"
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison and its recipes, and check every key.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value``; a key of :class:`Comparison` changes that, any other one every recipe.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: keys or values that cannot be used.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
+    where = f"comparison {path}"
+    content = read_yaml(Path(path).read_bytes(), f"The {where}")
+    if not isinstance(content, dict):
+        raise ValueError(f"The {where} holds a {type(content).__name__}, not keys and values.")
+    known = [item.name for item in fields(Comparison) if item.name != "recipes"]
+    ours = [text for text in overrides if text.partition("=")[0] in known]
+    for text in ours:
+        key, _, value = text.partition("=")
+        content[key] = read_yaml(value, f"The override {text!r}")
+    check_names(content, known, where)
+    if missing := {"output_dir", "tasks", "methods", "seeds"} - content.keys():
+        raise ValueError(f"The {where} lacks {sorted(missing)}.")
+    for name, kind in (("tasks", dict), ("methods", dict), ("seeds", list), ("budgets", list)):
+        if name in content and not (isinstance(content[name], kind) and content[name]):
+            raise ValueError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
+    check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
+    for seed in content["seeds"]:
+        check_numbers({"seed": seed}, SemAlignConfig)
+    for name, changes in content["methods"].items():
+        place = f"methods.{name} of the {where}"
+        if not isinstance(changes, dict):
+            raise ValueError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
+        check_names(changes, ["method", *(item.name for item in fields(SemAlignConfig))], place)
+        check_names([changes.get("method", Recipe.method)], METHODS, place)
+    theirs = [text for text in overrides if text not in ours]
+    recipes = {}
+    for task, file in content["tasks"].items():
+        recipes[str(task)] = load_recipe(Path(path).parent / str(file), theirs)
+    return Comparison(
+        **{
+            **content,
+            "reported": _section(Reported, content.get("reported"), f"reported of the {where}"),
+            "hardware": _section(Hardware, content.get("hardware"), f"hardware of the {where}"),
+            "recipes": recipes,
+        }
+    )
+
+
+def _section(kind: Any, content: Any, where: str) -> Any:
+    if content is None:
+        return None
+    names = [item.name for item in fields(kind)]
+    if not isinstance(content, dict) or set(content) != set(names):
+        raise ValueError(f"The section {where} is {content!r}: expected {names}.")
+    check_numbers(content, kind)
+    return kind(**content)
+
+
+def plans(comparison: Comparison) -> dict[tuple[str, str], Plan]:
+    """What each method does on each task under ``equal data``, by task and name.
+
+    Raises:
+        ValueError: whatever a run would be refused for before weights are loaded.
+    """
+    return {
+        (task, name): plan_recipe(_changed(comparison, task, name))
+        for task in comparison.recipes
+        for name in comparison.methods
+    }
+
+
+def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
+    """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
+    found = []
+    for task, (name, changes), seed in _product(comparison):
+        first = planned[task, next(iter(comparison.methods))]
+        plan, trainer = planned[task, name], METHODS[changes.get("method", Recipe.method)]
+        steps = {budget: plan.steps for budget in comparison.budgets}
+        if "equal compute" in steps and trainer.takes_steps:
+            steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
+        for count in dict.fromkeys(steps.values()):
+            budgets = tuple(budget for budget, wanted in steps.items() if wanted == count)
+            recipe = _changed(comparison, task, name)
+            training = {**recipe.training, "seed": seed, "signals_dir": str(Path(comparison.output_dir) / "_signals")}
+            if count != plan.steps:
+                training = {**training, "max_steps": count}
+            folder = Path(comparison.output_dir) / _slug(task) / f"{_slug(name)}-{count}-seed{seed}"
+            found.append(Cell(task, name, replace(recipe, output_dir=str(folder), training=training), budgets))
+    return found
+
+
+def _product(comparison: Comparison) -> Iterator[tuple[str, tuple[str, dict[str, Any]], int]]:
+    """Seed by seed, so that whole tables come as early as may be."""
+    for seed in comparison.seeds:
+        for task in comparison.recipes:
+            for method in comparison.methods.items():
+                yield task, method, seed
+
+
+def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
+    """A task's recipe by one of the methods."""
+    recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
+    method = changes.pop("method", Recipe.method)
+    return replace(recipe, method=method, training={**recipe.training, **changes}, baselines=())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "cell"
+
+
+def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
+    """Run the cells that are missing, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
+
+    Args:
+        comparison: see :func:`load_comparison`.
+        jobs: cells at a time; with more than one, times are those of a shared machine.
+
+    Returns:
+        What ``compare.json`` holds.
+
+    Raises:
+        ValueError: settings that a run would be refused for; cells that were run with other ones.
+        ChildProcessError: cells that failed; those that are whole are in the tables.
+    """
+    folder = Path(comparison.output_dir)
+    make_folder("output_dir", folder)
+    with claimed(folder):
+        planned = plans(comparison)
+        wanted = cells(comparison, planned)
+        for cell in wanted:
+            _check(cell)
+        missing = [cell for cell in wanted if not _is_whole(cell)]
+        logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        with ThreadPoolExecutor(jobs) as pool:
+            done = pool.map(partial(_run, environment=environment), missing)
+            failed = [cell for cell, fine in zip(missing, done, strict=True) if not fine]
+        record = summary(comparison, planned, [cell for cell in wanted if cell not in failed])
+        write(record, folder)
+    if failed:
+        raise ChildProcessError(
+            f"{len(failed)} of {len(wanted)} cells failed ({'; '.join(cell.label for cell in failed[:3])}): see log.txt in "
+            f"their folders under {folder}. The same command again runs them alone."
+        )
+    return record
+
+
+def costs_table(comparison: Comparison) -> Table:
+    """The plan of a comparison for the terminal: everything but weights was looked at.
+
+    Raises:
+        ValueError: whatever a run would be refused for before weights are loaded.
+    """
+    planned, hardware = plans(comparison), comparison.hardware
+    title = f"{len(comparison.seeds)} seeds" + (f"; hours and memory estimated for {hardware.name}" if hardware else "")
+    table = Table(title=title)
+    for heading in ("task", "method", "budget", "steps", "1,000 target forwards", "operations", "disk", "memory"):
+        table.add_column(heading, justify="left" if heading in ("task", "method", "budget") else "right")
+    if hardware:
+        table.add_column("hours", justify="right")
+    hours = 0.0
+    for cell in cells(comparison, planned):
+        plan = plan_recipe(cell.recipe) if len(cell.budgets) < len(comparison.budgets) else planned[cell.task, cell.name]
+        seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
+        hours += seconds / 3600
+        if cell.recipe.training["seed"] == comparison.seeds[0]:
+            cost = sum(plan.cost.values())
+            row = [cell.task, cell.name, ", ".join(cell.budgets), f"{plan.steps:,}", f"{cost / 1e3:,.1f}"]
+            row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
+            row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
+            table.add_row(*(Text(value) for value in row))
+    if hardware:
+        table.caption = f"all cells, without evaluation: {hours:.1f} hours at {hardware.tflops:g} TFLOP/s sustained"
+    return table
+
+
+def _check(cell: Cell) -> None:
+    """Refuse a folder whose run had other settings."""
+    path = cell.folder / RECIPE_NAME
+    if path.is_file() and path.read_text(encoding="utf-8") != _yaml(cell.recipe):
+        raise ValueError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
+
+
+def _is_whole(cell: Cell) -> bool:
+    return (cell.folder / "results.json").is_file()
+
+
+def _yaml(recipe: Recipe) -> str:
+    content = {name: value for name, value in asdict(recipe).items() if value is not None}
+    content["data"] = {name: value for name, value in content["data"].items() if value is not None}
+    content["baselines"] = list(content["baselines"])
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
+    """Train and measure a cell; its output goes to ``log.txt`` in its folder."""
+    logger.info("%s", cell.label)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    path, log = cell.folder / RECIPE_NAME, cell.folder / "log.txt"
+    path.write_text(_yaml(cell.recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "hf_semalign.cli", "train", "--config", str(path)]
+    with log.open("w", encoding="utf-8") as out:
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
+    if code != 0:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        logger.error("%s failed (exit code %d):\n  %s", cell.label, code, "\n  ".join(last))
+    return code == 0
+
+
+def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
+    """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
+    read = cache(lambda cell_folder: read_json(cell_folder / "results.json", "metrics", "seconds", "cost"))
+    tables = []
+    for task in comparison.recipes:
+        for budget in comparison.budgets:
+            chosen = [cell for cell in done if cell.task == task and budget in cell.budgets]
+            if not chosen:
+                continue
+            ends = read(chosen[0].folder)["metrics"]
+            rows = []
+            for name in comparison.methods:
+                runs = [(cell, read(cell.folder)) for cell in chosen if cell.name == name]
+                if runs:
+                    rows.append({"name": name, **_row(runs, ends)})
+            target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
+            tables.append({"task": task, "budget": budget, "target": target, "source": source, "methods": rows})
+    return {
+        "pair": {"source": next(iter(planned.values())).source, "target": next(iter(planned.values())).target},
+        "seeds": comparison.seeds,
+        "reference": next(iter(comparison.methods)),
+        "tables": tables,
+        "reported": asdict(comparison.reported) if comparison.reported else None,
+    }
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """The figures of one model on one task: a score in 0 to 1 where there is one, ``kl`` and ``loss``; what it forgot."""
+    found: dict[str, float] = {name: metrics[name] for name in ("kl", "loss") if name in metrics}
+    if "benchmark" in metrics:
+        found["score"] = metrics["benchmark"]["value"]
+    elif metrics.get("exact_match"):
+        found["score"] = statistics.mean(metrics["exact_match"].values())
+    if metrics.get("forgetting"):
+        others = metrics["forgetting"].values()
+        found["forgotten_kl"] = statistics.mean(other["kl"] for other in others)
+        found["kept_accuracy"] = statistics.mean(other["accuracy"] for other in others)
+    return found
+
+
+def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> dict[str, Any]:
+    target, source = _figures(ends["target"]), _figures(ends["source"])
+    samples: dict[str, list[float]] = {}
+    for cell, results in runs:
+        found = _figures(results["metrics"][cell.recipe.method])
+        if "score" in found and source.get("score") is not None:
+            found["gap"] = source["score"] - found["score"]
+            if source["score"] > target["score"]:
+                found["closed"] = (found["score"] - target["score"]) / (source["score"] - target["score"])
+        if target["kl"] > 0:
+            found["kl_closed"] = 1 - found["kl"] / target["kl"]
+        if "kept_accuracy" in found:
+            found["accuracy_change"] = found["kept_accuracy"] - target["kept_accuracy"]
+        found |= {
+            "cost": sum(results["cost"].values()),
+            "steps": results["steps"],
+            "seconds": results["seconds"]["total"],
+            "memory_mb": results["peak_memory_mb"],
+            "adapter_mb": (cell.folder / "adapter_model.safetensors").stat().st_size / 1e6,
+        }
+        for name, value in found.items():
+            samples.setdefault(name, []).append(value)
+    row: dict[str, Any] = {"method": runs[0][0].recipe.method, "seeds": len(runs)}
+    for name, values in samples.items():
+        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    return row
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """Write the tables and the figure of :func:`summary`."""
+    (folder / "compare.json").write_text(json.dumps(record, indent=1))
+    (folder / "compare.md").write_text(markdown(record), encoding="utf-8")
+    (folder / "compare.tex").write_text(latex(record), encoding="utf-8")
+    if record["tables"]:
+        draw_gaps(record, folder)

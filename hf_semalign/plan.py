@@ -1,0 +1,221 @@
+"""What a run will do and cost, counted before any weight is loaded: dry runs, equal compute, and the cost in comparisons.
+
+Cost is counted in multiplications of a state with a weight, and told in **target forwards**: one forward of the whole target
+over an align example of mean length, heads on its valid positions. Backward through a frozen layer costs what its forward
+does; layers below the frontier cost nothing where the target prefix holds them. LoRA, the products of attention, the losses
+between positions and the singular value decompositions of Seeking are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import EngFormatter
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from hf_semalign.anatomy import Size, dissect
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.preparation import Counts, Preparation, prepare
+from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
+from hf_semalign.states import Examples
+from hf_semalign.symbols import resolve_model
+from hf_semalign.trainer import PREFIX_PAYS
+
+ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
+KEPT_STATES = 12  # states of its width that backward keeps of a layer and position, about: norms, attention, gated FFN
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        source: name of the source.
+        target: name of the target.
+        source_layers: the source layer of each target layer; ``None`` where attribution will choose it.
+        stages: first step of each stage, and the end.
+        splits: what is in each split.
+        sizes: of ``source`` and ``target``.
+        cost: target forwards by phase.
+        multiplications: of one target forward.
+        disk_bytes: signals and target prefix, at most.
+        memory_bytes: estimate of the largest phase's, by phase: the source's pass, and training.
+        shared_tokens: rows of both heads that map and KL are over.
+    """
+
+    method: str
+    source: str
+    target: str
+    source_layers: tuple[int, ...] | None
+    stages: tuple[int, ...]
+    splits: dict[str, Counts]
+    sizes: dict[str, Size]
+    cost: dict[str, float]
+    multiplications: float
+    disk_bytes: int
+    memory_bytes: dict[str, int]
+    shared_tokens: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1]
+
+    def seconds(self, flops: float) -> float:
+        """Time on hardware that does so many floating-point operations a second, sustained."""
+        return 2 * sum(self.cost.values()) * self.multiplications / flops
+
+    def steps_for(self, budget: float) -> int:
+        """Steps that cost a budget in target forwards, of a method whose cost grows with its steps; at least one a stage.
+
+        Raises:
+            ValueError: what comes before training costs more.
+        """
+        fixed = sum(self.cost.values()) - self.cost["training"]
+        steps = round((budget - fixed) * self.steps / self.cost["training"])
+        if steps < len(self.stages) - 1:
+            raise ValueError(
+                f"{self.method} costs {fixed:.0f} target forwards before training, and {budget:.0f} are to be spent in all, "
+                f"which leaves {steps} steps for {len(self.stages) - 1} stages: raise the budget."
+            )
+        return steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it."""
+        return asdict(self)
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Plan a recipe's run: its data are read, and of the models all but their weights.
+
+    Raises:
+        ValueError: whatever the run would be refused for before weights are loaded.
+    """
+    args = recipe.config(Path(recipe.output_dir))
+    data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
+    source, target = resolve_model(recipe.source), resolve_model(recipe.target)
+    known = prepare(target, source, args, data.align, data.eval, data.extract, tokenizer)
+    return plan(known, args, recipe.method)
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan for the terminal."""
+    table = Table(title=f"{plan.source} to {plan.target}, by {plan.method}", show_header=False)
+    pairs = "chosen by attribution"
+    if plan.source_layers:
+        pairs = ", ".join(f"{layer} to {k}" for k, layer in enumerate(plan.source_layers))
+    spans = [f"{first}-{last}" for first, last in pairwise(plan.stages)]
+    splits = [f"{name} {counts.rows:,} rows, {counts.valid:,} answer tokens" for name, counts in plan.splits.items()]
+    rows = {
+        "layers": f"{plan.sizes['source'].layers} source, {plan.sizes['target'].layers} target",
+        "pairs (source to target)": pairs,
+        "stages (optimizer steps)": f"{len(spans)}: {', '.join(spans)}",
+        "splits": "; ".join(splits),
+        "shared tokens": f"{plan.shared_tokens:,}",
+        "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
+        "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
+        "time": f"{timedelta(seconds=round(plan.seconds(1e14)))} at 100 TFLOP/s sustained",
+        "disk": f"{decimal(plan.disk_bytes)} at most",
+        "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
+    """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``."""
+    METHODS[method].check(known, args)
+    splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
+    source, target = Size.of(dissect(known.source.shape)), Size.of(known.target)
+    align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
+    mapped = distinct if args.relation_weight else 0
+    prefix, seen = _has_prefix(known, args), _batch(known, args)
+    cost = {}
+    if args.relation_weight and known.pairing is None:
+        extract = splits["extract"]  # layers run again on the way back for what is in them
+        cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
+    if args.learns_from_source and args.signals == "cached":
+        cost["signals"] = source.forward(align.tokens) + align.valid * mapped * source.width * target.width
+    if prefix:
+        cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
+    example = align.tokens / align.rows, align.valid / align.rows
+    cost["training"] = seen * sum(
+        known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
+        for stage in range(known.schedule.num_stages)
+    )
+    cost |= METHODS[method].own_cost(known, args)
+    unit = target.forward(*example)
+    evaluated = sum(counts.valid for name, counts in splits.items() if name.startswith("eval"))
+    disk = evaluated * (source.width + distinct * target.width) * source.bytes
+    if args.learns_from_source:
+        disk += align.valid * (source.width + mapped * target.width) * source.bytes
+    return Plan(
+        method,
+        known.source.name,
+        known.target_id,
+        known.pairing.source_layers if known.pairing else None,
+        known.schedule.boundaries,
+        splits,
+        {"source": source, "target": target},
+        {phase: amount / unit for phase, amount in cost.items()},
+        unit,
+        (disk if args.signals == "cached" else 0) + 2 * prefix * align.tokens * target.width * 4,
+        _memory(known, args, source, target),
+        len(known.token_ids),
+    )
+
+
+def _batch(known: Preparation, args: SemAlignConfig) -> int:
+    """Examples of an optimizer step."""
+    return min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, len(known.splits["align"]))
+
+
+def _has_prefix(known: Preparation, args: SemAlignConfig) -> bool:
+    epochs = known.schedule.total_steps * _batch(known, args) / len(known.splits["align"])
+    strict = known.frontier.kind == "single" and known.frontier.num_layers > 1
+    return strict and args.signals == "cached" and epochs > PREFIX_PAYS
+
+
+def _step(
+    known: Preparation,
+    args: SemAlignConfig,
+    source: Size,
+    target: Size,
+    tokens: float,
+    valid: float,
+    stage: int,
+    prefix: bool,
+) -> float:
+    """An example of a stage: forward from where it enters, backward down to the lowest layer that trains, and the heads."""
+    above = target.layers - known.frontier.trained(stage)[0]
+    layers = above + (above if prefix else target.layers)
+    heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
+    online = source.forward(tokens) if args.learns_from_source and args.signals == "online" else 0
+    return target.forward(tokens, layers=layers) + valid * heads + online
+
+
+def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size) -> dict[str, int]:
+    """Weights, trained numbers, and states that backward keeps; the heads on chunks of rows are small beside them."""
+    longest = max(int(Examples(rows).tokens.max()) for rows in known.splits.values())
+    above = max(target.layers - known.frontier.trained(stage)[0] for stage in range(known.schedule.num_stages))
+    names = set(known.lora_targets)
+    trained = args.lora_r * sum(
+        sum(module.get_parameter("weight").shape)
+        for layer in known.target.layers
+        for path, module in layer.named_modules()
+        if path.rpartition(".")[2] in names
+    )
+    training = target.parameters * target.bytes + source.head * source.bytes + trained * ADAM_BYTES
+    training += args.train_batch_size * longest * target.width * target.bytes * above * KEPT_STATES
+    whole = args.source_memory == "resident"
+    weights = source.parameters if whole else 2 * source.layer
+    window = args.per_device_eval_batch_size * longest * source.width * KEPT_STATES
+    return {"source": int((weights + window) * source.bytes), "training": int(training)}

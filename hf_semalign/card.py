@@ -233,7 +233,8 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
         text += " Exact match: the greedily decoded answer equals the reference."
     text += f" {KL_LABEL} and answer loss: nats per token of the reference answers, the lower the better."
     if len(contenders) > 2:
-        text += f" All methods took equal steps: {results['steps']:,} optimizer steps on the same rows."
+        who = "All methods but LaTen, which has a protocol of its own," if "laten" in contenders else "All methods"
+        text += f" {who} took equal steps: {results['steps']:,} optimizer steps on the same rows."
     return f"{pipe_table(table, '--:')}\n\n{text}"
 
 
@@ -259,7 +260,8 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
 def _settings(record: dict[str, Any]) -> str:
     pairs, used, settings = record["pairing"]["source_layers"], record["map"], dict(record["settings"])
     if record["method"] != "semalign":
-        return _setting_table({name: value for name, value in settings.items() if name not in OF_STATES})
+        facts = {name: value for name, value in record.get(record["method"], {}).items() if _is_short(value)}
+        return _setting_table({name: value for name, value in settings.items() if name not in OF_STATES} | facts)
     text = (
         f"Layer pairs (source → target, counted from 0): {', '.join(f'{layer} → {k}' for k, layer in enumerate(pairs))}.\n\n"
         f"Map between the spaces: {used['shape'][1]} → {used['shape'][0]} dimensions, from {used['shared_tokens']:,} shared "
@@ -268,6 +270,11 @@ def _settings(record: dict[str, Any]) -> str:
     if settings["scale"] != "none":
         text += f" Factors on the mapped states, by pair: {', '.join(f'{scale:.3g}' for scale in used['scales'])}."
     return f"{text}\n\n{_setting_table(settings)}"
+
+
+def _is_short(value: Any) -> bool:
+    """A number, or a list of whole numbers."""
+    return isinstance(value, int | float) or (isinstance(value, list | tuple) and all(isinstance(one, int) for one in value))
 
 
 def _setting_table(settings: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.baselines.kd import KDTrainer
+from hf_semalign.baselines.laten import LaTenTrainer
 from hf_semalign.baselines.seeking import SeekingTrainer
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig, check_numbers
@@ -31,7 +32,7 @@ from hf_semalign.trainer import SETTINGS, SemAlignTrainer
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, type[SemAlignTrainer]] = {
-    trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer, SeekingTrainer)
+    trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer, SeekingTrainer, LaTenTrainer)
 }
 LISTED = 20  # known names in an error; SemAlignConfig has many more
 

@@ -709,15 +709,19 @@ class SemAlignTrainer(Trainer):
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under FSDP the adapter alone is put together, and not the base with it. With ``push_to_hub`` it is also published."""
+        """Write the adapter; with ``push_to_hub`` it is also published, unless the Trainer itself asks, for a checkpoint."""
+        self._write(output_dir, checkpoint=_internal_call)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
+        """The adapter as it is; under FSDP it alone is put together, and not the base with it."""
         if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
+            return super().save_model(output_dir, _internal_call=True)
         adapter = {
             name: whole(p.detach()).cpu() for name, p in cast(nn.Module, self.model).named_parameters() if "lora_" in name
         }
         self._save(output_dir, adapter)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP accelerate keeps once more, to go on from, what is trainable: for once that is all of LoRA."""
@@ -819,7 +823,7 @@ class SemAlignTrainer(Trainer):
             given = sorted(kwargs) if blocking else ["blocking=False"]
             raise ValueError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
         folder, base = Path(str(self.args.output_dir)), str(base_model(cast(Any, self.model)).name_or_path)
-        self.save_model(_internal_call=True)
+        self._write(None, checkpoint=False)
         if not self.is_world_process_zero():
             return None
         card = folder / CARD

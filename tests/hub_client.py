@@ -19,9 +19,10 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_semalign import SemAlignConfig, SemAlignTrainer, load_transfer, push_transfer
+from hf_semalign import SemAlignConfig, load_transfer, push_transfer
 from hf_semalign.cli import main
 from hf_semalign.evaluation import answer_loss
+from hf_semalign.recipe import METHODS
 from hf_semalign.splits import Collator, encode
 
 
@@ -73,10 +74,10 @@ def command(*arguments, token=None):
     return told | {"out": shown.getvalue()}
 
 
-def train(settings, rows, models, steps):
-    """A trainer, and the methods that ``steps`` names, called on it."""
+def train(settings, rows, models, steps, method="semalign"):
+    """A trainer, and its methods that ``steps`` names, called on it."""
     with _told() as told:
-        trainer = SemAlignTrainer(*models, SemAlignConfig(**settings), rows[8:], rows[:8])
+        trainer = METHODS[method](*models, SemAlignConfig(**{**METHODS[method].settings, **settings}), rows[8:], rows[:8])
         told["results"] = [str(getattr(trainer, name)(**options)) for name, options in steps]
     return told
 

@@ -8,7 +8,8 @@ from conftest import batches_of, random_rows, tiny_llama
 from peft import LoraConfig
 from test_recipe import QUICKSTART
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig
 from trl import SFTTrainer as Reference
 
@@ -16,11 +17,14 @@ from hf_semalign.anatomy import dissect
 from hf_semalign.baselines.kd import KDTrainer
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.evaluation import answer_loss
+from hf_semalign.evaluation import answer_loss, drift, final_states
+from hf_semalign.figures import METHOD_NAMES
 from hf_semalign.hub import load_transfer
+from hf_semalign.loading import load_weights
 from hf_semalign.recipe import load_recipe
-from hf_semalign.runs import run_recipe
+from hf_semalign.runs import HeldOut, run_recipe
 from hf_semalign.splits import Collator
+from hf_semalign.symbols import resolve_model
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)])
 SETTINGS = {
@@ -111,19 +115,26 @@ def test_a_baseline_is_what_its_settings_say(trainer, tmp_path):
     assert all(p.requires_grad for layer in made.lora_layers for p in layer)
 
 
-@pytest.mark.parametrize("method", ["kd", "sft"])
+@pytest.mark.parametrize("method", ["kd", "sft", "seeking", "laten"])
 def test_a_recipe_of_a_baseline_leaves_the_folder_of_any_run(method, tmp_path):
     small = ["training.max_steps=4", "data.align=64", "data.eval=8", "data.extract=4", "baselines=[]"]
+    small += ["forgetting={copy: {task: symbols, eval: 4, skills: [copy]}}"]
     results = run_recipe(load_recipe(QUICKSTART, [*small, f"method={method}", f"output_dir={tmp_path}"]))
     assert set(results["metrics"]) == {"target", "source", method}
     assert results["metrics"][method]["kl"] != results["metrics"]["target"]["kl"]
     card = (tmp_path / "README.md").read_text()
-    name = {"kd": "Distillation (KL only)", "sft": "Fine-tuning"}[method]
-    assert f"# {name}: embedded:source → embedded:target" in card
+    assert f"# {METHOD_NAMES[method]}: embedded:source → embedded:target" in card
     assert "relation loss" not in card
     assert "map_kind" not in card
     assert json.loads((tmp_path / "semalign.json").read_text())["method"] == method
-    assert load_transfer(tmp_path)[1]["method"] == method
+    loaded, record = load_transfer(tmp_path)
+    assert record["method"] == method
+    again = HeldOut.load(load_recipe(QUICKSTART, small), AutoTokenizer.from_pretrained(tmp_path))[0]
+    batches = DataLoader(again.rows, 4, collate_fn=Collator(pad_token_id=0))
+    before = [states for states, _ in final_states(load_weights(resolve_model("embedded:target")), batches)]
+    # It is the adapter that was measured.
+    found, told = drift(loaded, batches, before), results["metrics"][method]["forgetting"]["copy"]
+    assert found == pytest.approx({name: told[name] for name in found}, rel=1e-3, abs=1e-6)
     assert not (tmp_path / "figures" / "layers.png").exists()
 
 

@@ -364,6 +364,17 @@ def test_a_trainer_publishes_what_push_transfer_does(hub, client, good, tmp_path
     assert "the same logits on a probe" in told["log"]
 
 
+def test_what_is_published_is_the_adapter_and_not_a_checkpoint_s(hub, client, good, tmp_path):
+    """Of Seeking a checkpoint holds matrices for another base."""
+    models = str(good / "target"), str(good / "source")
+    steps = [("train", {}), ("push_to_hub", {})]
+    told = client(hub_client.train, settings(tmp_path / "seeking"), random_rows([(4, 3)] * 24), models, steps, method="seeking")
+    assert told["error"] is None
+    config = json.loads(hub.read("zoe/seeking", "adapter_config.json"))
+    kept = json.loads((tmp_path / "seeking" / "checkpoint-3" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * kept["r"] == json.loads((tmp_path / "seeking" / "adapter_config.json").read_text())["r"]
+
+
 def test_a_card_without_results_has_no_empty_index(hub, client, good, tmp_path):
     models = str(good / "target"), str(good / "source")
     steps = [("train", {}), ("save_model", {})]

@@ -333,6 +333,7 @@ class LaTenTrainer(SemAlignTrainer):
     """
 
     method = "laten"
+    takes_steps = False
     settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "answers"}
     located: tuple[Located, Located]
     deltas: dict[str, torch.Tensor]

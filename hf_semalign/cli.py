@@ -74,27 +74,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
     evaluate.add_argument("--backend", default="hf", help="hf, or vllm")
     evaluate.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
+    commands.choices["train"].add_argument(
+        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
+    )
+    push = commands.add_parser(
+        "push",
+        help="publish a run folder",
+        description="Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. What is "
+        "there already is not sent again. The token is HF_TOKEN, or the one of `hf auth login`.",
+        epilog="Example: semalign push runs/quickstart owner/name --private",
+    )
+    push.add_argument("folder", metavar="RUN", help="a run folder")
+    push.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
+    push.add_argument("--private", action="store_true", help="a new repository is private, and one that exists has to be")
+    push.add_argument("--revision", metavar="BRANCH", help="branch, by default main; made if it does not exist")
+    push.add_argument("--tag", help="name of the commit, by default of this package's version and the files")
+    push.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, where the record has a bare name")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter is",
+        description="Show which pair of models an adapter comes from, its layers, size and checksums. Of a repository only "
+        "metadata are read. Exit code 2 where a checksum is not the recorded one.",
+        epilog="Example: semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
+    )
+    inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
+    inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
     options, rest = parser.parse_known_args(arguments)
-    takes_more = options.command != "evaluate"
-    if wrong := [word for word in rest if not takes_more or word.startswith("-") or "=" not in word]:
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_semalign").setLevel(logging.INFO)
     try:
-        if options.command == "analyze":
-            _analyze(options.analysis, options.origin, options.overrides, options.output)
-        elif options.command == "evaluate":
-            _evaluate(options)
-        elif options.command == "compare":
-            _compare(options.comparison, options.overrides, options.jobs, options.dry_run)
-        elif options.command == "signals":
-            _signals(options.config, options.overrides)
-        elif options.dry_run:
-            _plan(options.config, options.overrides)
-        else:
-            _train(options.config, options.overrides)
+        match options.command:
+            case "analyze":
+                _analyze(options.analysis, options.origin, options.overrides, options.output)
+            case "evaluate":
+                _evaluate(options)
+            case "compare":
+                _compare(options.comparison, options.overrides, options.jobs, options.dry_run)
+            case "push":
+                _push(options)
+            case "inspect":
+                _inspect(options.origin, options.revision)
+            case "signals":
+                _signals(options.config, options.overrides)
+            case "train" if options.dry_run:
+                _plan(options.config, options.overrides)
+            case "train":
+                _train(options.config, [*options.overrides, *["training.push_to_hub=true"] * options.push_to_hub])
     except (ValueError, OSError) as error:
         if not _refused(error):
             raise
@@ -128,6 +157,32 @@ def _evaluate(options: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, markup=False)
     console.print(benchmarks_table(content))
     console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from hf_semalign.hub import push_transfer
+
+    url = push_transfer(
+        options.folder,
+        options.repo_id,
+        private=options.private or None,
+        revision=options.revision,
+        tag=options.tag,
+        target=options.target,
+    )
+    Console(soft_wrap=True, markup=False).print(url)
+
+
+def _inspect(origin: str, revision: str | None) -> None:
+    from rich.console import Console
+
+    from hf_semalign.inspection import inspect_transfer, inspection_table
+
+    facts = inspect_transfer(origin, revision)
+    Console(markup=False).print(inspection_table(origin, facts))
+    facts.check()
 
 
 def _compare(comparison: str, overrides: Sequence[str], jobs: int, dry_run: bool) -> None:

@@ -37,7 +37,7 @@ NUMBERS: dict[type, tuple[type, str]] = {
     bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
 }  # fmt: skip
 REFUSED = {
-    "push_to_hub": "train, then publish the run folder with push_transfer",
+    "hub_always_push": "a run is published once, when it is finished",
     "auto_find_batch_size": "another batch size would move the stages; choose per_device_train_batch_size",
     "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
@@ -162,6 +162,8 @@ class SemAlignConfig(TrainingArguments):
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         super().__post_init__()
+        if self.hub_strategy not in ("every_save", "end"):
+            raise ValueError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")
         loading: Any = self.accelerator_config
         if not loading.even_batches or loading.split_batches or loading.dispatch_batches:
             raise ValueError(

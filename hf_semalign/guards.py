@@ -21,7 +21,7 @@ from transformers.trainer_utils import sort_checkpoints
 from hf_semalign.states import file_digest, write_text
 
 logger = logging.getLogger(__name__)
-LOCK = "_lock"  # Trainer.push_to_hub leaves out _*
+LOCK = "_lock"
 CHECKSUMS = "checksums.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -32,6 +32,7 @@ from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+RECORD_NAME = "semalign.json"
 
 
 def check_engine(args: SemAlignConfig) -> None:
@@ -82,6 +83,10 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
     return content
@@ -121,7 +126,7 @@ def _readable(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def brief(error: BaseException | None) -> str:
+def brief(error: object) -> str:
     """A library's message on one line, without most of what it lists."""
     return textwrap.shorten(str(error), 200, placeholder=" ...")
 

@@ -125,9 +125,11 @@ class Recipe:
         fixed = {**METHODS[method or self.method].settings, "max_length": self.data.max_length}
         settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, **fixed}
         try:
-            return SemAlignConfig(output_dir=str(folder), **settings)
+            args = SemAlignConfig(output_dir=str(folder), **settings)
         except ValueError as error:
             raise ValueError(f"The recipe's training section cannot be used: {error}") from error
+        args.push_to_hub = False  # no trainer publishes, but the recipe at its end
+        return args
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

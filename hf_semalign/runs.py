@@ -26,6 +26,8 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
+from hf_semalign.hub import hub_name, open_repo, push_transfer
+from hf_semalign.inspection import printable
 from hf_semalign.loading import check_engine
 from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
@@ -43,7 +45,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe: splits, attribution, pairing, map, training, evaluation before and after, baselines, run folder.
 
     The adapter is saved as soon as it is trained; ``results.json``, figures and card are written after the main run, and
-    again after each baseline.
+    again after each baseline. With ``push_to_hub`` in its training section the finished folder is published, and whether it
+    may be is asked before anything else.
 
     Returns:
         What ``results.json`` holds.
@@ -51,8 +54,28 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     args = recipe.config(Path(recipe.output_dir))
     folder = Path(str(args.output_dir))  # where ~ is a home
     check_engine(args)
+    repo_id = hub_name(args) if recipe.training.get("push_to_hub") and args.process_index == 0 else None
+    if repo_id is not None:
+        open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
-        return _run(recipe, folder, args)
+        results = _run(recipe, folder, args)
+    if repo_id is not None:
+        _publish(recipe, folder, repo_id, args)
+    return results
+
+
+def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -> None:
+    try:
+        push_transfer(
+            folder,
+            repo_id,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            target=resolve_model(recipe.target),
+        )
+    except (OSError, ValueError) as error:
+        raise OSError(f"{folder} is finished, but not published: {error} Then: semalign push {folder} {repo_id}") from error
 
 
 def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
@@ -160,7 +183,7 @@ def results_table(results: dict[str, Any]) -> Table:
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*(f"{_printable(skill)} %" for skill in skills), "KL"):
+    for heading in (*(f"{printable(skill)} %" for skill in skills), "KL"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
@@ -168,11 +191,6 @@ def results_table(results: dict[str, Any]) -> Table:
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
         table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
-
-
-def _printable(text: str) -> str:
-    """Text from data with its control characters, which a terminal would obey, as escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _make_trainer(

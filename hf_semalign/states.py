@@ -366,6 +366,12 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, which is what the Hub keeps of a large file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_tensor(tensor: torch.Tensor, path: Path) -> None:
     """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name.
 

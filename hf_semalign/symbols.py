@@ -56,6 +56,8 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(name_or_path: str) -> str:
     """A model's name for records and cards: never a local path, of a folder, here or elsewhere, only its own name."""
+    if not name_or_path:
+        return "unnamed"  # a model made in memory
     path = Path(name_or_path)
     if path.parent == PAIR_FOLDER:
         return EMBEDDED + path.name

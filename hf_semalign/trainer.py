@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -39,6 +40,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
+from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import (
     FrontierCallback,
@@ -59,7 +61,8 @@ from hf_semalign.guards import (
     seal,
 )
 from hf_semalign.hooks import capture
-from hf_semalign.loading import is_quantised, load_model
+from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
+from hf_semalign.loading import RECORD_NAME, is_quantised, load_model
 from hf_semalign.losses import (
     answer_cross_entropy,
     relation_sequences,
@@ -83,11 +86,10 @@ from hf_semalign.splits import (
     fingerprint,
     valid_positions,
 )
-from hf_semalign.states import digest, file_digest
+from hf_semalign.states import digest, file_digest, sha256
 
 logger = logging.getLogger(__name__)
-RECORD_NAME = "semalign.json"
-PREFIX = "_prefix"  # in the run folder; Trainer.push_to_hub leaves out _*
+PREFIX = "_prefix"  # in the run folder
 PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
@@ -108,7 +110,7 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def signals_root(args: SemAlignConfig) -> Path:
     """Where cached signals go: ``signals_dir``, or a folder of the run."""
-    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")  # Trainer.push_to_hub leaves out _*
+    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")
 
 
 class SemAlignTrainer(Trainer):
@@ -738,9 +740,15 @@ class SemAlignTrainer(Trainer):
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under FSDP and DeepSpeed the adapter alone is put together, and not the base with it."""
+        """Write the adapter; with ``push_to_hub`` it is also published, unless the Trainer itself asks, for a checkpoint."""
+        self._write(output_dir, checkpoint=_internal_call)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
+        """The adapter as it is; under FSDP and DeepSpeed it alone is put together, not the base with it."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return super().save_model(output_dir, _internal_call)
+            return super().save_model(output_dir, _internal_call=True)
         adapter = {
             name: whole(p.detach()).cpu() for name, p in cast(nn.Module, self.model).named_parameters() if "lora_" in name
         }
@@ -796,12 +804,92 @@ class SemAlignTrainer(Trainer):
             card.write_bytes(kept)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        record = {**self.record(), "adapter_checksum": file_digest(folder / SAFETENSORS_WEIGHTS_NAME)}
-        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2))
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        sums = {"adapter_checksum": file_digest(weights), "adapter_sha256": sha256(weights)}  # the second one the Hub has too
+        (folder / RECORD_NAME).write_text(json.dumps({**self.record(), **sums}, indent=2))
 
-    def push_to_hub(self, *args, **kwargs):
-        """Refused: the Trainer's upload would replace the card and take along what is not meant for the Hub."""
-        raise NotImplementedError("push_to_hub is not supported yet: publish the run folder with push_transfer.")
+    # Publishing
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Have the repository ready, so that what cannot be published is refused before any long work."""
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            _, repo_id = open_repo(hub_name(self.args), token=token or self.args.hub_token, private=private)
+            self.hub_model_id = cast(Any, repo_id)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is not finished, and holds more than is meant for the Hub."""
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "SemAlign transfer",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        tags: str | Sequence[str] = (),
+        **kwargs: Any,
+    ) -> str | None:
+        """Save the adapter and publish ``output_dir``, as :func:`hf_semalign.push_transfer` does.
+
+        The card is the recipe's, where one has written ``results.json``, and else a new one, of what this trainer knows; a
+        README that is no card is left alone, and refused.
+
+        Args:
+            commit_message: of the commit.
+            blocking: True: the push ends with a comparison.
+            token: by default ``hub_token`` of the settings, or the one that is logged in.
+            revision: branch; by default ``hub_revision``.
+            private: by default ``hub_private_repo``.
+            tags: further tags of the card.
+            kwargs: none; those of the Trainer are for its own card.
+
+        Returns:
+            URL of the commit; of the main process alone.
+
+        Raises:
+            ValueError, OSError: see :func:`hf_semalign.push_transfer`.
+        """
+        if kwargs or not blocking:
+            given = sorted(kwargs) if blocking else ["blocking=False"]
+            raise ValueError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
+        folder, base = Path(str(self.args.output_dir)), str(base_model(cast(Any, self.model)).name_or_path)
+        self._write(None, checkpoint=False)
+        if not self.is_world_process_zero():
+            return None
+        card = folder / CARD
+        known = card.is_file() and ((folder / "results.json").is_file() or card_fault(card))  # a recipe's, or somebody's own
+        if not known:
+            card.write_text(render_card(self.record(), self._card_results()), encoding="utf-8")
+        if tags:
+            content: Any = ModelCard(card.read_text(encoding="utf-8"))
+            more = [tags] if isinstance(tags, str) else tags
+            content.data.tags = list(dict.fromkeys([*(content.data.tags or ()), *more]))
+            card.write_text(str(content), encoding="utf-8")
+        return push_transfer(
+            folder,
+            self.hub_model_id or hub_name(self.args),
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            target=base or None,
+            message=commit_message or "SemAlign transfer",
+        )
+
+    def _card_results(self) -> dict[str, Any]:
+        """What a card needs beside the record, as far as this trainer knows: the last evaluation, if it was of this step."""
+        last = [e for e in self.state.log_history if "eval_kl" in e and e["step"] == self.state.global_step]
+        return {
+            "task": "its training data",
+            "dataset": None,
+            "steps": self.state.global_step,
+            "metrics": {self.method: {"kl": last[-1]["eval_kl"], "loss": last[-1]["eval_loss"]}} if last else {},
+            "history": [entry for entry in self.state.log_history if "stage" in entry],
+            "seconds": self.seconds,
+            "peak_memory_mb": None,
+            "machine": {"device": str(self.args.device)},
+            "figures": [],
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The weights of a checkpoint of this run."""

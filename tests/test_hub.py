@@ -1,58 +1,533 @@
-"""Publishing a run folder: only what is meant for the Hub leaves the machine. (Loading back: tests/test_recipe.py.)"""
+"""Publishing against a Hub on the loopback, by the real client: what arrives, what is refused, what survives a bad network."""
 
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
+import hub_client
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.utils import filter_repo_objects
+import yaml
+from conftest import random_rows, table
+from hub_server import CUT, LATE, RIVAL, Fault, running
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from hf_semalign import push_transfer
+from hf_semalign import hub as publishing
+from hf_semalign.states import file_digest
 
 PUBLIC = {
     "adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "figures/layers.png", "figures/layers.svg",
+    "tokenizer_config.json", "figures/layers.png", "figures/layers.svg", "figures/losses.png", "figures/losses.svg",
+    "figures/comparison.png", "figures/comparison.svg",
 }  # fmt: skip
-PRIVATE = {
-    "_signals/abc/shard-00000.safetensors", "_signals/abc/manifest.json", "checkpoint-5/optimizer.pt", "training_args.bin",
-    "checkpoint-5/adapter_model.safetensors", "checkpoint-5/README.md", "checkpoint-5/chat_template.jinja",
-    "kd/semantic_map.safetensors", "notes.txt",
-}  # fmt: skip
+PRIVATE = (
+    "_signals/abc/00000.safetensors", "training_args.bin", "checkpoint-5/README.md", "kd/adapter_model.safetensors",
+    "figures/own/x.png", "adapter_model.bin", "notes.txt",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    with hub_client.client(hub.endpoint, tmp_path_factory.mktemp("home")) as call:
+        yield call
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for name in PUBLIC | PRIVATE:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    return tmp_path
+def run(good, tmp_path):
+    """A run folder of one's own."""
+    return shutil.copytree(good / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
 
 
 @pytest.fixture
-def sent(monkeypatch):
-    """The calls that would reach the Hub, with the files that the client's own filter lets through."""
-    calls = []
+def push(hub, client, good, request):
+    """``push_transfer`` in the client's process, to a repository of this test; the folder must stay as it is."""
+    hub.order()
+    name = f"zoe/{hashlib.sha1(request.node.nodeid.encode()).hexdigest()[:12]}"
 
-    def upload(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        calls.append(("upload", repo_id, self.token, set(filter_repo_objects(files, allow_patterns=allow_patterns))))
-        return SimpleNamespace(commit_url=f"https://hub.example/{repo_id}/commit/1")
+    def call(folder, repo_id=name, **options):
+        before = content(folder)
+        told = client(hub_client.push, folder, repo_id, **{"target": str(good / "target"), **options})
+        assert content(folder) == before
+        return told
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **settings: calls.append(("create", repo_id, settings)))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    return calls
-
-
-def test_only_the_listed_files_are_sent(folder, sent):
-    assert push_transfer(folder, "me/adapter", token="secret", private=True) == "https://hub.example/me/adapter/commit/1"
-    (created, repo_id, settings), (_, _, token, files) = sent
-    assert (created, repo_id, settings) == ("create", "me/adapter", {"private": True, "exist_ok": True})
-    assert token == "secret"
-    assert files == PUBLIC
+    call.repo = name
+    return call
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "semalign.json", "README.md"])
-def test_an_unfinished_folder_is_refused_before_anything_is_sent(folder, sent, name):
-    (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks .*{name}"):
-        push_transfer(folder, "me/adapter")
-    assert not sent
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def change(folder, name="results.json"):
+    (folder / name).write_text((folder / name).read_text() + "\n")
+
+
+# What arrives
+
+
+def test_the_listed_files_arrive_in_one_commit_and_are_compared(hub, run, push):
+    for name in PRIVATE:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    told = push(run, private=True)
+    assert told["error"] is None
+    repo = hub.repos[push.repo]
+    assert repo.private
+    assert [commit.title for commit in repo.commits.values()] == ["initial commit", "SemAlign transfer"]
+    assert hub.files(push.repo) == PUBLIC
+    assert all(hub.read(push.repo, name) == (run / name).read_bytes() for name in PUBLIC)
+    assert told["url"] == f"{hub.endpoint}/{push.repo}/commit/{repo.branches['main']}"
+    ((tag, tagged),) = repo.tags.items()
+    assert tag.startswith("v0.1.0-")
+    assert tagged == repo.branches["main"]
+    assert f"13 of 13 files sent; downloaded again, the same bytes, and the same logits on a probe; tag {tag}" in told["log"]
+
+
+def test_what_is_there_is_not_sent_again(hub, run, push):
+    first = push(run)
+    hub.order()
+    again = push(run)
+    assert (again["error"], again["url"]) == (None, first["url"])
+    assert "it was there already; downloaded again" in again["log"]
+    assert hub.count("commit/|PUT|/tag/") == 0
+    assert len(hub.repos[push.repo].commits) == 2
+
+
+def test_a_second_push_leaves_nothing_of_the_first_but_its_tag(hub, run, push, client, good):
+    (run / "chat_template.jinja").write_text("{{ messages }}")
+    assert push(run)["error"] is None
+    old = json.loads((run / "semalign.json").read_text())
+    (first,) = hub.repos[push.repo].tags
+    hub.write(push.repo, {"figures/own/x.png": b"by hand", "notes.txt": b"by hand"})
+    (run / "chat_template.jinja").unlink()
+    (run / "semalign.json").write_text(json.dumps(old | {"stages": [0, 3]}))
+    told = push(run)
+    assert "1 of 13 files sent" in told["log"]
+    assert hub.files(push.repo) == PUBLIC | {"figures/own/x.png", "notes.txt"}
+    assert len(hub.repos[push.repo].tags) == 2
+    assert "chat_template.jinja" in hub.files(push.repo, first)
+    target = {"target": str(good / "target")}
+    assert client(hub_client.load, push.repo, revision=first, **target)["record"] == old
+    assert client(hub_client.load, push.repo, **target)["record"] == old | {"stages": [0, 3]}
+
+
+def test_a_branch_is_made_and_main_is_left_alone(hub, run, push):
+    assert push(run, revision="trial")["error"] is None
+    assert push(run, revision="trial")["error"] is None
+    assert hub.files(push.repo, "trial") == PUBLIC
+    assert hub.files(push.repo) == set()
+
+
+def test_a_tag_of_ones_own_never_moves(hub, run, push):
+    assert push(run, tag="v1")["error"] is None
+    assert push(run, tag="v1")["error"] is None
+    tagged = hub.repos[push.repo].tags["v1"]
+    change(run)
+    hub.order()
+    assert f"has a tag 'v1' already, of commit {tagged[:8]}: choose another one" in push(run, tag="v1")["error"]
+    assert hub.count("commit/|PUT") == 0
+    assert push(run, tag="v2")["error"] is None
+    assert hub.repos[push.repo].tags["v1"] == tagged
+    assert hub.repos[push.repo].tags["v2"] == hub.repos[push.repo].branches["main"]
+    assert "The tag 'v 3' cannot be used" in push(run, tag="v 3")["error"]
+
+
+def test_a_bare_name_is_in_ones_own_namespace(hub, run, push):
+    assert push(run, "bare")["error"] is None
+    assert hub.files("zoe/bare") == PUBLIC
+
+
+def test_logits_that_cannot_be_compared_are_told_of(run, push):
+    told = push(run, target=None)
+    assert told["error"] is None
+    assert "No logits will be compared: the target target is not at hand, name it by target=" in told["log"]
+    assert "downloaded again, the same bytes; tag" in told["log"]
+
+
+# What is refused, with nothing sent
+
+
+@table("options, message", [
+    ("no token", {"token": None}, "ValueError: There is no Hub token: log in with `hf auth login`, set HF_TOKEN"),
+    ("a wrong token", {"token": "hf_wrong"}, "ValueError: The Hub does not know this token: log in again"),
+    ("a token to read", {"token": "hf_read"}, "ValueError: This token may not do that with zoe/new: make one"),
+    ("another's namespace", {"repo_id": "max/new"}, "ValueError: This token may not do that with max/new: .*namespace \"max\""),
+    ("another's repository", {"repo_id": "max/model"}, "ValueError: This token may not do that with max/model"),
+    ("no name", {"repo_id": "a/b/c"}, "ValueError: 'a/b/c' cannot be the name of a repository: expected owner/name"),
+    ("a name that is not allowed", {"repo_id": "zoe/models"}, "ValueError: The Hub refused .*: This name is reserved"),
+    ("a repository of something else", {"repo_id": "zoe/model"}, "ValueError: zoe/model exists and holds no transfer, but"),
+    ("a public repository", {"repo_id": "zoe/model", "private": True}, "ValueError: zoe/model exists and is public: "),
+    ("no network", {"constant": ("ENDPOINT", "http://127.0.0.1:9")}, "OSError: The Hub cannot be reached: .*refused"),
+    ("offline", {"constant": ("HF_HUB_OFFLINE", True)}, "OSError: HF_HUB_OFFLINE is set"),
+])  # fmt: skip
+def test_who_may_not_push_is_told_why(hub, run, push, options, message):
+    for owner in ("zoe", "max"):
+        hub.repos.pop(f"{owner}/model", None)
+        hub.write(f"{owner}/model", {"config.json": b"{}", "README.md": b"mine"})
+    error = push(run, **{"repo_id": "zoe/new", **options})["error"]
+    assert re.match(message, error), error
+    assert "hf_w" not in error
+    assert "\n" not in error
+    assert "zoe/new" not in hub.repos
+    assert hub.read("zoe/model", "README.md") == b"mine"
+    assert hub.count("preupload|commit/|PUT|batch") == 0
+
+
+def without(name):
+    return lambda run: (run / name).unlink()
+
+
+def other_adapter(run):
+    tensors = load_file(run / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, run / "adapter_model.safetensors")
+
+
+def recorded(run, change):
+    """Change the weights, and the record's checksum with them."""
+    path = run / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    record = json.loads((run / "semalign.json").read_text())
+    (run / "semalign.json").write_text(json.dumps(record | {"adapter_checksum": file_digest(path)}))
+
+
+def edit_card(**changes):
+    def edit(run):
+        _, head, text = (run / "README.md").read_text().split("---\n", 2)
+        data = yaml.safe_load(head) | changes
+        (run / "README.md").write_text(f"---\n{yaml.safe_dump(data)}---\n{text}")
+
+    return edit
+
+
+def write_card(text):
+    return lambda run: (run / "README.md").write_text(text)
+
+
+def local_base(run):
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/home/zoe/target"}))
+
+
+@table("damage, message", [
+    *((f"no {name}", without(name), f"FileNotFoundError: .*lacks .*{name}") for name in ("semalign.json", "README.md")),
+    ("no weights", without("adapter_model.safetensors"), "FileNotFoundError: .*lacks .*adapter_model.safetensors"),
+    ("another's weights", other_adapter, "ValueError: .*is not the one that semalign.json is about"),
+    ("weights cut short", lambda run: (run / "adapter_model.safetensors").write_bytes(b"cut"), ".*is damaged or cut"),
+    ("no finite weights", lambda run: recorded(run, lambda old: {k: v * float("nan") for k, v in old.items()}), ".*not finite"),
+    ("weights of another shape", lambda run: recorded(run, lambda old: {k: v[:-1] for k, v in old.items()}), ".*does not fit"),
+    ("a path as base", local_base, "ValueError: .*names the base '/home/zoe/target'.* and no path"),
+    ("a path in the card", edit_card(base_model="/home/zoe/target"), "ValueError: .*names the base_model '/home/zoe/target'"),
+    ("a card of something else", edit_card(tags=["lora"]), "ValueError: .*is not the card of a run"),
+    ("a card that is no YAML", write_card("---\na: [\n---\n"), "ValueError: .*README.md has metadata that cannot be read"),
+])  # fmt: skip
+def test_a_folder_that_may_not_be_published_as_it_is(hub, run, push, damage, message):
+    damage(run)
+    error = push(run)["error"]
+    assert re.match(message, error), error
+    assert hub.requests == []
+
+
+def test_metadata_that_the_hub_refuses(hub, run, push):
+    """Which this package does not know of; the Hub's own words are told, and nothing is there."""
+    edit_card(metrics="exact_match")(run)
+    assert '"metrics" must be an array' in push(run)["error"]
+    assert hub.files(push.repo) == set()
+
+
+def test_the_server_takes_no_object_but_the_announced_one(hub):
+    oid = hashlib.sha256(b"content").hexdigest()
+    for body in (b"content and more", b"CONTENT"):
+        request = urllib.request.Request(f"{hub.endpoint}/storage/{oid}?size=7", data=body, method="PUT")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request, timeout=5)
+    assert oid not in hub.objects
+
+
+# Bad networks
+
+
+@table("fault", [
+    ("a storage that fails twice", Fault("PUT", 503, times=2)),
+    ("an upload that is cut", Fault("PUT", CUT)),
+    ("too many requests", Fault("preupload", 429, headers={"Retry-After": "0"})),
+    ("objects that cannot be listed", Fault("batch", 502)),
+    ("no verification", Fault("verify", 500)),
+    ("a download that is cut", Fault("GET .*/resolve/", CUT)),
+])  # fmt: skip
+def test_the_client_tries_again(hub, run, push, fault):
+    hub.objects.pop(hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest(), None)
+    hub.order(fault)
+    told = push(run)
+    assert told["error"] is None
+    assert fault.times == 0
+    assert hub.files(push.repo) == PUBLIC
+
+
+@table("fault, message, landed", [
+    ("a storage that fails", Fault("PUT", 503, times=99), "OSError: The Hub failed .status 503.: try again", False),
+    ("uploads that are cut", Fault("PUT", CUT, times=99), "OSError: The Hub cannot be reached: try again", False),
+    ("no commit", Fault("commit/", 500), "OSError: The Hub failed .status 500.", False),
+    ("a commit without an answer", Fault("commit/", LATE), "OSError: The Hub cannot be reached", True),
+    ("a commit of another", Fault("commit/", RIVAL), "ValueError: .* was changed by somebody else meanwhile: try again", False),
+    ("no download", Fault("GET .*/tree/", 500, times=99), "OSError: The Hub failed .status 500.", True),
+    ("no tag", Fault("/tag/", 504), "OSError: The Hub failed .status 504.", True),
+])  # fmt: skip
+def test_a_push_that_broke_off_is_repeated(hub, run, push, fault, message, landed):
+    hub.objects.pop(hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest(), None)
+    hub.order(fault)
+    error = push(run)["error"]
+    assert re.match(message, error), error
+    assert hub.files(push.repo) - {".gitignore"} == (PUBLIC if landed else set())
+    assert not hub.repos[push.repo].tags
+    sent = hub.count("PUT")
+    hub.order()
+    again = push(run)
+    assert again["error"] is None
+    assert ("it was there already" in again["log"]) is landed
+    assert hub.files(push.repo) - {".gitignore"} == PUBLIC
+    assert len(hub.repos[push.repo].commits) == 2 + (fault.status == RIVAL)
+    assert len(hub.repos[push.repo].tags) == 1
+    if "PUT" not in fault.request:
+        assert sent
+        assert hub.count("PUT") == 0
+
+
+def test_what_comes_back_changed_is_no_success(hub, run, push):
+    hub.damaged = {"semalign.json"}
+    told = push(run)
+    assert "is not what was sent, by its ['semalign.json']: push it again" in told["error"]
+    assert not hub.repos[push.repo].tags
+    hub.order()
+    assert push(run)["error"] is None
+
+
+def test_other_logits_are_no_success(run, good):
+    model, logits = publishing._probe(run, str(good / "target"))
+    api = SimpleNamespace(snapshot_download=lambda *_, **__: str(run))
+    publishing._compare(api, "zoe/a", "0" * 40, run, [], (model, logits))
+    with pytest.raises(OSError, match=r"is not what was sent, by its \['logits'\]"):
+        publishing._compare(api, "zoe/a", "0" * 40, run, [], (model, logits + 1e-6))
+
+
+# The traps of a card
+
+
+def test_peft_s_placeholder_never_becomes_the_card(hub, run, push, good, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(good / "target"), LoraConfig(target_modules=["up_proj"]))
+    model.save_pretrained(tmp_path / "peft")
+    placeholder = (tmp_path / "peft" / "README.md").read_text()
+    assert str(good) in placeholder
+    (run / "README.md").write_text(placeholder)
+    assert "is not the card of a run" in push(run)["error"]
+    assert hub.requests == []
+
+
+def settings(folder, **changes):
+    return {
+        "output_dir": str(folder), "max_steps": 3, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "pairing": "last", "hub_model_id": f"zoe/{folder.name}", "hub_token": "hf_write", **changes,
+    }  # fmt: skip
+
+
+def test_a_trainer_publishes_what_push_transfer_does(hub, client, good, tmp_path):
+    hub.order()
+    models = str(good / "target"), str(good / "source")
+    steps = [("train", {}), ("evaluate", {}), ("push_to_hub", {"tags": ["mine", "lora"], "private": True})]
+    told = client(hub_client.train, settings(tmp_path / "trainer"), random_rows([(4, 3)] * 16), models, steps)
+    assert told["error"] is None
+    repo = hub.repos["zoe/trainer"]
+    assert repo.private
+    assert list(repo.tags.values()) == [repo.branches["main"]]
+    files = hub.files("zoe/trainer")
+    assert files == {name for name in PUBLIC if not name.startswith(("figures", "results"))}
+    head = yaml.safe_load(hub.read("zoe/trainer", "README.md").decode().split("---\n")[1])
+    assert head["tags"] == ["lora", "transformers", "hf-semalign", "knowledge-transfer", "mine"]
+    assert head["library_name"] == "peft"
+    assert "base_model" not in head
+    (entry,) = head["model-index"]
+    assert {metric["type"] for metric in entry["results"][0]["metrics"]} == {"kl_divergence", "cross_entropy"}
+    for name in files:
+        assert str(good).encode() not in hub.read("zoe/trainer", name)
+    assert "the same logits on a probe" in told["log"]
+
+
+def test_what_is_published_is_the_adapter_and_not_a_checkpoint_s(hub, client, good, tmp_path):
+    """Of Seeking a checkpoint holds matrices for another base."""
+    models = str(good / "target"), str(good / "source")
+    steps = [("train", {}), ("push_to_hub", {})]
+    told = client(hub_client.train, settings(tmp_path / "seeking"), random_rows([(4, 3)] * 24), models, steps, method="seeking")
+    assert told["error"] is None
+    config = json.loads(hub.read("zoe/seeking", "adapter_config.json"))
+    kept = json.loads((tmp_path / "seeking" / "checkpoint-3" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * kept["r"] == json.loads((tmp_path / "seeking" / "adapter_config.json").read_text())["r"]
+
+
+def test_a_card_without_results_has_no_empty_index(hub, client, good, tmp_path):
+    models = str(good / "target"), str(good / "source")
+    steps = [("train", {}), ("save_model", {})]
+    told = client(hub_client.train, settings(tmp_path / "saved", push_to_hub=True), random_rows([(4, 3)] * 16), models, steps)
+    assert told["error"] is None
+    assert "model-index" not in hub.read("zoe/saved", "README.md").decode()
+    assert len(hub.repos["zoe/saved"].commits) == 2  # no checkpoint
+
+
+@table("changes, steps, message", [
+    ("no rights", {"push_to_hub": True, "hub_token": "hf_other"}, [], "This token may not do that with zoe/refused"),
+    ("a future", {}, [("push_to_hub", {"blocking": False})], "push_to_hub does not take .'blocking=False'."),
+    ("of another card", {}, [("push_to_hub", {"language": "en"})], "push_to_hub does not take .'language'."),
+])  # fmt: skip
+def test_a_trainer_that_may_not_publish_says_so(hub, client, good, tmp_path, changes, steps, message):
+    models = str(good / "target"), str(good / "source")
+    rows = random_rows([(4, 3)] * 16)
+    told = client(hub_client.train, settings(tmp_path / "refused", **changes), rows, models, steps)
+    assert re.match(f"ValueError: {message}", told["error"])
+    assert not (tmp_path / "refused" / "_signals").exists() or steps
+    assert "zoe/refused" not in hub.repos
+
+
+# Recipes, and the whole tour
+
+
+def test_a_recipe_publishes_at_its_end(hub, client, good, tmp_path):
+    hub.order()
+    train = ["train", "--config", good / "recipe.yaml", "--push-to-hub", f"output_dir={tmp_path / 'run'}"]
+    train += ["training.hub_model_id=zoe/recipe", "training.hub_private_repo=true"]
+    told = client(hub_client.command, *train, token="hf_other")
+    assert told["code"] == 2
+    assert "This token may not do that with zoe/recipe" in told["log"]
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.safetensors"))
+
+    hub.order(Fault("commit/", 500))
+    told = client(hub_client.command, *train, token="hf_write")
+    assert told["code"] == 2
+    run = tmp_path / "run"
+    assert f"error: {run} is finished, but not published: The Hub failed (status 500)" in told["log"]
+    assert f"Then: semalign push {run} zoe/recipe" in told["log"]
+    assert content(run).keys() >= PUBLIC
+
+    push = client(hub_client.command, "push", run, "zoe/recipe", "--private", "--tag", "v1", token="hf_write")
+    assert push["code"] == 0
+    assert push["out"].strip() == f"{hub.endpoint}/zoe/recipe/commit/{hub.repos['zoe/recipe'].branches['main']}"
+    assert hub.files("zoe/recipe") == PUBLIC
+    assert hub.repos["zoe/recipe"].private
+
+    told = client(hub_client.command, *train, token="hf_write")  # goes on at its end, with other seconds in its results
+    assert told["code"] == 0
+    assert "Target before" in told["out"]
+    assert len(hub.repos["zoe/recipe"].tags) == 2
+
+
+def test_the_whole_tour(hub, client, good, run, push, tmp_path):
+    """Published, loaded by plain peft in a fresh process, evaluated, published again."""
+    assert push(run)["error"] is None
+    rows = str(good / "eval.jsonl")
+    code = f"import hub_client; print(hub_client.plain_peft({str(good / 'target')!r}, {push.repo!r}, {rows!r}))"
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PATH": ""}
+    environment |= {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    fresh = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    logits, loss = json.loads(fresh.stdout)
+    results = json.loads((run / "results.json").read_text())
+    assert [logits, loss] == hub_client.plain_peft(good / "target", run, rows)
+    assert loss == pytest.approx(results["metrics"]["semalign"]["loss"], rel=1e-6)
+    (run / "results.json").write_text(json.dumps(results | {"evaluated": "again"}))
+    assert push(run)["error"] is None
+    assert json.loads(hub.read(push.repo, "results.json"))["evaluated"] == "again"
+    assert len(hub.repos[push.repo].tags) == 2
+
+
+# Looking at an adapter
+
+
+@pytest.fixture
+def inspect(client):
+    return lambda *arguments: client(hub_client.command, "inspect", *arguments)
+
+
+def test_a_repository_is_inspected_by_metadata_alone(hub, run, push, inspect, good):
+    assert push(run, tag="v1")["error"] is None
+    hub.order()
+    told = inspect(push.repo, "--revision", "v1")
+    assert told["code"] == 0
+    read = [request for request in hub.requests if "resolve" in request or "storage" in request]
+    assert [request for request in read if request.endswith(("safetensors", ".json"))]
+    assert not [request for request in read if "storage" in request and "in part" not in request]
+    assert not [request for request in read if "README" in request or "tokenizer" in request]
+    record = json.loads((run / "semalign.json").read_text())
+    layers = record["pairing"]["source_layers"]
+    shown = " ".join(told["out"].split())
+    for text in (
+        "LORA adapter", "source → target", f"{layers[0]} → 0, {layers[1]} → 1, {layers[2]} → 2", "3: 0, 1, 2", "16, 16",
+        "down_proj, o_proj, up_proj, v_proj", "align 24 rows", "hf_semalign 0.1.0", hub.repos[push.repo].tags["v1"],
+        "adapter_sha256 │ the recorded one",
+    ):  # fmt: skip
+        assert text in shown, shown
+    folder = inspect(run)
+    assert folder["code"] == 0
+    assert "adapter_checksum │ the recorded one" in " ".join(folder["out"].split())
+
+
+def test_weights_that_are_not_the_recorded_ones_end_with_2(hub, run, push, inspect):
+    assert push(run)["error"] is None
+    other_adapter(run)
+    hub.write(push.repo, {"adapter_model.safetensors": (run / "adapter_model.safetensors").read_bytes()})
+    for origin in (push.repo, run):
+        told = inspect(origin)
+        assert told["code"] == 2
+        assert "NOT the recorded one" in told["out"]
+        assert "error: adapter_model.safetensors is not the one that semalign.json is about, by adapter_" in told["log"]
+
+
+def test_a_record_of_strangers_is_shown_to_the_letter(run, inspect):
+    record = json.loads((run / "semalign.json").read_text())
+    (run / "semalign.json").write_text(json.dumps(record | {"source": "[red]a[/]\x1b[31m"}))
+    told = inspect(run)
+    assert told["code"] == 0
+    assert r"[red]a[/]\x1b[31m → target" in told["out"]
+    assert "\x1b[31m" not in told["out"]
+
+
+@table("name, content, message", [
+    ("a list", "semalign.json", [1], "is damaged .it holds no names and values"),
+    ("a number", "adapter_config.json", 3, "is damaged .it holds no names and values"),
+    ("pairs", "semalign.json", {"pairing": {"source_layers": "none", "strategy": 1}}, "is damaged .ValueError"),
+    ("versions", "semalign.json", {"versions": []}, "is damaged .AttributeError"),
+    ("a rank", "adapter_config.json", {"r": {}}, "is damaged .TypeError"),
+])  # fmt: skip
+def test_a_record_of_another_form_is_damaged(run, inspect, name, content, message):
+    changed = json.loads((run / name).read_text()) | content if isinstance(content, dict) else content
+    (run / name).write_text(json.dumps(changed))
+    told = inspect(run)
+    assert told["code"] == 2
+    assert re.search(message, told["log"])
+
+
+def test_what_holds_no_transfer_is_not_inspected(hub, run, inspect, tmp_path):
+    hub.write("zoe/base", {"config.json": b"{}", "adapter_model.safetensors": b"x"})
+    large = dict.fromkeys(("semalign.json", "adapter_config.json"), b" " * (2**24 + 1))
+    hub.write("zoe/large", {"adapter_model.safetensors": b"", **large})
+    for arguments, message in (
+        (["zoe/base"], r"zoe/base lacks \['semalign.json', 'adapter_config.json'\]"),
+        (["zoe/large"], "have more than 16 MB: they are not read"),
+        (["zoe/none"], "There is no repository zoe/none, or this token may not see it"),
+        (["zoe/base", "--revision", "v9"], "zoe/base does not have what was asked for: check the revision"),
+        ([tmp_path / "none"], "is no folder and no Hub id"),
+        ([run, "--revision", "v1"], "is a folder, without a revision 'v1'"),
+    ):
+        told = inspect(*arguments)
+        assert told["code"] == 2
+        assert re.search(message, told["log"]), told

@@ -616,9 +616,13 @@ def test_pairing_may_come_from_a_command_line(tmp_path):
     assert args.pairing == [0, 2, 4]
 
 
-def test_pushing_is_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="push_to_hub is not supported yet"):
-        make_trainer(tmp_path).push_to_hub()
+def test_pushing_leaves_a_readme_of_ones_own_alone(tmp_path):
+    """What is pushed, and how: tests/test_hub.py."""
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "run" / "README.md").write_text("my own notes")
+    with pytest.raises(ValueError, match=r"README\.md is not the card of a run: .*move it away"):
+        trainer.push_to_hub()
+    assert (tmp_path / "run" / "README.md").read_text() == "my own notes"
 
 
 @pytest.mark.parametrize(("source_rows", "target_rows"), [(97, 98), (98, 97), (104, 112), (97, 97)])

@@ -240,7 +240,7 @@ def test_of_a_repository_only_known_files_are_read(run_folder, tmp_path, monkeyp
     tiny_llama(3, 16, pad_token_id=0).save_pretrained(tmp_path / "base")
     asked = []
 
-    def download(repo_id, *, allow_patterns):
+    def download(repo_id, *, revision, allow_patterns):
         asked.append((repo_id, allow_patterns))
         return str(run_folder)
 

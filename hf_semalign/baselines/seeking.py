@@ -186,10 +186,10 @@ class SeekingTrainer(SFTTrainer):
             },
         }
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter for the target as it was, of rank ``2 r``; in checkpoints, the Trainer's own calls, ``A`` and ``B``."""
-        if _internal_call:
-            return super().save_model(output_dir, _internal_call)
+    def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
+        """The adapter for the target as it was, of rank ``2 r``; in checkpoints ``A`` and ``B``."""
+        if checkpoint:
+            return super()._write(output_dir, checkpoint=True)
         adapted = cast(PeftModel, self.accelerator.unwrap_model(self.model))
         names = {id(module): name for name, module in adapted.named_modules()}
         folded = {}

@@ -130,9 +130,13 @@ def _own(record: dict[str, Any]) -> str:
 
 def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
     """Exact match by skill and its mean, held-out KL, answer loss: those that were measured."""
+    scores = {method: numbers["benchmark"] for method, numbers in metrics.items() if "benchmark" in numbers}
     shares = {method: numbers["exact_match"] for method, numbers in metrics.items() if numbers.get("exact_match")}
     skills = list(dict.fromkeys(skill for by_skill in shares.values() for skill in by_skill))
     measures = []
+    for name in dict.fromkeys(f"{score['task']}, {score['metric'].partition(',')[0]}" for score in scores.values()):
+        values = {method: score["value"] for method, score in scores.items()}
+        measures.append(_Measure(name.partition(", ")[2], _line(name), values, percent=True, headline=True))
     for skill in skills if len(skills) > 1 else ():
         values = {method: by_skill[skill] for method, by_skill in shares.items() if skill in by_skill}
         measures.append(_Measure("exact_match", _line(skill), values, percent=True))
@@ -229,8 +233,13 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
     table = [["Method", *(escaped(measure.label) + " (%)" * measure.percent for measure in measures)]]
     table += [[escaped(METHOD_NAMES.get(m, m)), *(measure.cell(m, contenders) for measure in measures)] for m in methods]
     text = f"Measured on {rows}, seen neither in training nor in layer attribution. Bold: the best but for the source."
-    if any(measure.percent for measure in measures):
+    if any(numbers.get("exact_match") for numbers in results["metrics"].values()):
         text += " Exact match: the greedily decoded answer equals the reference."
+    if scores := [numbers["benchmark"] for numbers in results["metrics"].values() if "benchmark" in numbers]:
+        one = scores[0]
+        chat = "with" if one["chat_template"] else "without"
+        how = f"lm-eval {escaped(one['harness'])}, zero-shot, greedy, {chat} chat template"
+        text += f" {escaped(one['task'])}: {how}, {one['rows']:,} test rows from {escaped(one['data'])}."
     text += f" {KL_LABEL} and answer loss: nats per token of the reference answers, the lower the better."
     if len(contenders) > 2:
         who = "All methods but LaTen, which has a protocol of its own," if "laten" in contenders else "All methods"
@@ -254,7 +263,13 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     table = [["Split", "Used for", "Rows", "Fingerprint"]]
     for split, facts in record["data"].items():
         table.append([escaped(split), SPLIT_USES.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
-    return f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits.\n\n{pipe_table(table)}"
+    text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
+    if shared := results.get("overlap"):
+        text += (
+            f" Compared with the {shared['test_rows']:,} test rows of its benchmark: none of these rows asks what one of them "
+            f"asks, and {100 * shared['share']:.1f} % of them share 13 words in a row with one."
+        )
+    return f"{text}\n\n{pipe_table(table)}"
 
 
 def _settings(record: dict[str, Any]) -> str:
@@ -306,7 +321,7 @@ def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[
     if not set(others) - {"target"}:
         items.append(f"No other method was run: nothing here tells what {own} is worth beside ordinary fine-tuning.")
     rows, skills = record["data"].get("eval", {}).get("rows"), sum(m.percent and not m.headline for m in measures) or 1
-    if rows and any(measure.percent for measure in measures):
+    if rows and any(numbers.get("exact_match") for numbers in results["metrics"].values()):
         error = f"one standard error of an exact match is up to {50 * math.sqrt(skills / rows):.1f} points"
         items.append(f"With about {rows / skills:.0f} rows a skill, {error}.")
     items.append(f"One run, with seed {escaped(seed)}: the spread over seeds is not known.")

@@ -27,7 +27,7 @@ from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.hub import read_record
 from hf_semalign.loading import find_config, find_tokenizer, read_json
 from hf_semalign.symbols import resolve_model
-from hf_semalign.tasks import TASKS, TaskData, load_held_out, load_task
+from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,23 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings:
+    """The ``benchmark`` section: target, source and result are scored on the task's benchmark by lm-eval.
+
+    Attributes:
+        files: local test rows, see :func:`hf_semalign.harness.run_benchmark`; by default the Hub's.
+        limit: first rows only.
+        batch_size: prompts at a time.
+        chat_template: whether prompts are in the chat template.
+    """
+
+    files: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    chat_template: bool = False
+
+
+@dataclass(frozen=True)
 class HeldOutSettings:
     """A task that is not transferred, of the ``forgetting`` section: what training does to it is measured.
 
@@ -104,6 +121,7 @@ class Recipe:
         pad_token: pad token for a tokenizer that has none.
         baselines: methods that run on the same splits for the same number of steps and stand beside the result.
         forgetting: tasks that are not transferred, by a name for readers, see :class:`HeldOutSettings`.
+        benchmark: see :class:`BenchmarkSettings`; without it nothing is scored by lm-eval.
     """
 
     source: str
@@ -115,6 +133,7 @@ class Recipe:
     pad_token: str | None = None
     baselines: tuple[str, ...] = ()
     forgetting: dict[str, HeldOutSettings] = field(default_factory=dict)
+    benchmark: BenchmarkSettings | None = None
 
     def config(self, folder: Path, method: str | None = None, **changes: Any) -> SemAlignConfig:
         """The training settings for a run in ``folder``, by the recipe's method or another one.
@@ -217,7 +236,14 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     if not isinstance(others, dict):
         raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
     forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
-    known = {
+    benchmark = None
+    if (scoring := content.get("benchmark")) is not None:
+        _check_keys(scoring, BenchmarkSettings, f"benchmark section of {path}")
+        check_numbers(scoring, BenchmarkSettings)
+        check_names([data.task], BENCHMARKS, f"task of {path}, which its benchmark section is to score")
+        benchmark = BenchmarkSettings(**scoring)
+    known: dict[str, Any] = {"benchmark": benchmark}
+    known |= {
         "data": data,
         "training": training,
         "baselines": tuple(one for one in baselines if one != method),

@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +26,10 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
+from hf_semalign.harness import check_benchmark, run_benchmark
 from hf_semalign.hub import hub_name, open_repo, push_transfer
 from hf_semalign.inspection import printable
-from hf_semalign.loading import check_engine
+from hf_semalign.loading import check_engine, is_set
 from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
 from hf_semalign.source import Source
@@ -54,6 +55,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     args = recipe.config(Path(recipe.output_dir))
     folder = Path(str(args.output_dir))  # where ~ is a home
     check_engine(args)
+    _check_benchmark(recipe)
     repo_id = hub_name(args) if recipe.training.get("push_to_hub") and args.process_index == 0 else None
     if repo_id is not None:
         open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
@@ -62,6 +64,18 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if repo_id is not None:
         _publish(recipe, folder, repo_id, args)
     return results
+
+
+def _check_benchmark(recipe: Recipe) -> None:
+    """Refuse what cannot be scored when the run is done."""
+    if recipe.benchmark is None:
+        return
+    if is_set("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "Under FSDP nothing is scored by lm-eval: leave benchmark out, and run `semalign evaluate` afterwards."
+        )
+    settings = recipe.benchmark
+    check_benchmark(recipe.data.task, files=settings.files, limit=settings.limit, batch_size=settings.batch_size)
 
 
 def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -> None:
@@ -95,19 +109,20 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     with timed("evaluation before", seconds):
         for other in others:
             other.remember(trainer)
-        metrics["target"] = _measure(trainer, data, tokenizer, others)
-        metrics["source"] = _measure_source(trainer, data, tokenizer)
+        metrics["target"] = _measure(recipe, trainer, data, tokenizer, others)
+        metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
     if args.signals == "cached":
         source.release()
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     with timed("evaluation after", seconds):
-        metrics[recipe.method] = _measure(trainer, data, tokenizer, others)
+        metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)
     results = {
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
         "steps": trainer.state.global_step,
+        "overlap": asdict(data.overlap) if data.overlap else None,
         "cost": plan(trainer.known, args, recipe.method).cost,
         "metrics": metrics,
         "history": [entry for entry in trainer.state.log_history if "stage" in entry],
@@ -120,7 +135,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
             settings = recipe.config(folder / name, name, signals_dir=str(signals_root(args)))
             baseline = _make_trainer(recipe, name, source, settings, data, tokenizer, like=trainer)
             baseline.train(resume_from_checkpoint=_checkpoint(settings, args.resume_from_checkpoint is not False))
-            metrics[name] = _measure(baseline, data, tokenizer, others)
+            metrics[name] = _measure(recipe, baseline, data, tokenizer, others)
         _write(folder, trainer, results, started)
     return results
 
@@ -144,7 +159,7 @@ def run_signals(recipe: Recipe) -> Path:
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     trainer.prepare_signals()
-    _measure_source(trainer, data, tokenizer)
+    _measure_source(recipe, trainer, data, tokenizer)
     return source.folder(signals_root(args))
 
 
@@ -179,16 +194,19 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The result for the terminal: exact match by skill, and KL(source || target) in nats a token."""
+    """The result for the terminal: benchmark, exact match by skill, and KL(source || target) in nats a token."""
+    scored = "benchmark" in results["metrics"]["target"]
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*(f"{printable(skill)} %" for skill in skills), "KL"):
+    for heading in (*["benchmark %"] * scored, *(f"{printable(skill)} %" for skill in skills), "KL"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
         known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
+        if scored:
+            shares.insert(0, f"{100 * values['benchmark']['value']:.1f}" if "benchmark" in values else "-")
         table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
     return table
 
@@ -256,7 +274,7 @@ class HeldOut:
 
 
 def _measure(
-    trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
+    recipe: Recipe, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
 ) -> dict[str, Any]:
     evaluated = trainer.evaluate()
     metrics: dict[str, Any] = {
@@ -264,17 +282,20 @@ def _measure(
         "loss": evaluated["eval_loss"],
         "relation": evaluated["eval_relation"],
         **_generated(trainer.model, data.eval, tokenizer),
+        **_scored(recipe, trainer.model, tokenizer),
     }
     if others:
         metrics["forgetting"] = {other.name: other.measure(trainer, tokenizer) for other in others}
     return metrics
 
 
-def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _measure_source(
+    recipe: Recipe, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """The source's own figures, kept with its signals, so that a second run need not load it."""
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
-    name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
+    name = f"evaluation-{digest([trainer.data_record['eval'], repr(recipe.benchmark)])[:16]}"
     known = None if root is None else source.recall(root, name)
     with nullcontext() if root is None or known else source.lock(root):
         known = known or (None if root is None else source.recall(root, name))  # another process may have made them
@@ -285,15 +306,23 @@ def _measure_source(trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrai
             return {"kl": 0.0}
         batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         model = source.model(args.device)
-        metrics = {"kl": 0.0, "loss": answer_loss(model, batches)} | _generated(model, data.eval, tokenizer)
+        metrics = {"kl": 0.0, "loss": answer_loss(model, batches)}
+        metrics |= _generated(model, data.eval, tokenizer) | _scored(recipe, model, tokenizer)
         if root is not None:
             source.rest()
             source.keep(root, name, metrics)
     return metrics
 
 
+def _scored(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The benchmark's score; every process makes it, lest one wait for another for hours."""
+    if recipe.benchmark is None:
+        return {}
+    return {"benchmark": run_benchmark(model, tokenizer, recipe.data.task, **asdict(recipe.benchmark))}
+
+
 def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # Tasks with a right answer to match; the four benchmarks are scored by lm-eval on the saved adapter.
+    # Tasks with a right answer to match; the four benchmarks are scored by lm-eval.
     return {"exact_match": exact_match(model, tokenizer, records)} if "skill" in records[0] else {}
 
 

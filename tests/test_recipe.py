@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import load_transfer
 from hf_semalign.cli import main
+from hf_semalign.compare import load_comparison
 from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import load_recipe
+from hf_semalign.recipe import METHODS, load_recipe
 from hf_semalign.runs import results_table, run_recipe, run_signals
 from hf_semalign.source import Source
 from hf_semalign.symbols import resolve_model
@@ -26,13 +27,26 @@ from hf_semalign.trainer import SemAlignTrainer
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "semalign.yaml"
-RECIPES = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate"]
+YAML = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate"]
+RECIPES = [path for path in YAML if path.stem != "compare"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_is_valid(path):
     recipe = load_recipe(path)
-    assert recipe.output_dir == f"runs/{path.parent.name}" + ("" if path == QUICKSTART else f"/{path.stem}")
+    own = f"runs/{path.parent.name}/{path.stem}" if path.parent != QUICKSTART.parent else f"runs/{path.stem}"
+    assert recipe.output_dir == ("runs/quickstart" if path == QUICKSTART else own)
+
+
+@pytest.mark.parametrize("path", sorted(set(YAML) - set(RECIPES)), ids=lambda path: path.parent.name)
+def test_every_comparison_is_valid(path):
+    """Its own keys and those of its recipes; what it would run is in tests/test_compare.py."""
+    comparison = load_comparison(path)
+    assert comparison.output_dir == f"runs/compare/{path.parent.name}"
+    assert {changes.get("method", "semalign") for changes in comparison.methods.values()} == set(METHODS)
+    assert len(comparison.seeds) == 3
+    if comparison.reported:
+        assert {task for row in comparison.reported.rows.values() for task in row} == set(comparison.tasks)
 
 
 def test_overrides_reach_their_section():

@@ -394,8 +394,9 @@ def test_malformed_records(name, content, message, tmp_path):
         load_task("records", **COUNTS, files=dict.fromkeys(COUNTS, str(tmp_path / name)))
 
 
-TASK_RECIPES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
-TARGET_LAYERS = {"llama2-13b-to-7b": 32, "smollm2-360m-to-135m": 30, "qwen2.5-7b-to-0.5b": 24}
+TASK_RECIPES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate" and path.stem != "compare")
+PAPER = ("llama2-13b-to-7b", "codellama-13b-to-llama2-7b", "wizardcoder-13b-to-llama2-7b")
+TARGET_LAYERS = {**dict.fromkeys(PAPER, 32), "smollm2-360m-to-135m": 30, "qwen2.5-7b-to-0.5b": 24}
 
 
 @pytest.mark.parametrize("path", TASK_RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -240,13 +240,18 @@ def published_files(folder: Path) -> dict[str, Path]:
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse an adapter that is not the one that the record of its folder is about.
+    """Refuse an adapter that is not the one that the record of its folder is about, or a checkpoint that needs another base.
 
     Raises:
-        ValueError: the checksums differ.
+        ValueError: the checksums differ, or it is a checkpoint of Seeking, whose matrices belong to a changed target.
     """
     if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
         raise ValueError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
+    rank = record.get(record["method"], {}).get("adapter_rank")
+    if rank is not None and read_json(folder / ADAPTER[1], "r")["r"] != rank:
+        raise ValueError(
+            f"{folder} is a checkpoint of {record['method']}, for a base that only its run has: name the finished folder."
+        )
 
 
 def card_fault(path: Path) -> str | None:

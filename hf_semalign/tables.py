@@ -108,7 +108,7 @@ def _cell(value: Any, factor: float, decimals: int, plus_minus: str) -> str:
     if value is None:
         return "-"
     mean, spread = (value["mean"], value["std"]) if isinstance(value, dict) else (value, None)
-    shown = f"{factor * mean:,.{decimals}f}"
+    shown = f"{factor * mean:z,.{decimals}f}"
     return shown if spread is None or not plus_minus else f"{shown} {plus_minus} {factor * spread:,.{decimals}f}"
 
 

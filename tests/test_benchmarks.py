@@ -53,6 +53,13 @@ def check(content: Any, positive: set[str]) -> None:
     assert [(name, value) for name, value in numbers if name in positive and value <= 0] == []
 
 
+def test_seeking_start(tmp_path):
+    smoke("seeking_start.py", tmp_path)
+    content = written("seeking_start", tmp_path)
+    assert len(content["results"]) == 6
+    check(content["results"], {"kl", "loss"})
+
+
 def test_wall_time(tmp_path):
     smoke("wall_time.py", tmp_path, "--seeds", "1")
     content = written("wall_time", tmp_path)

@@ -14,7 +14,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import json_lines, table, tiny_llama
+from huggingface_hub import ModelCard
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 from peft import LoraConfig, get_peft_model
@@ -543,3 +545,42 @@ def test_vllm(run_folder, files, monkeypatch):
 
 def test_tasks():
     assert TASKS == ("mmlu", "gsm8k", "humaneval", "mbpp")
+
+
+def test_a_recipe_with_a_benchmark_scores_target_source_and_result(files, tmp_path):
+    """By the harness, on the test rows, with what that says in results and card."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    for name, model in (("target", byte_model()), ("source", tiny_llama(3, 24, vocab=259, max_position_embeddings=2048))):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer(template).save_pretrained(tmp_path / name)
+    rows = [{"question": f"How many are {i} and {i}?", "answer": f"They are {2 * i}.\n#### {2 * i}"} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "source": str(tmp_path / "source"),
+        "target": str(tmp_path / "target"),
+        "output_dir": str(tmp_path / "run"),
+        "data": {
+            "task": "gsm8k", "extract": 2, "align": 8, "eval": 4,
+            "files": {"train": str(tmp_path / "train.jsonl"), "test": str(files / "gsm8k" / "test.jsonl")},
+        },
+        "benchmark": {"files": str(files), "limit": 2, "batch_size": 2},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for role in ("target", "source", "semalign"):
+        scored = results["metrics"][role]["benchmark"]
+        assert (scored["task"], scored["rows"], scored["num_fewshot"], scored["limit"]) == ("gsm8k", 2, 0, 2)
+        assert 0 <= scored["value"] <= 1
+    assert results["overlap"]["rows"] == 14
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "gsm8k: lm-eval" in card and "zero-shot, greedy, without chat template, 2 test rows" in card
+    assert "none of these rows asks what one of them asks" in card
+    assert "exact_match" in ModelCard(card).data.eval_results[0].metric_type
+    recipe["benchmark"] = {"files": str(tmp_path / "nowhere")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'b'}"]) == 2
+    assert not list((tmp_path / "b").glob("*.safetensors"))  # before anything is trained

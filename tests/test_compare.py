@@ -7,8 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from test_recipe import QUICKSTART
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_semalign import compare
 from hf_semalign.cli import main
@@ -173,3 +177,74 @@ def test_a_method_that_cannot_be_run_is_refused_before_any_other_is(written, her
     with pytest.raises(ValueError, match="pairing"):
         run_comparison(load_comparison(path, SMALL))
     assert here == []
+
+
+LLAMA = {"13b": (40, 5120, 13824, 40), "7b": (32, 4096, 11008, 32)}
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The paper's models as far as a dry run looks: configuration, a tokenizer, and a file of weights that nobody reads."""
+    folder = tmp_path_factory.mktemp("shapes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for name, rows in (("13b", 32000), ("13b-coder", 32001), ("7b", 32000)):
+        layers, width, inner, heads = LLAMA[name.partition("-")[0]]
+        shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
+        LlamaConfig(vocab_size=rows, dtype="float16", **shape).save_pretrained(folder / name)
+        words = ["<unk>", "<s>", "</s>", *alphabet, *(f"<{i}>" for i in range(rows - 3 - len(alphabet)))]
+        tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        fast.chat_template = CHAT
+        fast.save_pretrained(folder / name)
+        save_file({"unread": torch.zeros(1)}, folder / name / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def rows_of(task, folder):
+    """As many rows as a recipe of the paper wants, in the format of the task's local files."""
+    if task == "mmlu":
+        (folder / "mmlu").mkdir()
+        lines = [f"Which is {i}?,{i},{i + 1},{i + 2},{i + 3},A" for i in range(1300)]
+        (folder / "mmlu" / "counting_dev.csv").write_text("\n".join(lines))
+        return folder / "mmlu"
+    make = {
+        "gsm8k": lambda i: {"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"},
+        "humaneval": lambda i: {"instruction": f"Return {i}.", "output": f"def f():\n    return {i}"},
+        "mbpp": lambda i: {
+            "task_id": i, "text": f"Return {i}.", "code": f"def f():\n    return {i}", "test_list": [f"assert f() == {i}"],
+        },
+    }[task]  # fmt: skip
+    ids = range(511, 975) if task == "mbpp" else range(1300)
+    (folder / f"{task}.jsonl").write_text("\n".join(json.dumps(make(i)) for i in ids))
+    return folder / f"{task}.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pair", "task"),
+    [
+        *(("llama2-13b-to-7b", task) for task in ("mmlu", "gsm8k", "humaneval", "mbpp")),
+        *(("codellama-13b-to-llama2-7b", task) for task in ("humaneval", "mbpp")),
+        *(("wizardcoder-13b-to-llama2-7b", task) for task in ("humaneval", "mbpp")),
+    ],
+)
+def test_dry_run_of_the_papers_tables(pair, task, shapes, tmp_path, no_weights, capsys, monkeypatch):
+    """Everything but the weights, with the real shapes: all methods, and what they would cost."""
+    monkeypatch.setenv("COLUMNS", "200")
+    source = shapes / ("13b-coder" if pair.startswith("wizard") else "13b")
+    path = QUICKSTART.parents[1] / pair / "compare.yaml"
+    changes = [
+        f"tasks={{{task}: {task}.yaml}}",
+        f"output_dir={tmp_path / 'out'}",
+        f"source={source}",
+        f"target={shapes / '7b'}",
+    ]
+    files = f"data.files={{train: {rows_of(task, tmp_path)}}}"
+    assert main(["compare", str(path), "--dry-run", *changes, files, "training.use_cpu=true"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("SemAlign", "SemAlign, all layers at once", "Distillation", "Fine-tuning", "Seeking", "LaTen"):
+        assert f"  {name} " in shown
+    assert "PFLOP" in shown
+    assert "one A100 80 GB at 40 % of its peak, 125 TFLOP/s sustained" in shown

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -183,6 +183,17 @@ def is_quantised(config: PretrainedConfig) -> bool:
     return True
 
 
+def keep_layout(model: PreTrainedModel) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are stored.
+
+    On CPUs with AVX512-BF16 it would pack them anew at the first forward in evaluation mode, for a kernel of its own that wants
+    rows by 32, and neither dequantising nor training reads that layout.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes.nn.Linear4bit
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
 def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
     """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading.
 
@@ -227,6 +238,7 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
             f"The weights of {name_or_path} do not fit its config.json: {len(unfit)} of them are missing or of another shape, "
             f"such as {unfit[:3]}. Copy or download both again."
         )
+    keep_layout(model)
     return model
 
 
@@ -247,6 +259,7 @@ def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)
+    keep_layout(model)
     name_parts(model.config, parts)
     return model
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_semalign import figures, prefix, recipe, scores, semantics, signals, trainer
+from hf_semalign import figures, prefix, runs, scores, semantics, signals, trainer
 from hf_semalign.cli import main
 
 PHASES = {  # what each calls its own; the innermost counts
@@ -29,7 +29,7 @@ PHASES = {  # what each calls its own; the innermost counts
     "training": (trainer.SemAlignTrainer, "training_step"),
     "checkpoint": (trainer.SemAlignTrainer, "_save_checkpoint"),
     "export": (trainer.SemAlignTrainer, "save_model"),
-    "results": (recipe, "_write"),
+    "results": (runs, "_write"),
 }
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 

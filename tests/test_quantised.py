@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_semalign.anatomy import check_head, dissect
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.loading import keep_layout, load_model
 from hf_semalign.semantics import SemanticMap
 from hf_semalign.trainer import SemAlignTrainer
 
@@ -21,7 +22,9 @@ BITS = {
 def quantised(folder, layers, seed, **settings):
     """A Llama that was saved whole and loaded with fewer bits."""
     tiny_llama(layers, 64, seed=seed, pad_token_id=0).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
+    keep_layout(model)  # as every model that the library loads or is given
+    return model
 
 
 def train(folder, target, source, **settings):
@@ -85,6 +88,18 @@ def test_a_quantised_head_is_dequantised_for_the_map_and_the_kl(tmp_path):
     assert weight.shape == (97, 64) and 0 < (weight - plain.lm_head.weight).norm() < 0.2 * plain.lm_head.weight.norm()
     check_head(model)
     assert SemanticMap.from_models(model, plain).matrix.shape == (64, 64)
+
+
+def test_packed_weights_are_not_packed_anew_in_evaluation(tmp_path):
+    """As bitsandbytes would do on some CPUs, after which what reads the weights reads something else."""
+    model = quantised(tmp_path / "source", 2, 1, **BITS["4 bits"]).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert load_model(model) is model
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    flags = [getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules()]
+    assert not any(flags)
 
 
 def test_a_quantised_source_is_not_streamed(tmp_path):

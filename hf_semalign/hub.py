@@ -247,11 +247,9 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> None:
     """
     if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
         raise ValueError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
-    rank = record.get(record["method"], {}).get("adapter_rank")
+    rank = record.get("seeking", {}).get("adapter_rank")
     if rank is not None and read_json(folder / ADAPTER[1], "r")["r"] != rank:
-        raise ValueError(
-            f"{folder} is a checkpoint of {record['method']}, for a base that only its run has: name the finished folder."
-        )
+        raise ValueError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
 
 
 def card_fault(path: Path) -> str | None:

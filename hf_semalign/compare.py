@@ -289,16 +289,15 @@ def costs_table(comparison: Comparison) -> Group:
         for heading in ("steps", "forwards", "operations", "disk", "memory", *(["hours"] if hardware else [])):
             table.add_column(heading, justify="right", no_wrap=True)
     hours = 0.0
-    for cell in cells(comparison, planned):
-        plan = plan_recipe(cell.recipe) if len(cell.budgets) < len(comparison.budgets) else planned[cell.task, cell.name]
+    for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
+        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe)
         seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
-        hours += seconds / 3600
-        if cell.recipe.training["seed"] == comparison.seeds[0]:
-            budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
-            row = [cell.name, budgets, f"{plan.steps:,}", EngFormatter(places=1, sep="")(sum(plan.cost.values()))]
-            row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
-            row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
-            tables[cell.task].add_row(*map(Text, row))
+        hours += len(comparison.seeds) * seconds / 3600
+        budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
+        row = [cell.name, budgets, f"{plan.steps:,}", EngFormatter(places=1, sep="")(sum(plan.cost.values()))]
+        row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
+        row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
+        tables[cell.task].add_row(*map(Text, row))
     notes = "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
     if hardware:
         notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."

@@ -84,8 +84,10 @@ def prepare(
     processing_class: PreTrainedTokenizerBase | None = None,
     pairing: LayerPairing | None = None,
     semantic_map: SemanticMap | None = None,
+    *,
+    needs_extract: bool = False,
 ) -> Preparation:
-    """Look at all that a :class:`hf_semalign.trainer.SemAlignTrainer` is given; its arguments.
+    """Look at all that a :class:`hf_semalign.trainer.SemAlignTrainer` is given; its arguments, and its ``needs_extract``.
 
     Raises:
         ValueError: bad settings, data, models or tokenizers.
@@ -96,8 +98,8 @@ def prepare(
         raise ValueError(
             "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
         )
-    needs_scores = pairing is None and args.pairing in NEEDS_SCORES
-    if extract_dataset is None and (args.scale == "match" or needs_scores):
+    needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+    if extract_dataset is None and needs_extract:
         train_dataset, extract_dataset = hold_out(train_dataset)
     evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
     given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}

@@ -133,7 +133,7 @@ def stopped(folder: Path, case: str, ranks: int):
 def broken(folder: Path, case: str, ranks: int):
     """One rank's loss is not finite in step 5: all stop before anything is learnt from it, and say whose it was."""
     trainer, _ = make(folder, case, ranks)
-    trainer.add_callback(Trouble(5, lambda: trainer._target_head.weight.fill_(torch.inf)))
+    trainer.add_callback(Trouble(5, lambda: trainer.objective.target_head.weight.fill_(torch.inf)))
     try:
         trainer.train()
     except FloatingPointError as error:

@@ -127,7 +127,7 @@ class Break(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
             self.before = adapter(self.trainer)
-            self.trainer._target_head.weight.fill_(torch.inf)
+            self.trainer.objective.target_head.weight.fill_(torch.inf)
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_learnt_from_it(tmp_path):
@@ -184,7 +184,7 @@ def test_older_checkpoints_go_when_a_new_one_is_whole(tmp_path, monkeypatch):
         there.append(sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")))
         seal(checkpoint)
 
-    monkeypatch.setattr("hf_semalign.trainer.seal", watched)
+    monkeypatch.setattr("hf_semalign.layerwise.seal", watched)
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]

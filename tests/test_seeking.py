@@ -131,7 +131,7 @@ def test_folding_is_the_difference():
 def test_what_is_extracted_are_windows_of_the_most_sensitive_layers():
     """NeoX to Qwen3, at full rank: each start is a piece of the source where sensitivity is highest, heads unpicked by hand."""
     source, target = (make() for make in PAIRS["a fused source without a gate"])
-    found = extract(source, batches_of(ROWS[24:], 1), Needs.of(source, target), 24)
+    found = extract(source, batches_of(ROWS[24:], 1), Needs.of(dissect(source), dissect(target)), 24)
     expected = brute_sensitivity(source, ROWS[24:])
     scores = [sum(s.sum().item() for name, s in expected.items() if f".layers.{k}." in name) for k in range(5)]
     assert found.scores == pytest.approx(scores, rel=1e-4)
@@ -159,7 +159,7 @@ def test_what_is_extracted_are_windows_of_the_most_sensitive_layers():
 
 def test_a_fused_target_is_put_together_from_windows_of_its_parts():
     source, target = (make() for make in PAIRS["a fused target"])
-    found = extract(source, batches_of(ROWS[24:], 1), Needs.of(source, target, ["qkv_proj", "o_proj"]), 32)
+    found = extract(source, batches_of(ROWS[24:], 1), Needs.of(dissect(source), dissect(target), ["qkv_proj", "o_proj"]), 32)
     windows, (down, up) = found.windows[0]["self_attn.qkv_proj"], found.factors[0]["self_attn.qkv_proj"]
     layer = source.model.layers[found.source_layers[0]].self_attn
     pieces = []
@@ -297,6 +297,7 @@ def test_what_it_costs_beside_fine_tuning(tmp_path):
 
 
 def save(model, folder):
+    model.config.pad_token_id = 0
     model.save_pretrained(folder)
     return str(folder)
 
@@ -355,5 +356,6 @@ def test_quantised_models_are_refused(tmp_path, which):
 
 def test_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("hf_semalign.preparation.check_engine", lambda args: None)  # which refuses FSDP on CPUs
     with pytest.raises(ValueError, match="never tried under FSDP"):
         make(tmp_path)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_semalign.anatomy import dissect, lora_candidates, lora_targets
+from hf_semalign.anatomy import Anatomy, dissect, lora_candidates, lora_targets
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.pairing import pair_layers
 from hf_semalign.projections import ROLES, Projection, oriented, projections
@@ -134,19 +134,19 @@ class Needs:
     suppliers: list[dict[str, Projection]]
 
     @classmethod
-    def of(cls, source: PreTrainedModel, target: PreTrainedModel, names: list[str] | None = None) -> Needs:
+    def of(cls, theirs: Anatomy, ours: Anatomy, names: list[str] | None = None) -> Needs:
         """Look at the shapes of both models, with or without weights.
 
         Args:
-            source: the source.
-            target: the target, without LoRA.
+            theirs: the parts of the source.
+            ours: of the target, without LoRA.
             names: see :func:`hf_semalign.anatomy.lora_targets`.
 
         Raises:
             ValueError: a source with fewer layers; a target module whose rows' roles are not known; a source layer that lacks
                 a role, or has a smaller matrix for it.
         """
-        (theirs, of_theirs), (ours, of_ours) = ((dissect(m), m.config.get_text_config()) for m in (source, target))
+        of_theirs, of_ours = (cast(Any, one.decoder).config.get_text_config() for one in (theirs, ours))
         pair_layers([0.0] * len(theirs.layers), len(ours.layers), "attribution")
         suppliers = [projections(layer, of_theirs) for layer in theirs.layers]
         names, modules = lora_targets(ours.layers, names), list[dict[str, list[Projection]]]()

@@ -39,7 +39,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from hf_semalign.anatomy import Anatomy, CausalLM, Head, NeuronParts, Size, add_lora, dissect, neuron_parts
@@ -50,11 +50,8 @@ from hf_semalign.frontier import FrontierSchedule, train_only
 from hf_semalign.guards import claimed, disk_errors_explained
 from hf_semalign.loading import is_quantised, is_set
 from hf_semalign.losses import answer_cross_entropy
-from hf_semalign.pairing import LayerPairing
 from hf_semalign.preparation import Counts, Preparation
-from hf_semalign.semantics import SemanticMap
-from hf_semalign.source import Source
-from hf_semalign.splits import Collator, Record, hold_out, valid_positions
+from hf_semalign.splits import Collator, Record, valid_positions
 from hf_semalign.trainer import SemAlignTrainer, timed
 
 logger = logging.getLogger(__name__)
@@ -334,49 +331,10 @@ class LaTenTrainer(SemAlignTrainer):
 
     method = "laten"
     takes_steps = False
+    needs_extract = True
     settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "answers"}
     located: tuple[Located, Located]
     deltas: dict[str, torch.Tensor]
-
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        source_model: PreTrainedModel | str | Source,
-        args: SemAlignConfig,
-        train_dataset: Dataset | Sequence[Record],
-        eval_dataset: Dataset | Sequence[Record] | dict[str, Any] | None = None,
-        extract_dataset: Dataset | Sequence[Record] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        pairing: LayerPairing | None = None,
-        semantic_map: SemanticMap | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        source = source_model
-        if not isinstance(source, Source):
-            source = Source(source, bf16=args.bf16, parts=args.source_parts)
-        if extract_dataset is None:
-            train_dataset, extract_dataset = hold_out(train_dataset)
-        super().__init__(
-            model,
-            source,
-            args,
-            train_dataset,
-            eval_dataset,
-            extract_dataset,
-            processing_class,
-            pairing,
-            semantic_map,
-            callbacks,
-        )
-        self._borrowed = source is source_model
-        self._extract = self.known.splits["extract"]
-        self._plan = Plan.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), args.seed)
-        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
-        self._facts: dict[str, Any] = {}
-        self.schedule = FrontierSchedule(1, len(self._extract))
-        check_neurons(self._adapted)
-        check_neurons(source.model(args.device))
-        self._rest()
 
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
@@ -395,8 +353,6 @@ class LaTenTrainer(SemAlignTrainer):
                     "source_memory='resident'."
                 )
         neuron_counts(dissect(known.source.shape), known.target)
-        if "extract" not in known.splits:
-            raise ValueError("LaTen needs an extract split, which neurons are located on: pass extract_dataset.")
         extract = known.splits["extract"]
         Plan.draw(len(known.splits["align"]), len(extract), args.seed)
         specials = special_ids(known.tokenizer, known.target)
@@ -433,18 +389,19 @@ class LaTenTrainer(SemAlignTrainer):
         ranks = {value: self._attention, output: self._attention}
         return add_lora(target, self._lora_targets, rank=self._ffn, alpha=self._ffn, ranks=ranks)
 
+    def _ask_source(self) -> None:
+        """Look whether the neurons of both models are where they are expected."""
+        self._extract = self.known.splits["extract"]
+        self._plan = Plan.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), self.args.seed)
+        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
+        self._facts: dict[str, Any] = {}
+        self.schedule = FrontierSchedule(1, len(self._extract))
+        check_neurons(self._adapted)
+        check_neurons(self.source.model(self.args.device))
+
     @property
     def _adapted(self) -> PeftModel:
         return cast(PeftModel, self.model)
-
-    def _rest(self) -> None:
-        """Let the source go, where nothing asks it any more."""
-        if self.args.signals == "online":
-            return
-        if self._borrowed:
-            self.source.rest()
-        else:
-            self.source.release()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Locate, learn to translate at each learning rate, inject the better one's Delta.
@@ -531,7 +488,7 @@ class LaTenTrainer(SemAlignTrainer):
     ) -> tuple[Hypernetworks, list[dict[str, float]]]:
         """Hypernetworks after one step for each extract example, and what they learnt by."""
         torch.manual_seed(self.args.seed)
-        networks = Hypernetworks(self.source.width, self._own_head.weight.shape[1]).to(self.args.device)
+        networks = Hypernetworks(self.source.width, self.objective.own_head.weight.shape[1]).to(self.args.device)
         optimizer = torch.optim.AdamW(networks.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.95))
         schedule = LambdaLR(optimizer, lambda step: one_cycle(step, len(examples)))
         pool = cast(Dataset, self.train_dataset)
@@ -567,7 +524,7 @@ class LaTenTrainer(SemAlignTrainer):
             collated = cast(Collator, self.data_collator)(batch[start : start + size])
             with self.accelerator.autocast():
                 some = {key: tensor.to(self.args.device) for key, tensor in collated.items()}
-                loss = example_losses(self._adapted, self._own_head, some).sum()
+                loss = example_losses(self._adapted, self.objective.own_head, some).sum()
             loss.backward()
             total += loss.item()
         weighted = len(batch) * PENALTY * penalty(deltas)

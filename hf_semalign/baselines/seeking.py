@@ -23,32 +23,26 @@ by default value and output projections and FFN up and down, and never embedding
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import Size, dissect
 from hf_semalign.baselines.extraction import Needs, extract_once
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.loading import check_engine, is_quantised, is_set, load_model, skeleton
-from hf_semalign.pairing import LayerPairing
+from hf_semalign.loading import RECORD_NAME, is_quantised, is_set
 from hf_semalign.preparation import Counts, Preparation
 from hf_semalign.projections import oriented
-from hf_semalign.semantics import SemanticMap, checksum
-from hf_semalign.source import Source
-from hf_semalign.splits import Record, hold_out
+from hf_semalign.semantics import checksum
 from hf_semalign.states import digest
-from hf_semalign.symbols import public_name
-from hf_semalign.trainer import RECORD_NAME, signals_root, timed
+from hf_semalign.trainer import signals_root, timed
 
 
 def fold(
@@ -81,62 +75,40 @@ class SeekingTrainer(SFTTrainer):
     """
 
     method = "seeking"
+    needs_extract = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        source_model: PreTrainedModel | str | Source,
-        args: SemAlignConfig,
-        train_dataset: Dataset | Sequence[Record],
-        eval_dataset: Dataset | Sequence[Record] | dict[str, Any] | None = None,
-        extract_dataset: Dataset | Sequence[Record] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        pairing: LayerPairing | None = None,
-        semantic_map: SemanticMap | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
+    @classmethod
+    def check(cls, known: Preparation, args: SemAlignConfig) -> None:
+        """Refuse settings and models that Seeking cannot work with; of the models the shape is looked at."""
         if is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"):
             raise ValueError("Seeking changes the target's weights, which was never tried under FSDP or DeepSpeed: use DDP.")
-        check_engine(args)
         if args.source_memory == "stream":
             raise ValueError("Seeking needs the gradients of the whole source: source_memory must be 'resident'.")
-        source = (
-            source_model if isinstance(source_model, Source) else Source(source_model, bf16=args.bf16, parts=args.source_parts)
-        )
-        shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
-        for name, quantised in ((source.name, source.quantised), (shape.name_or_path, is_quantised(shape.config))):
+        target_config = cast(Any, known.target.decoder).config
+        for name, quantised in ((known.source.name, known.source.quantised), (known.target_id, is_quantised(target_config))):
             if quantised:
-                raise ValueError(f"{public_name(str(name))} is quantised: Seeking needs plain weights of source and target.")
-        needs = Needs.of(source.shape, shape, args.lora_targets)
-        if extract_dataset is None:
-            train_dataset, extract_dataset = hold_out(train_dataset)
-        super().__init__(
-            model,
-            source,
-            args,
-            train_dataset,
-            eval_dataset=eval_dataset,
-            extract_dataset=extract_dataset,
-            processing_class=processing_class,
-            pairing=pairing,
-            semantic_map=semantic_map,
-            callbacks=callbacks,
-        )
+                raise ValueError(f"{name} is quantised: Seeking needs plain weights of source and target.")
+        Needs.of(dissect(known.source.shape), known.target, args.lora_targets)
+
+    def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
+        """Look at the target's modules while they are bare."""
+        self._needs = Needs.of(dissect(self.source.shape), dissect(target), args.lora_targets)
+        return super()._adapt(target, args)
+
+    def _ask_source(self) -> None:
+        """Take the start out of the source, and put it into LoRA and base."""
+        args, known = self.args, self.known
         with timed("sensitivities", self.seconds):
             found = extract_once(
-                source,
-                needs,
-                self.known.splits["extract"],
-                self.known.collator,
+                self.source,
+                self._needs,
+                known.splits["extract"],
+                known.collator,
                 None if args.signals == "online" else signals_root(args),
                 rank=args.lora_r,
                 device=args.device,
                 progress=not args.disable_tqdm,
             )
-        if isinstance(source_model, Source) and args.signals != "online":  # whose maker may want more of it
-            source.rest()
-        elif args.signals != "online":
-            source.release()
         (self.extraction,) = broadcast_object_list([found])  # kernels may differ in the last bits between ranks
         self._base_rounding = self._start()
 

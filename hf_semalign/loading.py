@@ -35,6 +35,11 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 RECORD_NAME = "semalign.json"
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is: the product's name of a GPU by CUDA or ROCm, the type of any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def check_engine(args: SemAlignConfig) -> None:
     """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
     folders that cannot be written to.

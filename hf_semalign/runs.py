@@ -29,7 +29,7 @@ from hf_semalign.guards import claimed, damage, disk_errors_explained, last_chec
 from hf_semalign.harness import check_benchmark, run_benchmark
 from hf_semalign.hub import hub_name, open_repo, push_transfer
 from hf_semalign.inspection import printable
-from hf_semalign.loading import check_engine, is_set
+from hf_semalign.loading import check_engine, device_name, is_set
 from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
 from hf_semalign.source import Source
@@ -127,7 +127,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         "metrics": metrics,
         "history": [entry for entry in trainer.state.log_history if "stage" in entry],
         "seconds": seconds,
-        "machine": {"device": str(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"device": device_name(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
     }
     _write(folder, trainer, results, started)
     for name in recipe.baselines:
@@ -180,7 +180,7 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
     """Results, figures and card of what has run so far; the main process alone writes."""
     results["seconds"].pop("total", None)  # it stands last
     results["seconds"]["total"] = round(time.perf_counter() - started, 2)
-    results["peak_memory_mb"] = _peak_memory_mb()
+    results["peak_memory_mb"] = _peak_memory_mb(trainer.args.device)
     if not trainer.is_world_process_zero():
         return
     record, figures = trainer.record(), folder / "figures"
@@ -326,7 +326,7 @@ def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenize
     return {"exact_match": exact_match(model, tokenizer, records)} if "skill" in records[0] else {}
 
 
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -31,7 +31,7 @@ from hf_semalign.guards import disk_errors_explained
 from hf_semalign.hooks import capture
 from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
 from hf_semalign.layerwise import LayerwiseTrainer
-from hf_semalign.loading import RECORD_NAME, load_model
+from hf_semalign.loading import RECORD_NAME, device_name, load_model
 from hf_semalign.losses import relation_sequences
 from hf_semalign.objective import Objective
 from hf_semalign.pairing import LayerPairing, pair_layers
@@ -604,6 +604,6 @@ class SemAlignTrainer(LayerwiseTrainer):
             "history": [entry for entry in self.state.log_history if "stage" in entry],
             "seconds": self.seconds,
             "peak_memory_mb": None,
-            "machine": {"device": str(self.args.device)},
+            "machine": {"device": device_name(self.args.device)},
             "figures": [],
         }

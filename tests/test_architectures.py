@@ -39,7 +39,7 @@ class Moved(TrainerCallback):
 
 def train(folder, source, target, **settings):
     moved = Moved()
-    settings = {"max_steps": 6 * LAYERS, **settings}  # more than two epochs, so that there is a prefix
+    settings = {"max_steps": 6 * LAYERS, "use_cpu": True, **settings}  # more than two epochs, so that there is a prefix
     args = SemAlignConfig(
         output_dir=str(folder),
         learning_rate=1e-2,
@@ -48,7 +48,6 @@ def train(folder, source, target, **settings):
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
         **settings,
     )
     trainer = SemAlignTrainer(target, source, args, ROWS[:20], extract_dataset=ROWS[20:], callbacks=[moved])

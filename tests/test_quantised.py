@@ -1,4 +1,7 @@
-"""Quantised bases (bitsandbytes): training, the same signals cached and online, and weights dequantised for the map."""
+"""Quantised bases (bitsandbytes): training, the same signals cached and online, and weights dequantised for the map.
+
+On a GPU where there is one, to which transformers loads quantised weights by itself.
+"""
 
 import pytest
 import torch
@@ -37,7 +40,7 @@ def train(folder, target, source, **settings):
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         **settings,
     )
     trainer = SemAlignTrainer(target, source, args, ROWS[:16], extract_dataset=ROWS[27:33])
@@ -62,7 +65,7 @@ def test_quantised_source_and_target(tmp_path, bits):
 
     trainers[0].save_model(tmp_path / "adapter")
     again = PeftModel.from_pretrained(quantised(tmp_path / "target", 3, 1, **BITS[bits]), tmp_path / "adapter").eval()
-    ids = torch.tensor([ROWS[0]["input_ids"]])
+    ids = torch.tensor([ROWS[0]["input_ids"]], device=again.device)
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, trainers[0].model.eval()(input_ids=ids).logits)
 
@@ -96,7 +99,7 @@ def test_packed_weights_are_not_packed_anew_in_evaluation(tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert load_model(model) is model
     with torch.no_grad():
-        model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
+        model(input_ids=torch.tensor([ROWS[0]["input_ids"]], device=model.device))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     flags = [getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules()]
     assert not any(flags)

@@ -1,0 +1,228 @@
+"""On an NVIDIA GPU: what CPUs learn, cached and online alike, with every engine and every method; skipped without one."""
+
+import gc
+import json
+from functools import partial
+from itertools import combinations
+
+import pytest
+import test_architectures
+import test_engines
+import test_laten
+import test_prefix
+import test_seeking
+import test_trainer
+import torch
+from conftest import tiny_llama
+from families import FAMILIES, build
+from peft import PeftModel
+from ranks import CASES, ROWS, train
+from test_engines import RECIPE, SETTINGS, accelerate, distance, run, same_adapters
+from test_trainer import adapter, make_trainer
+from transformers import AutoModelForCausalLM
+
+from hf_semalign.attribution import attribute_layers
+from hf_semalign.baselines.kd import KDTrainer
+from hf_semalign.cli import main
+from hf_semalign.semantics import SemanticMap
+from hf_semalign.splits import Collator, encode
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() != 1, reason="wants one NVIDIA GPU, see CUDA_VISIBLE_DEVICES")
+GPU = {"use_cpu": False}
+ON_GPU = ["training.use_cpu=false"]
+
+
+@pytest.mark.parametrize("frontier", ["single", "cumulative", "joint"])
+def test_a_gpu_learns_what_a_cpu_learns(tmp_path, frontier):
+    """Attribution, map, signals, prefix and all stages."""
+    runs = []
+    for name, settings in (("cpu", {}), ("gpu", GPU)):
+        runs.append(make_trainer(tmp_path / name, frontier=frontier, max_steps=18, **settings))
+        runs[-1].train()
+    cpu, gpu = runs
+    assert next(gpu.model.parameters()).is_cuda
+    assert cpu.pairing.source_layers == gpu.pairing.source_layers
+    assert distance(adapter(cpu), adapter(gpu).cpu()) < 1e-3
+    assert gpu.evaluate()["eval_kl"] == pytest.approx(cpu.evaluate()["eval_kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("frontier", ["single", "cumulative", "joint"])
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_cached_is_online(tmp_path, frontier, memory):
+    """Also of a source that comes from the disk a layer at a time."""
+    common = {**GPU, "frontier": frontier, "max_steps": 18}
+    cached = make_trainer(tmp_path / "cached", source_memory=memory, **common)
+    online = make_trainer(tmp_path / "online", signals="online", **common)
+    for trainer in (cached, online):
+        trainer.train()
+    assert distance(adapter(online), adapter(cached)) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bf16_differs_from_online_by_less_than_two_online_runs_do(tmp_path, monkeypatch, weights):
+    monkeypatch.setattr(test_trainer, "tiny_llama", partial(tiny_llama, dtype=weights))
+    settings = {**test_prefix.SETTINGS, **GPU, "train": ROWS[:16], "max_steps": 12, "bf16": True}
+    cached = make_trainer(tmp_path / "cached", **settings)
+    cached.train()
+    online = []
+    for size in (4, 2, 1):
+        micro = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        online.append(make_trainer(tmp_path / str(size), signals="online", **{**settings, **micro}))
+        online[-1].train()
+    spread = max((adapter(one) - adapter(other)).norm() for one, other in combinations(online, 2))
+    assert (adapter(cached) - adapter(online[0])).norm() < spread
+
+
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_resuming_equals_an_undisturbed_run(tmp_path, stop):
+    settings = {**test_prefix.SETTINGS, **GPU, "save_strategy": "steps", "save_steps": stop}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert distance(adapter(whole), adapter(resumed)) < 1e-6
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    plain, checkpointed = (
+        make_trainer(tmp_path / str(on), activation_checkpointing=on, max_steps=12, **GPU) for on in (False, True)
+    )
+    plain.train()
+    checkpointed.train()
+    assert distance(adapter(plain), adapter(checkpointed)) < 1e-6
+
+
+def test_the_source_leaves_the_gpu_before_training(tmp_path):
+    """Its 50 MB are not there any more when the first step begins."""
+    source = tiny_llama(12, 256, heads=4, intermediate_size=1024, vocab=97, seed=2, pad_token_id=0)
+    size = sum(p.numel() * p.element_size() for p in source.parameters())
+    assert size > 40e6
+    source.save_pretrained(tmp_path / "source")
+    del source
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    args = make_trainer(tmp_path / "settings", **GPU).args
+    trainer = test_trainer.SemAlignTrainer(
+        tiny_llama(3, 16, seed=1, pad_token_id=0), str(tmp_path / "source"), args, ROWS[:16], extract_dataset=ROWS[16:20]
+    )
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    assert torch.cuda.max_memory_allocated() - before < size / 4
+
+
+def test_scores_and_map_are_those_of_a_cpu():
+    source, target = tiny_llama(5, 24, seed=2), tiny_llama(3, 16, seed=1)
+    rows = encode(ROWS[:8], None, split="extract")
+    batches = [Collator(0)([row]) for row in rows]
+    scores, matrix = attribute_layers(source, batches), SemanticMap.from_models(source, target).matrix
+    gpu_scores = attribute_layers(source.cuda(), batches)
+    gpu_matrix = SemanticMap.from_models(source, target.cuda()).matrix
+    assert gpu_scores.values == pytest.approx(scores.values, rel=1e-4)
+    assert gpu_matrix.is_cuda
+    torch.testing.assert_close(gpu_matrix.cpu(), matrix, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(tmp_path, family):
+    """Through all stages, cached with a prefix, with the adapter of online training."""
+    made = {"layers": test_architectures.LAYERS + 1, "width": 32, "seed": 1}, {"layers": test_architectures.LAYERS, "width": 16}
+    runs = []
+    for signals in ("cached", "online"):
+        source, target = (build(family, **sizes) for sizes in made)
+        trainer, moved = test_architectures.train(tmp_path / signals, source, target, signals=signals, **GPU)
+        assert moved.layers == [{stage} for stage in range(test_architectures.LAYERS) for _ in range(6)]
+        assert moved.with_prefix is (signals == "cached")
+        runs.append(test_architectures.adapter(trainer))
+    assert distance(runs[1], runs[0]) < 1e-4
+
+
+def test_distillation(tmp_path):
+    source, target = tiny_llama(5, 24, seed=2, pad_token_id=0), tiny_llama(3, 16, seed=1, pad_token_id=0)
+    settings = {**test_seeking.SETTINGS, **KDTrainer.settings, **GPU, "max_steps": 12}
+    args = test_trainer.SemAlignConfig(output_dir=str(tmp_path), **settings)
+    trainer = KDTrainer(target, source, args, ROWS[:16], eval_dataset=ROWS[16:24], extract_dataset=ROWS[24:28])
+    before = trainer.evaluate()["eval_kl"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] < before
+
+
+@pytest.mark.parametrize("pair", ["Llama", "a fused target", "matrices the other way round"])
+def test_seeking_learns_what_it_learns_on_a_cpu(tmp_path, pair):
+    runs = []
+    for name, settings in (("cpu", {}), ("gpu", GPU)):
+        runs.append(test_seeking.make(tmp_path / name, pair, **settings))
+        runs[-1].train()
+    batch = runs[0].data_collator(runs[0].train_dataset.select(range(4)))
+    with torch.no_grad():
+        logits = [
+            run.model.eval()(input_ids=batch["input_ids"].to(run.args.device), attention_mask=None).logits.cpu() for run in runs
+        ]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+def test_laten_learns_what_it_learns_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_laten.laten, "LEARNING_RATES", (3e-3, 1e-2))
+    runs = []
+    for name, settings in (("cpu", {}), ("gpu", GPU)):
+        runs.append(test_laten.make(tmp_path / name, **settings))
+        runs[-1].train()
+        runs[-1].save_model(tmp_path / name / "saved")
+    loaded = [
+        PeftModel.from_pretrained(tiny_llama(3, 24, seed=1, pad_token_id=0), tmp_path / name / "saved").eval()
+        for name in ("cpu", "gpu")
+    ]
+    ids = torch.tensor([test_laten.ROWS[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(input_ids=ids).logits for model in loaded), rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """The run folder of a recipe in one process."""
+    folder = tmp_path_factory.mktemp("recipe")
+    assert main(["train", *RECIPE, *SETTINGS, *ON_GPU, f"output_dir={folder}"]) == 0
+    return folder
+
+
+def test_a_recipe_runs_and_its_adapter_loads_anywhere(on_gpu):
+    results = json.loads((on_gpu / "results.json").read_text())
+    assert results["machine"]["device"] == torch.cuda.get_device_name()
+    target = AutoModelForCausalLM.from_pretrained("hf_semalign/data/pair/target")
+    model = PeftModel.from_pretrained(target, on_gpu)
+    assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", ["vectors", "cka", "pairing"])
+def test_analyses(on_gpu, name, tmp_path):
+    changes = [] if name == "pairing" else ["data.eval=16", *ON_GPU]  # the pairing is in the run's record
+    assert main(["analyze", name, str(on_gpu), "--output", str(tmp_path), *changes]) == 0
+    assert (tmp_path / f"{name}.json").is_file()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_on_one_gpu(tmp_path, on_gpu, engine):
+    """Over gloo, because NCCL wants a GPU for each."""
+    command = accelerate(engine, folder=tmp_path)
+    run([*command, *ON_GPU, "training.ddp_backend=gloo"])
+    same_adapters(on_gpu, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_one_process_under_nccl(tmp_path, on_gpu, engine):
+    """The engine's own path with its own collectives."""
+    command = accelerate(engine, "--num_processes", "1", folder=tmp_path)
+    run([*command, *ON_GPU, "training.per_device_train_batch_size=32"])
+    same_adapters(on_gpu, tmp_path)
+
+
+def test_ranks_learn_what_one_process_learns(tmp_path):
+    """Cases of ``tests/test_engines.py``, after every stage."""
+    alone = {case: train(tmp_path / "alone" / case, case, 1, **GPU) for case in CASES}
+    script = test_engines.Path(__file__).with_name("ranks.py")
+    launch = [*test_engines.LAUNCH, "--standalone", "--nproc_per_node", "2", script, tmp_path, *CASES]
+    run(launch, RANKS_ON_GPU="1")
+    found = torch.load(tmp_path / "found.pt", weights_only=True, map_location="cpu")
+    for case in CASES:
+        expected = {**alone[case], **{key: [one.cpu() for one in alone[case][key]] for key in ("stages", "gradients")}}
+        test_engines.same_course(expected, found[case], case)

@@ -118,7 +118,7 @@ class TargetPrefix:
                 [Output(self._column, layer - 1)],
                 self._collate,
                 start=start,
-                entering=None if before is None else partial(before.read, self._column),
+                entering=None if before is None else partial(before.read, self._column, device=self._device),
                 as_tuples=self._as_tuples,
                 batch_size=self._batch_size,
                 device=self._device,
@@ -136,7 +136,8 @@ class TargetPrefix:
             yield
             return
         places = self._examples.places(batch["example_id"])
-        states = spread(self._folder.read(self._column, places), batch["attention_mask"].bool())
+        mask = batch["attention_mask"].bool()
+        states = spread(self._folder.read(self._column, places, mask.device), mask)
         with bypass(self._anatomy.layers[: self.layer], states, as_tuples=self._as_tuples):
             yield
 

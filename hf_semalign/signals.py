@@ -167,10 +167,10 @@ class SourceSignals:
         valid = valid_positions(batch["labels"])
         places = self.examples.places(batch["example_id"][valid.any(1)])
         supervision = [
-            spread(self._states.read(self._mapped(layer), places), valid).float() * self.scales[layer]
+            spread(self._states.read(self._mapped(layer), places, valid.device), valid).float() * self.scales[layer]
             for layer in target_layers
         ]
-        return BatchSignals(supervision, self._states.read(self._final, places).to(valid.device))
+        return BatchSignals(supervision, self._states.read(self._final, places, valid.device))
 
     def prepare(self, target_layers: Sequence[int], *, in_groups: bool = False) -> None:
         """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
@@ -231,7 +231,7 @@ class SourceSignals:
             outputs,
             self._collate,
             start=start,
-            entering=partial(self._states.read, self._hidden(start)) if start else None,
+            entering=partial(self._states.read, self._hidden(start), device=self._device) if start else None,
             as_tuples=as_tuples,
             batch_size=self._batch_size,
             device=self._device,

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -33,7 +36,11 @@ from hf_semalign.splits import IGNORED, column_chunks, valid_positions
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 2**14  # a shard of every column is held in memory while it is made, and is what an interrupted pass can lose
+SHARD_TOKENS = 2**14  # two shards of every column are held in memory, and are what an interrupted pass can lose
+AHEAD = (
+    4,
+    2**30,
+)  # shards in memory at a time, one of them being made, others being written; fewer, but two, beyond so many bytes
 MAX_OPEN = 10_000  # shards of a folder that are mapped at a time; a process can map some 65,000 files
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 
@@ -213,7 +220,7 @@ class StateFolder:
             )
 
     def write(self, number: int, states: Mapping[Column, torch.Tensor]) -> None:
-        """Write one shard of some columns; call it under the lock."""
+        """Write one shard of some columns; call it under the lock, from any thread."""
         for column, tensor in states.items():
             path = self._path(column, number)
             path.parent.mkdir(exist_ok=True)
@@ -231,21 +238,27 @@ class StateFolder:
         self._mapped.cache_clear()
         shutil.rmtree(self.path / column.name, ignore_errors=True)
 
-    def read(self, column: Column, places: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def read(self, column: Column, places: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """States of some examples, one after another, ``[N, width]``.
 
         Args:
             column: a whole column.
             places: places of the examples, see :meth:`Examples.places`.
+            device: where they are wanted.
         """
         if not len(places):
-            return torch.empty(0, column.width, dtype=column.dtype)
+            return torch.empty(0, column.width, dtype=column.dtype, device=device)
         places = np.asarray(places)
         shards = self.examples.starts.searchsorted(places, side="right") - 1
         offsets = self.examples.offsets[column.everywhere]
         before = offsets[self.examples.starts[shards]]
         spans = zip(shards.tolist(), offsets[places] - before, offsets[places + 1] - before, strict=True)
-        return torch.cat([self._mapped(self._path(column, shard))[first:last] for shard, first, last in spans])
+        states = [self._mapped(self._path(column, shard))[first:last] for shard, first, last in spans]
+        if torch.device(device).type != "cuda":
+            return torch.cat(states).to(device)
+        # torch keeps pinned memory for the next batch: fresh memory costs more than the copy, and a copy from it need not wait.
+        pinned = torch.empty(sum(map(len, states)), column.width, dtype=column.dtype, pin_memory=True)
+        return torch.cat(states, out=pinned).to(device, non_blocking=True)
 
     def _path(self, column: Column, number: int) -> Path:
         return self.path / column.name / f"{number:05d}.safetensors"
@@ -264,6 +277,61 @@ class Output:
     column: Column
     layer: int | None
     transform: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+
+
+class _ShardWriter:
+    """Writes shards in the background while a pass makes the next ones, out of host memory that is used again: the system
+    clears fresh memory page by page, which takes longer than to fill it.
+
+    Args:
+        folder: takes the shards; its lock is held.
+        lacking: the columns of each shard that is going to be written.
+        device: where the states come from.
+    """
+
+    def __init__(self, folder: StateFolder, lacking: Mapping[int, Sequence[Column]], device: torch.device) -> None:
+        self._folder = folder
+        self._rows: dict[Column, int] = {}
+        for number, columns in lacking.items():
+            for column in columns:
+                self._rows[column] = max(self._rows.get(column, 0), column.positions(folder.examples, number))
+        size = sum(rows * column.width * column.dtype.itemsize for column, rows in self._rows.items())
+        self._ahead = min(AHEAD[0], max(2, AHEAD[1] // max(size, 1)))
+        self._pinned = device.type == "cuda" and self._ahead * size <= AHEAD[1]  # which torch keeps for the next pass
+        self._busy: deque[tuple[list[Future], dict[Column, torch.Tensor]]] = deque()
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._pool:
+            while self._busy and error[0] is None:
+                self._wait()
+
+    def memory(self) -> dict[Column, torch.Tensor]:
+        """Host memory for the largest shard of each column, ``[N, width]``.
+
+        Raises:
+            OSError: an earlier shard could not be written.
+        """
+        if len(self._busy) == self._ahead:
+            return self._wait()
+        return {
+            column: torch.empty(rows, column.width, dtype=column.dtype, pin_memory=self._pinned)
+            for column, rows in self._rows.items()
+        }
+
+    def write(self, number: int, memory: dict[Column, torch.Tensor], rows: Mapping[Column, int]) -> None:
+        """Begin to write so many rows of each column, after which the memory is free again."""
+        columns = [{column: memory[column][:count]} for column, count in rows.items()]
+        self._busy.append(([self._pool.submit(self._folder.write, number, states) for states in columns], memory))
+
+    def _wait(self) -> dict[Column, torch.Tensor]:
+        futures, memory = self._busy.popleft()
+        for future in futures:
+            future.result()
+        return memory
 
 
 def spread(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -304,8 +372,10 @@ def layer_pass(
         device: where the layers are.
         progress: label of a progress bar; none without.
     """
-    with folder.lock:
+    with ExitStack() as held:
+        held.enter_context(folder.lock)
         lacking = folder.lacking([output.column for output in outputs])
+        writer = held.enter_context(_ShardWriter(folder, lacking, torch.device(device)))
         counts = {number: folder.examples.shards[number] for number in lacking}
         total = sum(shard.stop - shard.start for shard in counts.values())
         bar = tqdm(total=total, desc=progress, unit="ex", disable=not (progress and total))
@@ -313,7 +383,7 @@ def layer_pass(
             wanted = [output for output in outputs if output.column in columns]
             layers = sorted({output.layer for output in wanted if output.layer is not None})
             through = any(output.layer is None for output in wanted)
-            parts: dict[Column, list[torch.Tensor]] = {output.column: [] for output in wanted}
+            memory, rows_made = writer.memory(), dict.fromkeys(columns, 0)
             place = counts[number].start
             for rows in folder.examples.batches(counts[number], batch_size):
                 batch = {key: tensor.to(device) for key, tensor in collate(rows).items()}
@@ -321,9 +391,9 @@ def layer_pass(
                 inputs: dict[str, torch.Tensor] = {"input_ids": batch["input_ids"]}
                 with ExitStack() as stack:
                     if entering is not None:
-                        states = spread(entering(range(place, place + len(rows))), mask)
-                        inputs = {"inputs_embeds": torch.full_like(states, torch.nan)}  # nothing above may read them
-                        stack.enter_context(bypass(anatomy.layers[:start], states, as_tuples=as_tuples))
+                        below = spread(entering(range(place, place + len(rows))), mask)
+                        inputs = {"inputs_embeds": torch.full_like(below, torch.nan)}  # nothing above may read them
+                        stack.enter_context(bypass(anatomy.layers[:start], below, as_tuples=as_tuples))
                     captures = dict(zip(layers, stack.enter_context(capture([anatomy.layers[k] for k in layers])), strict=True))
                     if not through:
                         stack.enter_context(stop_after(anatomy.layers[layers[-1]]))
@@ -337,10 +407,12 @@ def layer_pass(
                             f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
                             "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
                         )
-                    parts[output.column].append(output.transform(chosen).to("cpu", output.column.dtype))
+                    states, first = output.transform(chosen), rows_made[output.column]
+                    rows_made[output.column] += len(states)
+                    memory[output.column][first : rows_made[output.column]] = states
                 place += len(rows)
                 bar.update(len(rows))
-            folder.write(number, {column: torch.cat(tensors) for column, tensors in parts.items()})
+            writer.write(number, memory, rows_made)
         bar.close()
 
 

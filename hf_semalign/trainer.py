@@ -395,9 +395,10 @@ class SemAlignTrainer(LayerwiseTrainer):
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
         with self._autocast():
-            signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
             with capture(modules) as states, entered:
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
+            # Read from the disk while a GPU is at work on the forward.
+            signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
         return outputs, states, signals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -30,8 +30,6 @@ CASES = {  # 35 rows: the last batch of an epoch has 3, all of them at the first
     "accumulated online": {"gradient_accumulation_steps": 2, "signals": "online", "frontier": "cumulative"},
     "joint": {"frontier": "joint", "scale": "match", "learning_rate": 3e-3},
 }
-# All ranks share the GPU, if asked to: NCCL would want one for each.
-ON_GPU = {"use_cpu": False, "ddp_backend": "gloo"} if os.environ.get("RANKS_ON_GPU") else {}
 EXTRAS = {"bf16": {"bf16": True}, "checkpointed": {"activation_checkpointing": True}}
 
 
@@ -73,9 +71,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def make(folder: Path, case: str, ranks: int, **changes):
+def make(folder: Path, case: str, ranks: int):
     """A trainer at equal global batch, whatever the number of ranks."""
-    note, settings = Note(), {**(CASES | EXTRAS)[case], **ON_GPU, **changes}
+    note, settings = Note(), dict((CASES | EXTRAS)[case])
     accumulated = settings.pop("gradient_accumulation_steps", 1)
     if accumulated > 1:  # the micro-batch stays, and fewer are needed
         settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": GLOBAL_BATCH // 4 // ranks}
@@ -86,10 +84,10 @@ def make(folder: Path, case: str, ranks: int, **changes):
     return trainer, note
 
 
-def train(folder: Path, case: str, ranks: int, **changes):
+def train(folder: Path, case: str, ranks: int):
     """One case from the start to the end."""
     with counted() as written:
-        trainer, note = make(folder, case, ranks, **changes)
+        trainer, note = make(folder, case, ranks)
         trainer.evaluate()  # it prepares the model, after which accelerate would not wrap it for training
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "stage" in entry]

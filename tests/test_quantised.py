@@ -85,7 +85,7 @@ def test_other_quantisation_is_refused(tmp_path):
 
 def test_a_quantised_head_is_dequantised_for_the_map_and_the_kl(tmp_path):
     model = quantised(tmp_path / "source", 2, 1, **BITS["4 bits"], llm_int8_skip_modules=["none"])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").to(model.device)
     assert not model.lm_head.weight.is_floating_point()
     weight = dissect(model).head_weight()
     assert weight.shape == (97, 64) and 0 < (weight - plain.lm_head.weight).norm() < 0.2 * plain.lm_head.weight.norm()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from hf_semalign.figures import KL_LABEL, METHOD_NAMES, method_order
 from hf_semalign.symbols import EMBEDDED, is_hub_id
@@ -47,6 +47,23 @@ METHOD_TEXTS = {
     "laten": "It was made by LaTen, a baseline of SemAlign: weights of the source's neurons, chosen by attribution, were "
     "translated by hypernetworks and added to the target's. Nothing was trained after that.",
 }
+# Benchmarks whose results the Hub shows from ``.eval_results``: dataset, task, rows of the whole test set.
+REGISTERED = {"gsm8k": ("openai/gsm8k", "gsm8k", 1319)}
+OTHERS = "forbids to use its outputs or results to improve any other large language model than {} and its derivatives (1.b.v)"
+NAMED = (
+    "asks of a model that was trained or improved with it or its outputs, and is distributed, that its name begins with "
+    "“Llama”, and of who distributes it to display “Built with Llama” (1.b.i)"
+)
+# What the licence of a source says of models that learn from it, where it says anything that binds; sections of the licences.
+RESTRICTIONS = {
+    "llama2": OTHERS.format("Llama 2"),
+    "llama3": OTHERS.format("Llama 3"),
+    **dict.fromkeys(("llama3.1", "llama3.2", "llama3.3"), NAMED),
+    "gemma": "counts a model that was made by transfer of patterns of its weights or outputs, distillation among them, as a "
+    "Model Derivative, to which its terms and use restrictions apply (1.1)",
+    **dict.fromkeys(("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"), "allows no commercial use"),
+}
+OWN_FAMILY = ("llama2", "llama3")  # which may improve what is under the same licence
 OF_STATES = ("pairing", "map_kind", "scale", "layer_loss", "stage_budget", "source_parts")  # say nothing of other methods
 CITATION = """```bibtex
 @article{gu2025semalign,
@@ -110,6 +127,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         "Data": _data(record, results) if record["data"] else "",
         "Settings": _settings(record),
         "Cost": _cost(results),
+        "Licence": _licence(record) if "licences" in record else "",
         "Versions": ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in record["versions"].items()),
         "Limits": _limits(record, results, measures),
         "Citation": CITATION,
@@ -184,6 +202,8 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
         base_model_relation="adapter" if adapted else None,
         pipeline_tag="text-generation",
         datasets=[dataset] if dataset else None,
+        language=["en"] if dataset else None,  # of the four benchmarks
+        **((record.get("licences") or {}).get("target") or {}),
         metrics=["exact_match"] if any(measure.percent for measure in measures) else None,
         tags=[*TAGS, *([f"base_model:adapter:{target}"] if adapted else [])],
         model_name=f"{_own(record)}: {source} to {target}" if found else None,
@@ -294,17 +314,77 @@ def _is_short(value: Any) -> bool:
 
 def _setting_table(settings: dict[str, Any]) -> str:
     idle = "num_train_epochs" if settings["max_steps"] > 0 else "max_steps"  # the one without effect
-    rows = [[escaped(name), escaped(value)] for name, value in settings.items() if name != idle]
+    rows = [[escaped(name), escaped(value)] for name, value in settings.items() if name != idle and value is not None]
     return pipe_table([["Setting", "Value"], *rows])
 
 
 def _cost(results: dict[str, Any]) -> str:
-    facts = {
-        "Seconds": ", ".join(f"{escaped(phase)} {seconds:,.1f}" for phase, seconds in results["seconds"].items()),
-        "Peak memory": f"{results['peak_memory_mb']:,.0f} MB" if results["peak_memory_mb"] else "",
-        "Machine": ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in results["machine"].items()),
-    }
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
+    """Seconds and operations by phase, memory, and on what."""
+    seconds, forwards = results["seconds"], {**results.get("cost", {})}
+    if "signals" in forwards:
+        forwards["source signals"] = forwards.pop("signals")
+    phases = [*(phase for phase in seconds if phase != "total"), *(phase for phase in forwards if phase not in seconds)]
+    table = [["Phase", "Seconds", *["Target forwards"] * bool(forwards)]]
+    for phase in [*phases, *["total"] * ("total" in seconds)]:
+        spent = sum(forwards.values()) if phase == "total" else forwards.get(phase)
+        cells = [f"{seconds[phase]:,.1f}" if phase in seconds else "in training", f"{spent:,.0f}" if spent else ""]
+        table.append([escaped(phase), *cells[: 1 + bool(forwards)]])
+    machine, memory = dict(results["machine"]), results["peak_memory_mb"]
+    cores = f", {escaped(machine.pop('cpus'))} CPU cores" if "cpus" in machine else ""
+    texts = [
+        pipe_table(table, "--:") if phases else "",
+        "A target forward is one forward of the whole target over a training example of mean length, and what operations are "
+        "counted in; evaluation is not counted."
+        if forwards
+        else "",
+        f"On {', '.join(map(escaped, machine.values()))}{cores}." if machine else "",
+        f"Peak memory {memory:,.0f} MB{', of the process' if machine.get('device') == 'cpu' else ''}." if memory else "",
+    ]
+    return "\n\n".join(filter(None, [texts[0], " ".join(filter(None, texts[1:]))]))
+
+
+def _licence(record: dict[str, Any]) -> str:
+    """What the cards of both models say."""
+    known = {role: (record["licences"].get(role) or {}).get("license") for role in ("target", "source")}
+    texts = [
+        f"The adapter goes by the licence of the target, {escaped(known['target'])}, whose weights it changes."
+        if known["target"]
+        else "No licence of the target is known, which is the one that the adapter goes by: look it up.",
+        f"Licence of the source: {escaped(known['source'])}." if known["source"] else "No licence of the source is known.",
+    ]
+    if warning := restriction(record):
+        texts.append(f"**{warning}**")
+    return " ".join([*texts, "So say the models' cards; this is no legal advice."])
+
+
+def restriction(record: dict[str, Any]) -> str | None:
+    """What the licence of a run's source asks of models that learn from it; ``None`` where nothing is known to."""
+    known = {role: (licence or {}).get("license") for role, licence in (record.get("licences") or {}).items()}
+    source = known.get("source")
+    if source not in RESTRICTIONS or (source in OWN_FAMILY and known.get("target") == source):
+        return None
+    return f"The source's licence ({source}) {RESTRICTIONS[source]}."
+
+
+def benchmark_entries(results: dict[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
+    """Content of a run's ``.eval_results`` files by name: what its method reached on the whole test set of a benchmark that the
+    Hub shows results of.
+
+    Args:
+        results: content of ``results.json``.
+        method: the run's own.
+    """
+    score = results["metrics"].get(method, {}).get("benchmark")
+    if score is None or score["task"] not in REGISTERED:
+        return {}
+    dataset, task, rows = REGISTERED[score["task"]]
+    if score["rows"] != rows:
+        return {}
+    entry = EvalResultEntry(
+        dataset, task, round(100 * score["value"], 2), date=results["date"],
+        notes=f"zero-shot, greedy, lm-eval {score['harness']}, {'with' if score['chat_template'] else 'without'} chat template",
+    )  # fmt: skip
+    return {f"{score['task']}.yaml": eval_result_entries_to_yaml([entry])}
 
 
 def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:

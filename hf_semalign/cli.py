@@ -1,135 +1,182 @@
-"""Command line: ``semalign train --config recipes/quickstart/semalign.yaml``."""
+"""Command line: ``semalign quickstart``, ``semalign train --config recipes/quickstart/semalign.yaml``, and all around a run.
+
+Each command is a function that imports what it needs when it runs, so that ``semalign --help`` takes no time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-COMMANDS = {
-    "train": (
-        "run a recipe",
-        "Run a recipe: two models to an adapter with card, figures and results.",
-        "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
-    ),
-    "signals": (
-        "let the source say what a recipe will need of it",
-        "Run the source over a recipe's data and keep what it says, so that training, here or elsewhere, never loads it.",
-        "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
-    ),
-}
-COMPARE = (
-    "run methods x tasks x seeds into one table and one figure",
-    "Run the cells of a comparison that are missing, and write compare.md, .json, .tex and .png into its folder.",
-    "semalign compare recipes/quickstart/compare.yaml --jobs 2 seeds=[1]",
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Run = Callable[[argparse.Namespace], None]
+QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
+CODES = (
+    "Exit codes: 0 done; 1 a bug, with its traceback; 2 input that cannot be used; 130 Ctrl-C and 143 SIGTERM, in training "
+    "after a checkpoint, from which the same command goes on."
 )
-ANALYSES = {
-    "vectors": "how well hidden states are rebuilt from vocabulary bases, layer by layer",
-    "cka": "how alike source and target layers are, without and with the map",
-    "pairing": "attribution scores and the pairs of layers",
-}
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # of the Hub and transformers, and of datasets
+WIDE = 1000  # columns of what is no terminal: nothing in a pipe is cut or broken
+logger = logging.getLogger("hf_semalign")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for input that cannot be used."""
-    parser = argparse.ArgumentParser(prog="semalign", description="Knowledge transfer between language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (short, description, example) in COMMANDS.items():
-        command = commands.add_parser(name, help=short, description=description, epilog=f"Example: {example}")
-        command.add_argument("--config", required=True, help="YAML file of the recipe")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as training.seed=2")
-        if name == "train":
-            command.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
-    short, description, example = COMPARE
-    compare = commands.add_parser("compare", help=short, description=description, epilog=f"Example: {example}")
-    compare.add_argument("comparison", metavar="FILE", help="YAML file of the comparison")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the comparison, or to all its recipes")
-    compare.add_argument("--jobs", type=int, default=1, help="cells at a time (default: %(default)s)")
-    compare.add_argument("--dry-run", action="store_true", help="print the cells and their cost; load no weights")
-    analyze = commands.add_parser(
-        "analyze",
-        help="look into a pair of models: states as vectors, alikeness of layers, pairing",
-        description="Draw one of the analyses of docs/analyses.md, as PNG and SVG, with all numbers as JSON.",
-        epilog="Example: semalign analyze cka recipes/quickstart/semalign.yaml data.eval=200",
-    )
-    analyze.add_argument("analysis", choices=ANALYSES, help="; ".join(f"{name}: {what}" for name, what in ANALYSES.items()))
-    analyze.add_argument("origin", metavar="RUN_OR_PAIR", help="a run folder, or the YAML file of a recipe")
-    analyze.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as source=FOLDER")
-    analyze.add_argument("--output", metavar="DIR", help="folder for the files; by default analysis/ in the run folder")
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure a run or a model on MMLU, GSM8K, HumanEval or MBPP",
-        description="Measure a run folder, an adapter on the Hub or a model by lm-eval: zero-shot, greedy, with BOS.",
-        epilog="Example: semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
-    )
-    evaluate.add_argument("origin", metavar="RUN_OR_MODEL", help="a run folder, a Hub id, or a model's folder")
-    evaluate.add_argument("--task", action="append", required=True, help="mmlu, gsm8k, humaneval or mbpp; may be repeated")
-    evaluate.add_argument("--target", help="Hub id or folder of a run's target, where its record has only a folder's name")
-    evaluate.add_argument("--files", metavar="DIR_OR_FILE", help="local test rows instead of the Hub's")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="first rows only; of MMLU of each subject")
-    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (16)")
-    evaluate.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
-    evaluate.add_argument("--backend", default="hf", help="hf, or vllm")
-    evaluate.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
-    commands.choices["train"].add_argument(
-        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
-    )
-    push = commands.add_parser(
-        "push",
-        help="publish a run folder",
-        description="Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. What is "
-        "there already is not sent again. The token is HF_TOKEN, or the one of `hf auth login`.",
-        epilog="Example: semalign push runs/quickstart owner/name --private",
-    )
-    push.add_argument("folder", metavar="RUN", help="a run folder")
-    push.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
-    push.add_argument("--private", action="store_true", help="a new repository is private, and one that exists has to be")
-    push.add_argument("--revision", metavar="BRANCH", help="branch, by default main; made if it does not exist")
-    push.add_argument("--tag", help="name of the commit, by default of this package's version and the files")
-    push.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, where the record has a bare name")
-    inspect = commands.add_parser(
-        "inspect",
-        help="what an adapter is",
-        description="Show which pair of models an adapter comes from, its layers, size and checksums. Of a repository only "
-        "metadata are read. Exit code 2 where a checksum is not the recorded one.",
-        epilog="Example: semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
-    )
-    inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
-    inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
+    """Run a command; returns its exit code, see ``semalign --help``."""
+    parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_semalign").setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        os.environ.update(dict.fromkeys(BARS, "1"))
     try:
-        match options.command:
-            case "analyze":
-                _analyze(options.analysis, options.origin, options.overrides, options.output)
-            case "evaluate":
-                _evaluate(options)
-            case "compare":
-                _compare(options.comparison, options.overrides, options.jobs, options.dry_run)
-            case "push":
-                _push(options)
-            case "inspect":
-                _inspect(options.origin, options.revision)
-            case "signals":
-                _signals(options.config, options.overrides)
-            case "train" if options.dry_run:
-                _plan(options.config, options.overrides)
-            case "train":
-                _train(options.config, [*options.overrides, *["training.push_to_hub=true"] * options.push_to_hub])
+        options.run(options)
+    except KeyboardInterrupt:
+        logger.error("Interrupted: the same command goes on from what is finished.")
+        return 130
     except (ValueError, OSError) as error:
         if not _refused(error):
             raise
-        logging.getLogger("hf_semalign").error("error: %s", error)
+        logger.error("error: %s", error)
         return 2
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands, their options, and an example of each."""
+    parser = argparse.ArgumentParser(
+        prog="semalign", description="Knowledge transfer between language models of different depth and width.", epilog=CODES
+    )
+    parser.add_argument("--version", action="version", version=f"semalign {version('hf_semalign')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Run, short: str, description: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=short, description=description, epilog=f"Example: {example}")
+        command.set_defaults(run=run)
+        return command
+
+    def of_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the recipe")
+        _add_overrides(command, "changes to the recipe, such as training.seed=2")
+        return command
+
+    quickstart = add(
+        "quickstart", _quickstart, "transfer between the two embedded models, in two minutes",
+        "Run the embedded recipe: two small models that ship with the package, to an adapter with card, figures and results.",
+        "semalign quickstart training.seed=2 output_dir=runs/seed-2",
+    )  # fmt: skip
+    _add_overrides(quickstart, "changes to the recipe, such as training.seed=2")
+    train = of_recipe(add(
+        "train", _train, "run a recipe", "Run a recipe: two models to an adapter with card, figures and results.",
+        "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
+    ))  # fmt: skip
+    train.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
+    train.add_argument(
+        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
+    )
+    of_recipe(add(
+        "attribute", _attribute, "which source layers matter for a recipe's task, and the pairs that follow",
+        "Score the source's layers on the extract split, and keep the scores in training.signals_dir, where a run finds them.",
+        "semalign attribute --config recipes/quickstart/semalign.yaml training.pairing=attribution",
+    ))  # fmt: skip
+    of_recipe(add(
+        "signals", _signals, "let the source say what a recipe will need of it",
+        "Run the source over a recipe's data and keep what it says, so that training, here or elsewhere, never loads it.",
+        "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
+    ))  # fmt: skip
+    _add_compare(add(
+        "compare", _compare, "run methods x tasks x seeds into one table and one figure",
+        "Run the cells of a comparison that are missing, and write compare.md, .json, .tex and .png into its folder.",
+        "semalign compare recipes/quickstart/compare.yaml --jobs 2 seeds=[1]",
+    ))  # fmt: skip
+    _add_analyze(add(
+        "analyze", _analyze, "look into a pair of models: states as vectors, alikeness of layers, pairing",
+        "Draw one of the analyses of docs/analyses.md, as PNG and SVG, with all numbers as JSON.",
+        "semalign analyze cka recipes/quickstart/semalign.yaml data.eval=200",
+    ))  # fmt: skip
+    _add_evaluate(add(
+        "evaluate", _evaluate, "measure a run or a model on MMLU, GSM8K, HumanEval or MBPP",
+        "Measure a run folder, an adapter on the Hub or a model by lm-eval: zero-shot, greedy, with BOS.",
+        "semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
+    ))  # fmt: skip
+    report = add(
+        "report", _report, "a run as one HTML page",
+        "Write one page with all that a run folder knows: results, figures, pairs, settings, cost. It needs no network.",
+        "semalign report runs/quickstart --output quickstart.html",
+    )  # fmt: skip
+    report.add_argument("folder", metavar="RUN", help="a run folder")
+    report.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
+    _add_push(add(
+        "push", _push, "publish a run folder",
+        "Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. What is there already "
+        "is not sent again. The token is HF_TOKEN, or the one of `hf auth login`.",
+        "semalign push runs/quickstart owner/name --private",
+    ))  # fmt: skip
+    inspect = add(
+        "inspect", _inspect, "what an adapter is",
+        "Show which pair of models an adapter comes from, its layers, size and checksums. Of a repository only metadata are "
+        "read. Exit code 2 where a checksum is not the recorded one.",
+        "semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
+    )  # fmt: skip
+    inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
+    inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
+    return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("comparison", metavar="FILE", help="YAML file of the comparison")
+    _add_overrides(command, "changes to the comparison, or to all its recipes")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: %(default)s)")
+    command.add_argument("--dry-run", action="store_true", help="print the cells and their cost; load no weights")
+
+
+def _add_analyze(command: argparse.ArgumentParser) -> None:
+    analyses = {
+        "vectors": "how well hidden states are rebuilt from vocabulary bases, layer by layer",
+        "cka": "how alike source and target layers are, without and with the map",
+        "pairing": "attribution scores and the pairs of layers",
+    }
+    command.add_argument("analysis", choices=analyses, help="; ".join(f"{name}: {what}" for name, what in analyses.items()))
+    command.add_argument("origin", metavar="RUN_OR_PAIR", help="a run folder, or the YAML file of a recipe")
+    _add_overrides(command, "changes to the recipe, such as source=FOLDER")
+    command.add_argument("--output", metavar="DIR", help="folder for the files; by default analysis/ in the run folder")
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("origin", metavar="RUN_OR_MODEL", help="a run folder, a Hub id, or a model's folder")
+    command.add_argument("--task", action="append", required=True, help="mmlu, gsm8k, humaneval or mbpp; may be repeated")
+    command.add_argument("--target", help="Hub id or folder of a run's target, where its record has only a folder's name")
+    command.add_argument("--files", metavar="DIR_OR_FILE", help="local test rows instead of the Hub's")
+    command.add_argument("--limit", type=int, metavar="N", help="first rows only; of MMLU of each subject")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
+    command.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
+    command.add_argument("--backend", default="hf", help="hf, or vllm (default: %(default)s)")
+    command.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
+
+
+def _add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
+    command.add_argument("--private", action="store_true", help="a new repository is private, and one that exists has to be")
+    command.add_argument("--revision", metavar="BRANCH", help="branch, by default main; made if it does not exist")
+    command.add_argument("--tag", help="name of the commit, by default of this package's version and the files")
+    command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, where the record has a bare name")
 
 
 def _refused(error: Exception) -> bool:
@@ -138,103 +185,111 @@ def _refused(error: Exception) -> bool:
     return Path(last.filename).is_relative_to(Path(__file__).parent) and str(last.line).startswith("raise ")
 
 
-def _analyze(analysis: str, origin: str, overrides: Sequence[str], output: str | None) -> None:
+def _console() -> Console:
     from rich.console import Console
 
-    from hf_semalign.studies import run_analysis
-
-    path = run_analysis(analysis, origin, overrides, output)
-    Console(soft_wrap=True, markup=False).print(f"{path} (with .svg), numbers in {path.parent / analysis}.json")
+    return Console(soft_wrap=True, markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDE)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from hf_semalign.harness import RESULTS_NAME, benchmarks_table, evaluate_run
-
-    settings = {name: value for name, value in vars(options).items() if name not in ("command", "origin", "task")}
-    content = evaluate_run(options.origin, options.task, **settings)
-    console = Console(soft_wrap=True, markup=False)
-    console.print(benchmarks_table(content))
-    console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
-
-
-def _push(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from hf_semalign.hub import push_transfer
-
-    url = push_transfer(
-        options.folder,
-        options.repo_id,
-        private=options.private or None,
-        revision=options.revision,
-        tag=options.tag,
-        target=options.target,
-    )
-    Console(soft_wrap=True, markup=False).print(url)
-
-
-def _inspect(origin: str, revision: str | None) -> None:
-    from rich.console import Console
-
-    from hf_semalign.inspection import inspect_transfer, inspection_table
-
-    facts = inspect_transfer(origin, revision)
-    Console(markup=False).print(inspection_table(origin, facts))
-    facts.check()
-
-
-def _compare(comparison: str, overrides: Sequence[str], jobs: int, dry_run: bool) -> None:
-    from rich.console import Console
-
-    from hf_semalign.compare import costs_table, load_comparison, run_comparison
-    from hf_semalign.tables import markdown
-
-    console, known = Console(soft_wrap=True, markup=False), load_comparison(comparison, overrides)
-    if dry_run:
-        console.print(costs_table(known))
-        return
-    console.print(markdown(run_comparison(known, jobs=jobs)))
-    console.print(f"Tables and figure: {known.output_dir}")
-
-
-def _plan(config: str, overrides: Sequence[str]) -> None:
-    from rich.console import Console
-
-    from hf_semalign.plan import plan_recipe, plan_table
-    from hf_semalign.recipe import load_recipe
-
-    Console(markup=False).print(plan_table(plan_recipe(load_recipe(config, overrides))))
-
-
-def _train(config: str, overrides: Sequence[str]) -> None:
+def _main_process() -> bool:
     from accelerate import PartialState
-    from rich.console import Console
 
+    return PartialState().is_main_process
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    _run(str(QUICKSTART), options.overrides)
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        from hf_semalign.plan import plan_recipe, plan_table
+        from hf_semalign.recipe import load_recipe
+
+        _console().print(plan_table(plan_recipe(load_recipe(options.config, options.overrides))))
+    else:
+        _run(options.config, [*options.overrides, *["training.push_to_hub=true"] * options.push_to_hub])
+
+
+def _run(config: str, overrides: Sequence[str]) -> None:
     from hf_semalign.recipe import load_recipe
     from hf_semalign.runs import results_table, run_recipe
 
     recipe = load_recipe(config, overrides)
     results = run_recipe(recipe)
-    if PartialState().is_main_process:
-        console = Console(markup=False)
+    if _main_process():
+        console = _console()
         console.print(results_table(results))
         console.print(f"Run folder: {recipe.output_dir} (adapter, README.md as its card, figures, results.json)")
 
 
-def _signals(config: str, overrides: Sequence[str]) -> None:
-    from accelerate import PartialState
-    from rich.console import Console
+def _attribute(options: argparse.Namespace) -> None:
+    from hf_semalign.recipe import load_recipe
+    from hf_semalign.studies import attribute_recipe, scores_table
 
+    scores, pairing = attribute_recipe(load_recipe(options.config, options.overrides))
+    _console().print(scores_table(scores, pairing))
+
+
+def _signals(options: argparse.Namespace) -> None:
     from hf_semalign.recipe import load_recipe
     from hf_semalign.runs import run_signals
 
-    folder = run_signals(load_recipe(config, overrides))
-    if PartialState().is_main_process:
-        Console(soft_wrap=True, markup=False).print(
-            f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)"
-        )
+    folder = run_signals(load_recipe(options.config, options.overrides))
+    if _main_process():
+        _console().print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from hf_semalign.compare import costs_table, load_comparison, run_comparison
+    from hf_semalign.tables import markdown
+
+    console, known = _console(), load_comparison(options.comparison, options.overrides)
+    if options.dry_run:
+        console.print(costs_table(known))
+        return
+    console.print(markdown(run_comparison(known, jobs=options.jobs)))
+    console.print(f"Tables and figure: {known.output_dir}")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from hf_semalign.studies import run_analysis
+
+    path = run_analysis(options.analysis, options.origin, options.overrides, options.output)
+    _console().print(f"{path} (with .svg), numbers in {path.parent / options.analysis}.json")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hf_semalign.harness import RESULTS_NAME, benchmarks_table, evaluate_run
+
+    names = ("target", "files", "limit", "batch_size", "chat_template", "backend", "output")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    content = evaluate_run(options.origin, options.task, **settings)
+    console = _console()
+    console.print(benchmarks_table(content))
+    console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hf_semalign.report import write_report
+
+    _console().print(str(write_report(options.folder, options.output)))
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hf_semalign.hub import push_transfer
+
+    names = ("revision", "tag", "target")
+    settings = {name: getattr(options, name) for name in names}
+    _console().print(push_transfer(options.folder, options.repo_id, private=options.private or None, **settings))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from hf_semalign.inspection import inspect_transfer, inspection_table
+
+    facts = inspect_transfer(options.origin, options.revision)
+    _console().print(inspection_table(options.origin, facts))
+    facts.check()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, get_scheduler
 
+logger = logging.getLogger(__name__)
 FRONTIERS = ("single", "cumulative", "joint")
 BUDGETS = ("split", "per_stage")
 
@@ -218,15 +220,37 @@ class FrontierCallback(TrainerCallback):
 
 
 class StageProgress(ProgressCallback):
-    """transformers' progress bar with the stage in front."""
+    """transformers' progress bar with phase, stage and the layers that train in front; layers count from 0."""
 
     def __init__(self, frontier: FrontierCallback) -> None:
         super().__init__()
         self.frontier = frontier
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Make the bar, and say where training begins."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._name()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Advance the bar and name the stage."""
+        """Advance the bar, and say where training is."""
         super().on_step_end(args, state, control, **kwargs)
-        if self.training_bar is not None and self.frontier.stage is not None:
-            stage = f"stage {self.frontier.stage + 1}/{self.frontier.schedule.num_stages}"
-            self.training_bar.set_description(stage, refresh=False)
+        self._name()
+
+    def _name(self) -> None:
+        stage, layers = self.frontier.stage, self.frontier.frontier
+        if self.training_bar is not None and stage is not None:
+            trained = layers.trained(stage)
+            which = f"layer {trained[0]}" if len(trained) == 1 else f"layers {trained[0]} to {trained[-1]}"
+            name = f"training, stage {stage + 1}/{layers.num_stages}, {which}"
+            if self.training_bar.desc != f"{name}: ":
+                self.training_bar.set_description(name)
+
+
+class StageLog(TrainerCallback):
+    """Where there is no bar: what the Trainer logs, as lines of the log and not on standard output."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Tell the losses of training, with the stage, and those of evaluation."""
+        if state.is_world_process_zero and logs and not logs.keys().isdisjoint(("stage", "eval_loss")):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, terms)

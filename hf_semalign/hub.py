@@ -47,6 +47,7 @@ KEYS = ("method", "source", "target", "pairing", "settings", "data", "versions",
 PUBLISHED = [
     *NEEDED,
     "results.json",
+    ".eval_results/*.yaml",
     "figures/*.png",
     "figures/*.svg",
     "tokenizer.json",

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
@@ -35,6 +35,7 @@ from hf_semalign.frontier import (
     Frontier,
     FrontierCallback,
     FrontierSchedule,
+    StageLog,
     StageProgress,
     lora_parameters,
     skip_untouched,
@@ -118,9 +119,8 @@ class LayerwiseTrainer(Trainer):
         self.add_callback(self._signals_taken)  # before the frontier moves
         self._frontier_callback = FrontierCallback(frontier, schedule, self.lora_layers, self._enter_stage)
         self.add_callback(self._frontier_callback)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(StageProgress(self._frontier_callback))
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(StageLog() if args.disable_tqdm else StageProgress(self._frontier_callback))
         self._examples_in_batch: list[torch.Tensor] = []
         self._broken: list[str] = []  # what is not finite in the step in hand
 

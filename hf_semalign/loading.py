@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -24,11 +25,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from yaml import YAMLError
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
 from hf_semalign.sharding import check_sharding, check_zero
-from hf_semalign.symbols import public_name
+from hf_semalign.symbols import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -90,11 +92,33 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
     return content
+
+
+def licence_of(origin: str) -> dict[str, str] | None:
+    """What the card of a model names as its licence: ``license``, and ``license_name`` and ``license_link`` where it has them.
+
+    Args:
+        origin: folder, Hub id or embedded model; empty for one that was made in memory.
+
+    Returns:
+        ``None`` where there is no card, it names none, or it cannot be had now: no run fails for it.
+    """
+    if not origin:  # a model made in memory
+        return None
+    place = resolve_model(origin)
+    card = Path(place) / "README.md"
+    if Path(place).is_dir() and not card.is_file():
+        return None
+    try:
+        data = ModelCard.load(card if card.is_file() else place, ignore_metadata_errors=True).data
+    except (OSError, ValueError, HTTPError, YAMLError) as error:
+        logger.info("The card of %s, which names its licence, was not read: %s", public_name(origin), brief(error))
+        return None
+    named = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in named.items() if isinstance(value, str)} if isinstance(data.license, str) else None
 
 
 def check_adapter(folder: Path) -> None:

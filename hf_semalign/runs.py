@@ -7,21 +7,24 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from rich.table import Table
 from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
-from hf_semalign.card import render_card
+from hf_semalign.card import benchmark_entries, render_card, restriction
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
@@ -40,6 +43,7 @@ from hf_semalign.tasks import BENCHMARKS, TaskData
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
+EVAL_RESULTS = ".eval_results"  # where the Hub looks for them
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
         "steps": trainer.state.global_step,
+        "date": date.today().isoformat(),
         "overlap": asdict(data.overlap) if data.overlap else None,
         "cost": plan(trainer.known, args, recipe.method).cost,
         "metrics": metrics,
@@ -190,6 +195,12 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
         drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
     (folder / "results.json").write_text(json.dumps(results, indent=2))
+    shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)  # of an earlier run here
+    for name, entries in benchmark_entries(results, trainer.method).items():
+        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+        (folder / EVAL_RESULTS / name).write_text(yaml.safe_dump(entries, sort_keys=False))
+    if warning := restriction(record):
+        logger.warning("%s The card says so too.", warning)
     (folder / "README.md").write_text(render_card(record, results), encoding="utf-8")
 
 

@@ -377,7 +377,7 @@ def prepare_signals(requests: Sequence[Request]) -> None:
                 with source.layer(k, first._device) as anatomy:
                     for plan in plans:
                         if plan.start <= k <= plan.depth:
-                            label = f"source layer {k + 1}/{last + 1}"
+                            label = f"source signals, layer {k}/{last}"
                             plan.signals._pass(anatomy, plan.layer(k, last), k, as_tuples, label)
                             plan.signals._tidy({k + 1, plan.kept})
         else:

@@ -150,6 +150,11 @@ class Source:
         """Held while the source is asked for something that is kept, see :func:`hf_semalign.states.writing_lock`."""
         return writing_lock(self.folder(root))
 
+    @property
+    def origin(self) -> str:
+        """Folder or Hub id that it was given by, or that a model in memory was loaded from; empty where there is none."""
+        return self._given if isinstance(self._given, str) else str(self._given.name_or_path)
+
     def model(self, device: torch.device | str) -> PreTrainedModel:
         """The whole model on a device, frozen, in evaluation mode; loaded at the first call.
 

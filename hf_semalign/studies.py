@@ -9,21 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_semalign.analysis import layer_cka, recomposition_cosines
 from hf_semalign.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
+from hf_semalign.attribution import LayerScores
 from hf_semalign.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.hub import load_transfer, read_record
 from hf_semalign.loading import brief, find_config, load_model, make_folder, skeleton
-from hf_semalign.pairing import pair_layers
+from hf_semalign.pairing import LayerPairing, pair_layers
 from hf_semalign.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
 from hf_semalign.symbols import public_name, resolve_model
+from hf_semalign.trainer import signals_root
 
 logger = logging.getLogger(__name__)
 COLLATOR = Collator(pad_token_id=0)  # masked, whatever it is
@@ -76,16 +79,46 @@ def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), outp
     return (draw_cka if analysis == "cka" else draw_vectors)(record, folder)
 
 
-def _pairing(recipe: Recipe) -> dict[str, Any]:
-    """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy."""
+def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
+    """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy.
+
+    The scores are kept where the recipe's run finds them, unless it runs the source on every batch.
+
+    Raises:
+        ValueError: a model that is not found, data or settings that cannot be used.
+    """
     args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
     target, tokenizer = _find(recipe, "target"), load_tokenizer(recipe)
     extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
     check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
     depth = len(dissect(skeleton(target, args.target_parts)).layers)
-    scores = layer_scores(source, extract, COLLATOR, None, device=args.device)
-    pairing = pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))
+    scores = layer_scores(
+        source,
+        extract,
+        COLLATOR,
+        None if args.signals == "online" else signals_root(args),
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        device=args.device,
+        batch_size=args.per_device_eval_batch_size,
+        stream=args.source_memory == "stream",
+        progress=not args.disable_tqdm,
+    )
+    return scores, pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))
+
+
+def scores_table(scores: LayerScores, pairing: LayerPairing) -> Table:
+    """Scores by source layer, counted from 0, and which target layer each is paired with, for the terminal."""
+    title = f"{pairing.source_id} to {pairing.target_id}, pairing {pairing.strategy}"
+    table = Table("source layer", "score", "± between examples", "target layers", title=title)
+    for layer, (score, deviation) in enumerate(zip(scores.values, scores.deviations, strict=True)):
+        paired = [str(k) for k, chosen in enumerate(pairing.source_layers) if chosen == layer]
+        table.add_row(str(layer), f"{score:.4g}", f"{deviation:.4g}", ", ".join(paired))
+    return table
+
+
+def _pairing(recipe: Recipe) -> dict[str, Any]:
+    scores, pairing = attribute_recipe(recipe)
     return {"pairing": {**pairing.to_dict(), "scores": scores.values}, "attribution": asdict(scores)}
 
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -31,7 +31,7 @@ from hf_semalign.guards import disk_errors_explained
 from hf_semalign.hooks import capture
 from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
 from hf_semalign.layerwise import LayerwiseTrainer
-from hf_semalign.loading import RECORD_NAME, device_name, load_model
+from hf_semalign.loading import RECORD_NAME, device_name, licence_of, load_model
 from hf_semalign.losses import relation_sequences
 from hf_semalign.objective import Objective
 from hf_semalign.pairing import LayerPairing, pair_layers
@@ -492,6 +492,7 @@ class SemAlignTrainer(LayerwiseTrainer):
             "method": self.method,
             "source": self.source_id,
             "target": self.target_id,
+            "licences": self._licences,
             "pairing": self.pairing.to_dict(),
             "map": {
                 "kind": self.semantic_map.kind,
@@ -506,6 +507,11 @@ class SemAlignTrainer(LayerwiseTrainer):
             "settings": settings,
             "data": self.data_record,
         }
+
+    @cached_property
+    def _licences(self) -> dict[str, dict[str, str] | None]:
+        target = str(base_model(cast(Any, self.model)).name_or_path)
+        return {"source": licence_of(self.source.origin), "target": licence_of(target)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))

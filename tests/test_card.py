@@ -5,13 +5,13 @@ import json
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType
 
 from hf_semalign import symbols
-from hf_semalign.card import render_card
+from hf_semalign.card import benchmark_entries, render_card, restriction
 
 TAGS = ["lora", "transformers", "hf-semalign", "knowledge-transfer"]
 LOCAL = ["embedded:target", "target", "/home/zoe/models/target", "./target", "~/zoe/x/target/", r"C:\Users\zoe\target"]
@@ -119,6 +119,7 @@ def test_metadata_of_a_hub_target(record, results):
         "base_model_relation": "adapter",
         "pipeline_tag": "text-generation",
         "datasets": ["openai/gsm8k"],
+        "language": ["en"],
         "metrics": ["exact_match"],
         "tags": [*TAGS, "base_model:adapter:org/small_0.5B"],
     }
@@ -200,7 +201,7 @@ def test_hostile_text_is_shown_to_the_letter(record, results):
     shown = "a|b `c` &lt;script&gt;alert(1)&lt;/script&gt; *d* _e_ [f](http://g) $h$ &amp;amp; \\| ~~i~~ # j"
     assert f"<td>{shown}</td>" in page
     assert f'<th style="text-align:right">{shown} (%)</th>' in page
-    assert f"platform {shown}" in page
+    assert f"On cpu, {shown}, 2 CPU cores." in page
     headings = re.findall(r"<h[1-6]>(.*?)</h[1-6]>", page)
     assert headings[1:] == [
         "Use", "Results", "Figures", "Data", "Settings", "Cost", "Versions", "Limits", "Citation",
@@ -325,14 +326,95 @@ def test_summary_follows_the_settings(record, results, settings, said, unsaid):
 
 
 def test_cost_and_versions(record, results):
+    results |= {"cost": {"signals": 50.0, "training": 1500.4}}
+    results["seconds"] |= {"source signals": 2.25, "total": 1240.0}
     card = render_card(record, results)
-    assert section(card, "Cost").splitlines() == [
-        "- Seconds: data 0.4, training 1,234.5",
-        "- Peak memory: 812 MB",
-        "- Machine: device cpu, cpus 2, platform Linux-6.1",
-    ]
+    cost = section(card, "Cost")
+    assert cells(cost) == {
+        "Phase": ["Seconds", "Target forwards"],
+        "---": ["--:", "--:"],
+        "data": ["0.4"],
+        "training": ["1,234.5", "1,500"],
+        "source signals": ["2.2", "50"],
+        "total": ["1,240.0", "1,550"],
+    }
+    assert cost.endswith(" On cpu, Linux-6.1, 2 CPU cores. Peak memory 812 MB, of the process.")
     assert section(card, "Versions") == "hf_semalign 0.1.0, torch 2.9.0"
     assert "2510.24208" in section(card, "Citation")
+
+
+def test_settings_that_are_not_set_are_not_shown(record, results):
+    record["settings"] |= {"source_parts": None}
+    assert "source_parts" not in render_card(record, results)
+
+
+LLAMA2 = {"license": "llama2"}
+
+
+def test_the_adapter_goes_by_the_licence_of_the_target(record, results):
+    other = {"license": "other", "license_name": "mine", "license_link": "https://x.example/LICENSE"}
+    card = render_card({**record, "licences": {"source": LLAMA2, "target": other}}, results)
+    assert {name: metadata(card)[name] for name in other} == other
+    assert "The adapter goes by the licence of the target, other" in section(card, "Licence")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "said"),
+    [
+        (
+            "llama2",
+            "apache-2.0",
+            "forbids to use its outputs or results to improve any other large language model than Llama 2",
+        ),
+        ("llama2", "llama2", None),
+        ("llama3", "llama2", "than Llama 3 and its derivatives"),
+        ("llama3.2", "llama3.2", "its name begins with “Llama”"),
+        ("gemma", "gemma", "as a Model Derivative"),
+        ("cc-by-nc-4.0", "mit", "allows no commercial use"),
+        ("apache-2.0", "mit", None),
+        (None, "mit", None),
+    ],
+)
+def test_a_source_whose_licence_binds_what_learns_from_it(record, results, source, target, said):
+    record["licences"] = {role: name and {"license": name} for role, name in (("source", source), ("target", target))}
+    licence = section(render_card(record, results), "Licence")
+    warning = restriction(record)
+    assert (warning is None) == (said is None) == ("**" not in licence)
+    assert said is None or (said in warning and f"**{warning}**" in licence)
+
+
+def test_unknown_licences_are_said_to_be_unknown(record, results):
+    card = render_card({**record, "licences": {"source": None, "target": None}}, results)
+    assert "license" not in metadata(card)
+    assert "No licence of the target is known" in section(card, "Licence")
+    assert section(render_card(record, results), "Licence") is None  # records of before
+
+
+SCORE = {
+    "task": "gsm8k",
+    "metric": "exact_match,flexible",
+    "value": 0.12345,
+    "rows": 1319,
+    "harness": "0.4",
+    "chat_template": False,
+}
+
+
+def test_results_on_a_whole_test_set_are_entries_of_the_hub(results):
+    results |= {"date": "2026-11-26"}
+    results["metrics"]["semalign"]["benchmark"] = SCORE
+    files = benchmark_entries(results, "semalign")
+    assert list(files) == ["gsm8k.yaml"]
+    (entry,) = parse_eval_result_entries(files["gsm8k.yaml"])
+    assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("openai/gsm8k", "gsm8k", 12.35, "2026-11-26")
+    assert entry.notes == "zero-shot, greedy, lm-eval 0.4, without chat template"
+
+
+@pytest.mark.parametrize("changes", [{"rows": 100}, {"task": "mbpp"}])
+def test_parts_of_a_test_set_and_other_benchmarks_are_no_entries(results, changes):
+    results["metrics"]["semalign"]["benchmark"] = SCORE | changes
+    assert benchmark_entries(results | {"date": "2026-11-26"}, "semalign") == {}
+    assert benchmark_entries(results, "kd") == {}
 
 
 def test_rendering_is_pure(record, results):

@@ -24,7 +24,6 @@ from hf_semalign.tables import markdown
 
 FOLDED = ("Data", "Settings", "Versions", "Citation")  # for those who ask
 ANALYSES = {
-    "pairing": "Attribution scores of the source's layers, and the pairs.",
     "vectors": "How well hidden states are rebuilt from vocabulary bases, by layer.",
     "cka": "How alike the layers of source and target are (linear CKA), without and with the map.",
 }
@@ -136,6 +135,7 @@ def render_page(text: str, pictures: dict[str, str | None], about: str) -> str:
         about: where it comes from, for the foot.
     """
     head, *sections = re.split(r"^## ", text.strip(), flags=re.MULTILINE)
+    sections.sort(key=lambda section: section.startswith("Use\n"))  # who reads a report wants to know first what came out
     figures = "".join(
         f'<figure><img src="{source}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         for caption, source in pictures.items()

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -445,3 +446,19 @@ def test_the_python_example_loads_the_adapter(record, results, tmp_path, monkeyp
     exec(code, loaded)
     assert loaded["model"].peft_config["default"].r == 2
     assert loaded["model"](**loaded["tokenizer"]("copy a b =", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
+
+
+CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_the_cards_of_the_repository_are_what_the_code_makes(path):
+    record, results = (json.loads((path.parent / name).read_text()) for name in ("semalign.json", "results.json"))
+    card = path.read_text(encoding="utf-8")
+    assert card == render_card(record, results)
+    pictures = re.findall(r"\]\((figures/\w+\.png)\)", card)
+    assert pictures and all((path.parent / picture).is_file() for picture in pictures)
+
+
+def test_there_are_cards_of_the_method_and_of_a_baseline():
+    assert {json.loads((path.parent / "semalign.json").read_text())["method"] for path in CARDS} >= {"semalign", "seeking"}

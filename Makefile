@@ -1,4 +1,5 @@
-# make quickstart: the main job on the embedded pair. make test: lint, types, tests. make soak: ten minutes of random kills.
+# make quickstart: the main job on the embedded pair. make test: lint, types, tests. make docs: the site, into build/docs.
+# make soak: ten minutes of random kills.
 # Each sets up .venv first.
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow soak lint format clean
+.PHONY: quickstart test test-slow soak docs lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/train.py --config recipes/quickstart/semalign.yaml
@@ -21,6 +22,9 @@ test-slow: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -61,7 +61,7 @@ def test_metadata():
     assert found["Requires-Python"] == ">=3.11"
     assert found["License-Expression"] == "Apache-2.0"
     assert {"eval", "docs", "dev"} <= set(found.get_all("Provides-Extra"))
-    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(found.get_all("Classifier"))
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)} <= set(found.get_all("Classifier"))
 
 
 def test_the_citation_names_this_version():

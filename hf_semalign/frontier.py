@@ -252,6 +252,7 @@ class StageLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Tell the losses of training, with the stage, and those of evaluation."""
         if state.is_world_process_zero and logs and not logs.keys().isdisjoint(("stage", "eval_loss")):
-            told = {name: value for name, value in logs.items() if not name.endswith(("epoch", "runtime", "per_second"))}
+            told = {name: value for name, value in logs.items() if not name.endswith(("epoch", "time", "per_second"))}
             terms = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, terms)
+            where = f"step {state.global_step} of {state.max_steps}" if state.max_steps else "before training"
+            logger.info("%s: %s", where, terms)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import random_rows, tiny_llama, word_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
@@ -480,7 +481,7 @@ def test_sample_ids_reach_the_step(tmp_path):
 def test_progress_bar_names_the_stage(tmp_path, capfd):
     make_trainer(tmp_path, disable_tqdm=False, max_steps=60, logging_steps=100).train()
     shown = capfd.readouterr().err
-    assert "stage 3/3: 100%" in shown
+    assert "training, stage 3/3, layer 2: 100%" in shown
 
 
 def test_extract_rows_are_held_out_of_the_training_rows_when_none_are_given(tmp_path, caplog):
@@ -659,3 +660,24 @@ def test_unequal_heads_share_the_rows_of_the_tokens_that_both_know(tmp_path, sou
             ours, theirs = (model(input_ids=ids).logits[0, :-1, :97][valid] for model in (trainer.model, source))
         expected.append((theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1))
     assert metrics["eval_kl"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+
+
+def test_losses_by_stage_go_where_report_to_says(tmp_path):
+    """Both terms and the stage, live, as TensorBoard shows them."""
+    trainer = make_trainer(tmp_path, report_to="tensorboard", max_steps=6, relation_weight=0.5)
+    trainer.train()
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    shown = EventAccumulator(str(events.parent)).Reload()
+    told = {
+        name: [(event.step, event.value) for event in shown.Scalars(f"train/{name}")] for name in ("relation", "kl", "stage")
+    }
+    history = [entry for entry in trainer.state.log_history if "stage" in entry]
+    assert [value for _, value in told["stage"]] == [1, 1, 2, 2, 3, 3]
+    for name, values in told.items():
+        assert values == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in history]
+
+
+def test_a_package_that_report_to_names_and_nobody_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_semalign.loading.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"report_to names \['wandb'\], which is not installed"):
+        make_trainer(tmp_path, report_to=["tensorboard", "wandb"])

@@ -21,7 +21,8 @@ from hf_semalign.figures import KL_LABEL, METHOD_NAMES, method_order
 from hf_semalign.symbols import EMBEDDED, is_hub_id
 
 TAGS = ("lora", "transformers", "hf-semalign", "knowledge-transfer")
-SPLIT_USES = {"extract": "layer attribution", "align": "training", "eval": "evaluation"}
+SPLIT_USES = {"align": "training", "eval": "evaluation"}
+EXTRACT_USES = {"semalign": "layer attribution", "seeking": "sensitivities of weights", "laten": "neuron attribution"}
 FRONTIER_TEXTS = {
     "single": "one target layer at a time, from shallow to deep",
     "cumulative": "from shallow to deep, with one more target layer at each stage",
@@ -281,8 +282,9 @@ def _figures(record: dict[str, Any], results: dict[str, Any]) -> str:
 def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     origin = f", from {_link(results['dataset'], 'datasets/')}" if results["dataset"] else ""
     table = [["Split", "Used for", "Rows", "Fingerprint"]]
+    uses = SPLIT_USES | {"extract": EXTRACT_USES.get(record["method"], "")}
     for split, facts in record["data"].items():
-        table.append([escaped(split), SPLIT_USES.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
+        table.append([escaped(split), uses.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
     text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
     if shared := results.get("overlap"):
         text += (

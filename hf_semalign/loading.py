@@ -51,7 +51,8 @@ def check_engine(args: SemAlignConfig) -> None:
     if not isinstance(args, SemAlignConfig):
         raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     available = get_available_reporting_integrations()
-    if missing := [name for name in args.report_to if name in INTEGRATION_TO_CALLBACK and name not in available]:
+    named = args.report_to or ()  # a list, after the Trainer's own checks
+    if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
         raise ValueError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
     if args.n_gpu > 1:
         raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")

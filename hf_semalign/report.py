@@ -53,6 +53,7 @@ a {{ color: var(--link); }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }}
 th {{ background: var(--panel); }}
+td[style*="right"] {{ white-space: nowrap; }}
 pre {{ background: var(--panel); padding: .8rem 1rem; border-radius: 6px; font-size: .85rem; }}
 figure {{ margin: 1.2rem 0; }}
 figure img {{ max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; }}

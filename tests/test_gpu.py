@@ -3,7 +3,6 @@
 import gc
 import json
 from functools import partial
-from itertools import combinations
 
 import pytest
 import test_architectures
@@ -61,16 +60,8 @@ def test_cached_is_online(tmp_path, frontier, memory):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_bf16_differs_from_online_by_less_than_two_online_runs_do(tmp_path, monkeypatch, weights):
     monkeypatch.setattr(test_trainer, "tiny_llama", partial(tiny_llama, dtype=weights))
-    settings = {**test_prefix.SETTINGS, **GPU, "train": ROWS[:16], "max_steps": 12, "bf16": True}
-    cached = make_trainer(tmp_path / "cached", **settings)
-    cached.train()
-    online = []
-    for size in (4, 2, 1):
-        micro = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        online.append(make_trainer(tmp_path / str(size), signals="online", **{**settings, **micro}))
-        online[-1].train()
-    spread = max((adapter(one) - adapter(other)).norm() for one, other in combinations(online, 2))
-    assert (adapter(cached) - adapter(online[0])).norm() < spread
+    between, spread = test_prefix.bf16_distances(tmp_path, **GPU)
+    assert between < spread
 
 
 @pytest.mark.parametrize("stop", [3, 7, 12])

@@ -20,6 +20,7 @@ from hf_semalign.splits import IGNORED, Collator
 
 torch.set_num_threads(1)
 
+LONGEST = ("test_faults.py", "test_engines.py", "test_architectures.py", "test_cli.py", "test_compare.py")
 SPECIALS = ("<pad>", "<s>", "</s>")
 WORDS = [f"w{i}" for i in range(94)]
 TEXTS = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(40)]
@@ -27,6 +28,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {{ message.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def tiny_llama(

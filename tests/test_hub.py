@@ -96,6 +96,14 @@ def test_the_listed_files_arrive_in_one_commit_and_are_compared(hub, run, push):
     assert f"13 of 13 files sent; downloaded again, the same bytes, and the same logits on a probe; tag {tag}" in told["log"]
 
 
+def test_results_of_a_registered_benchmark_arrive_where_the_hub_looks(hub, run, push):
+    (run / ".eval_results").mkdir()
+    (run / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k, task_id: gsm8k}\n  value: 12.35\n")
+    (run / ".eval_results" / "notes.txt").write_text("private")
+    assert push(run)["error"] is None
+    assert hub.files(push.repo) == PUBLIC | {".eval_results/gsm8k.yaml"}
+
+
 def test_what_is_there_is_not_sent_again(hub, run, push):
     first = push(run)
     hub.order()

@@ -407,5 +407,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     if not (folder / RECORD_NAME).is_file():
+        if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
+            raise FileNotFoundError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
         raise FileNotFoundError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
     return read_json(folder / RECORD_NAME, *KEYS)

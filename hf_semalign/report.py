@@ -1,4 +1,4 @@
-"""A run, or a comparison, as one HTML page that needs no network: what its card says, with all figures inside.
+"""A run, or a comparison, as one HTML page that needs no network: what its card says, with its figures inside.
 
 The text is the card's, rendered anew from record and results, in which all that comes from data is escaped; markdown-it turns
 it into HTML with raw HTML off. Pictures are data URIs of images, and a Content-Security-Policy allows nothing else: no script
@@ -60,7 +60,10 @@ figure img {{ max-width: 100%; height: auto; background: #ffffff; border-radius:
 figcaption, .about {{ color: var(--dim); font-size: .9rem; }}
 details {{ margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem 1rem; }}
 summary {{ cursor: pointer; font-weight: 600; }}
-@media print {{ details:not([open]) > :not(summary) {{ display: block; }} figure, tr {{ break-inside: avoid; }} }}
+@media print {{
+  details::details-content {{ content-visibility: visible; block-size: auto; }}
+  figure, tr {{ break-inside: avoid; }}
+}}
 </style>
 </head>
 <body>
@@ -85,20 +88,25 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: a folder of neither kind.
-        ValueError: a record that cannot be read.
+        ValueError: a record that cannot be read, or an output that is a folder.
         OSError: an output that cannot be written.
     """
     folder = Path(folder)
-    comparison = folder / "compare.json"
-    if comparison.is_file():
-        text = markdown(read_json(comparison, "tables", "pair", "reported"))
-        page = render_page(text, {"All methods": _picture(folder / "compare.png")}, f"Comparison {folder.name}.")
-    else:
-        page = _of_run(folder)
     path = Path(output) if output is not None else folder / "report.html"
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: name a file, such as {path / 'report.html'}.")
+    try:
+        page = _of_comparison(folder) if (folder / "compare.json").is_file() else _of_run(folder)
+    except (AttributeError, KeyError, TypeError) as error:  # of content that is JSON, and something else than we write
+        raise ValueError(f"What lies in {folder} is not what this package writes ({error!r}): make the folder anew.") from error
     make_folder("output", path.parent)
     write_text(path, page)
     return path
+
+
+def _of_comparison(folder: Path) -> str:
+    text = markdown(read_json(folder / "compare.json", "tables", "pair", "reported"))
+    return render_page(text, {"All methods": _picture(folder / "compare.png")}, f"Comparison {folder.name}.")
 
 
 def _of_run(folder: Path) -> str:
@@ -116,8 +124,10 @@ def _of_run(folder: Path) -> str:
     }
     wanted = {caption: _picture(folder / "figures" / f"{name}.png") for name, caption in captions.items()}
     wanted |= {caption: _picture(folder / "analysis" / f"{name}.png") for name, caption in ANALYSES.items()}
-    state = "" if results["metrics"] else " It was not evaluated, or has not finished: run it again, and it goes on."
-    return render_page(text, wanted, f"Run folder {folder.name}, record {RECORD_NAME}.{state}")
+    if not results["metrics"]:
+        heading, _, rest = text.strip().partition("\n\n")
+        text = f"{heading}\n\n**There are no results here: it was not evaluated, or has not finished.**\n\n{rest}"
+    return render_page(text, wanted, f"Run folder {folder.name}, record {RECORD_NAME}.")
 
 
 def _benchmarks(entries: Sequence[dict[str, Any]]) -> str:

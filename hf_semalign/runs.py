@@ -119,6 +119,8 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         source.release()
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_world_process_zero():
+            (folder / "results.json").unlink(missing_ok=True)  # of an earlier adapter, if one was here
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)

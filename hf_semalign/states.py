@@ -462,7 +462,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A file to write in the place of another, which it becomes when it is whole."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         yield unfinished
         unfinished.replace(path)

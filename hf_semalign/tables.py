@@ -40,7 +40,7 @@ def markdown(record: dict[str, Any]) -> str:
     pair = record["pair"]
     blocks = [f"# {escaped(pair['source'])} to {escaped(pair['target'])}"]
     for one in record["tables"]:
-        heading = f"## {escaped(one['task'])}, {one['budget']}"
+        heading = f"## {escaped(one['task'])}, {escaped(one['budget'])}"
         blocks.append(f"{heading}\n\n{pipe_table(_cells(one, escaped, '±'), '--:')}")
     if record["tables"]:
         blocks.append(notes(record))
@@ -65,7 +65,7 @@ def latex(record: dict[str, Any]) -> str:
     """The tables for papers; needs the package booktabs."""
     blocks = []
     for one in record["tables"]:
-        blocks.append(_tabular(_cells(one, tex, r"$\pm$"), f"{tex(one['task'])}, {one['budget']}"))
+        blocks.append(_tabular(_cells(one, tex, r"$\pm$"), f"{tex(one['task'])}, {tex(one['budget'])}"))
     if record["reported"]:
         title = f"Reported, under another protocol ({tex(record['reported']['origin'])})"
         blocks.append(_tabular(_reported(record["reported"], tex), title))

@@ -86,7 +86,7 @@ def test_a_run_without_results_says_so(good, tmp_path):
     run.mkdir()
     (run / "semalign.json").write_bytes((good / "run" / "semalign.json").read_bytes())
     found = assert_self_contained(report(run, tmp_path))
-    assert "It was not evaluated, or has not finished" in found.text
+    assert "There are no results here: it was not evaluated, or has not finished." in found.text
     assert "Results" not in found.text
 
 
@@ -108,7 +108,7 @@ def test_page_of_a_comparison(tmp_path):
     folder = tmp_path / "compare"
     folder.mkdir()
     row = {"name": "SemAlign <b>", "kl": {"mean": 0.5, "std": 0.1}}
-    tables = [{"task": "copy", "budget": "equal data", "methods": [row], "target": {"kl": 1.0}, "source": {"kl": 0.0}}]
+    tables = [{"task": "copy", "budget": HOSTILE, "methods": [row], "target": {"kl": 1.0}, "source": {"kl": 0.0}}]
     content = {"pair": {"source": "big", "target": "small"}, "tables": tables, "reported": None, "reference": "semalign"}
     (folder / "compare.json").write_text(json.dumps(content))
     (folder / "compare.png").write_bytes(b"pixels")
@@ -127,6 +127,22 @@ def test_what_is_no_run_is_refused(tmp_path, caplog, content, message):
     assert main(["report", str(tmp_path)]) == 2
     assert message in caplog.text
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_json_and_no_record_of_ours_is_refused(good, tmp_path, caplog):
+    (tmp_path / "semalign.json").write_bytes((good / "run" / "semalign.json").read_bytes())
+    (tmp_path / "results.json").write_text(json.dumps({"task": "x", "metrics": [1], "steps": 1}))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not what this package writes" in caplog.text
+
+
+def test_an_output_that_is_a_folder_and_a_run_that_is_not_over(good, tmp_path, caplog):
+    assert main(["report", str(good / "run"), "--output", str(tmp_path)]) == 2
+    assert f"output {tmp_path} is a folder: name a file" in caplog.text
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "semalign.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no semalign.json yet: start its run again" in caplog.text
 
 
 def test_sections_for_those_who_ask_are_folded():

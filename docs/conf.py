@@ -16,6 +16,7 @@ html_css_files = ["tables.css"]
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 autodoc_class_signature = "separated"
+autodoc_default_options = {"exclude-members": "__new__, __init__"}  # the class says what it takes
 autodoc_typehints = "none"  # docstrings give shapes and units, which types do not
 napoleon_numpy_docstring = False
 

@@ -110,6 +110,8 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
     trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     seconds |= trainer.seconds
+    if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
+        logger.warning("%s The card is going to say so.", warning)
     with timed("evaluation before", seconds):
         for other in others:
             other.remember(trainer)
@@ -201,8 +203,6 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
     for name, entries in benchmark_entries(results, trainer.method).items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
         (folder / EVAL_RESULTS / name).write_text(yaml.safe_dump(entries, sort_keys=False))
-    if warning := restriction(record):
-        logger.warning("%s The card says so too.", warning)
     (folder / "README.md").write_text(render_card(record, results), encoding="utf-8")
 
 

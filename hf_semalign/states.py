@@ -36,11 +36,9 @@ from hf_semalign.splits import IGNORED, column_chunks, valid_positions
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 2**14  # two shards of every column are held in memory, and are what an interrupted pass can lose
-AHEAD = (
-    4,
-    2**30,
-)  # shards in memory at a time, one of them being made, others being written; fewer, but two, beyond so many bytes
+SHARD_TOKENS = 2**14  # shards of every column are held in memory, and are what an interrupted pass can lose
+SHARDS_HELD = 4  # at a time, one being made and the others written; fewer, but two, where they are more than
+BYTES_HELD = 2**30
 MAX_OPEN = 10_000  # shards of a folder that are mapped at a time; a process can map some 65,000 files
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 
@@ -296,8 +294,8 @@ class _ShardWriter:
             for column in columns:
                 self._rows[column] = max(self._rows.get(column, 0), column.positions(folder.examples, number))
         size = sum(rows * column.width * column.dtype.itemsize for column, rows in self._rows.items())
-        self._ahead = min(AHEAD[0], max(2, AHEAD[1] // max(size, 1)))
-        self._pinned = device.type == "cuda" and self._ahead * size <= AHEAD[1]  # which torch keeps for the next pass
+        self._ahead = min(SHARDS_HELD, max(2, BYTES_HELD // max(size, 1)))
+        self._pinned = device.type == "cuda" and self._ahead * size <= BYTES_HELD  # which torch keeps for the next pass
         self._busy: deque[tuple[list[Future], dict[Column, torch.Tensor]]] = deque()
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 

@@ -321,8 +321,7 @@ def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Te
 def checksum(tensor: torch.Tensor) -> str:
     """Digest of a tensor's shape, dtype and bytes, by xxh3: it guards against damage, not attack, and is as fast as a disk."""
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    for chunk in (
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(2**24)
-    ):  # the system clears larger memory anew
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for chunk in content.split(2**24):  # from a GPU: the system clears larger memory every time
         digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()

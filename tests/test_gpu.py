@@ -53,8 +53,7 @@ def test_cached_is_online(tmp_path, frontier, memory):
     online = make_trainer(tmp_path / "online", signals="online", **common)
     for trainer in (cached, online):
         trainer.train()
-    # The pass has other batches than training, for which a GPU may take other kernels: 2e-5 were seen on an H200.
-    assert distance(adapter(online), adapter(cached)) < 1e-4
+    assert distance(adapter(online), adapter(cached)) < 1e-5
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

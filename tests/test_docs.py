@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +113,20 @@ def test_settings_are_all_told():
     """Every field that SemAlignConfig adds to the Trainer's."""
     text = (ROOT / "docs" / "settings.md").read_text()
     assert [name for name in SemAlignConfig.__annotations__ if f"`{name}`" not in text] == []
+
+
+def test_settings_have_the_defaults_that_the_table_names():
+    table = re.findall(r"^\| (`.+?`) \| (.+?) \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
+    defaults = {item.name: item.default for item in fields(SemAlignConfig)}
+    compared = 0
+    for names, cell in table:
+        told = re.sub(r"(\d),(\d{3})", r"\1\2", cell).split(", ")
+        for name, value in zip(re.findall(r"`(\w+)`", names), told, strict=False):
+            if defaults[name] is not None:
+                word = re.match(r"`?([\w.-]+)", value)[1]
+                assert yaml.safe_load(word) == defaults[name] or float(word) == defaults[name], (name, value)
+                compared += 1
+    assert compared == 17
 
 
 # What can be run

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -121,6 +121,7 @@ class LayerwiseTrainer(Trainer):
         self.add_callback(self._frontier_callback)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(StageLog() if args.disable_tqdm else StageProgress(self._frontier_callback))
+        self._parameters = model.num_parameters(exclude_embeddings=True)
         self._examples_in_batch: list[torch.Tensor] = []
         self._broken: list[str] = []  # what is not finite in the step in hand
 
@@ -232,6 +233,46 @@ class LayerwiseTrainer(Trainer):
             self._broken.append(f"the loss of the examples {inputs['example_id'].tolist()} is ({self._terms()})")
         return loss
 
+    @contextmanager
+    def _few_walks(self) -> Iterator[None]:
+        """Inside the block, what the Trainer does to the model in every step does not visit all its modules and parameters,
+        which are some 80 a layer with LoRA: ``train()`` does nothing where the mode is set, and ``zero_grad()`` looks at what
+        the optimizer holds.
+
+        Whoever sets a mode meanwhile sets it on the whole model or on its base.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            yield
+            return
+        model: Any = self.model
+        base, set_mode = base_model(model), model.train
+
+        def train(mode: bool = True) -> PeftModel:
+            return model if mode and model.training and base.training else set_mode(mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in self._optimized():
+                parameter.grad = None
+
+        model.train, model.zero_grad = train, zero_grad
+        try:
+            yield
+        finally:
+            del model.train, model.zero_grad
+
+    def floating_point_ops(self, inputs) -> int:
+        """The Trainer's estimate, its parameters counted once."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def _clip_grad_norm(self, model):
+        """Clip what the optimizer holds: nothing else has a gradient."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._optimized(), self.args.max_grad_norm)
+
+    def _optimized(self) -> list[nn.Parameter]:
+        return [p for group in cast(Optimizer, self.optimizer).param_groups for p in group["params"]]
+
     def _terms(self) -> str:
         return ", ".join(f"{name} {term:.4g}" for name, term in self.loss_terms().items())
 
@@ -309,6 +350,7 @@ class LayerwiseTrainer(Trainer):
         try:
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
+                self._few_walks(),
                 self._signals_taken.watching(),
                 disk_errors_explained(folder),
             ):

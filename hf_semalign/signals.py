@@ -8,13 +8,14 @@ its signals are computed once (:class:`SourceSignals`); :class:`OnlineSignals` r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -82,6 +83,10 @@ class OnlineSignals:
             self.semantic_map(state.output.float()) * self.scales[k] for k, state in zip(target_layers, states, strict=True)
         ]
         return BatchSignals(supervision, final[valid_positions(batch["labels"])])
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """See :meth:`SourceSignals.find`; here nothing is known before the source has run."""
+        return partial(self, batch)
 
 
 class SourceSignals:
@@ -164,8 +169,18 @@ class SourceSignals:
         Raises:
             KeyError: an example of another data set.
         """
+        return self.find(batch)(target_layers)
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """Where the signals of a batch lie: what reads them does not wait for a GPU that was given work meanwhile.
+
+        Raises:
+            KeyError: an example of another data set.
+        """
         valid = valid_positions(batch["labels"])
-        places = self.examples.places(batch["example_id"][valid.any(1)])
+        return partial(self._read, self.examples.places(batch["example_id"][valid.any(1)]), valid)
+
+    def _read(self, places: np.ndarray, valid: torch.Tensor, target_layers: Sequence[int]) -> BatchSignals:
         supervision = [
             spread(self._states.read(self._mapped(layer), places, valid.device), valid).float() * self.scales[layer]
             for layer in target_layers
@@ -303,17 +318,26 @@ class CachedSignals:
         Raises:
             ValueError: an example whose signals were not computed.
         """
-        example, lacking = int(batch["example_id"][0]), None
-        for signals in self.splits.values():
-            if example in signals:
+        return self.find(batch)(target_layers)
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """See :meth:`SourceSignals.find`."""
+        example = int(batch["example_id"][0])
+        found = [signals.find(batch) for signals in self.splits.values() if example in signals]
+
+        def read(target_layers: Sequence[int]) -> BatchSignals:
+            lacking = None
+            for one in found:
                 try:
-                    return signals(batch, target_layers)
+                    return one(target_layers)
                 except FileNotFoundError as error:  # the training split has what training reads, and no more
                     lacking = error
-        raise ValueError(
-            f"No source signals for example {example}: they cover the evaluation data that the trainer was made with, and of "
-            "the training data what training reads. Make it with these data as eval_dataset, or set signals='online'."
-        ) from lacking
+            raise ValueError(
+                f"No source signals for example {example}: they cover the evaluation data that the trainer was made with, and "
+                "of the training data what training reads. Make it with these data as eval_dataset, or set signals='online'."
+            ) from lacking
+
+        return read
 
 
 @dataclass(frozen=True)

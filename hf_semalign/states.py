@@ -250,8 +250,9 @@ class StateFolder:
         shards = self.examples.starts.searchsorted(places, side="right") - 1
         offsets = self.examples.offsets[column.everywhere]
         before = offsets[self.examples.starts[shards]]
-        spans = zip(shards.tolist(), offsets[places] - before, offsets[places + 1] - before, strict=True)
-        states = [self._mapped(self._path(column, shard))[first:last] for shard, first, last in spans]
+        spans = zip(shards.tolist(), (offsets[places] - before).tolist(), (offsets[places + 1] - before).tolist(), strict=True)
+        mapped = {shard: self._mapped(self._path(column, shard)) for shard in set(shards.tolist())}
+        states = [mapped[shard][first:last] for shard, first, last in spans]
         if torch.device(device).type != "cuda":
             return torch.cat(states).to(device)
         # torch keeps pinned memory for the next batch: fresh memory costs more than the copy, and a copy from it need not wait.
@@ -334,9 +335,11 @@ class _ShardWriter:
 
 def spread(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """States ``[N, D]`` to ``[B, T, D]`` on the mask's device: one at each position of a mask ``[B, T]``, zero elsewhere."""
-    padded = states.new_zeros(*mask.shape, states.shape[-1], device=mask.device)
-    padded[mask] = states.to(mask.device)
-    return padded
+    if not len(states):
+        return states.new_zeros(*mask.shape, states.shape[-1], device=mask.device)
+    rows = (mask.flatten().cumsum(0) - 1).clamp_min_(0)  # assignment to padded[mask] would have the host wait for a GPU
+    padded = states.to(mask.device).index_select(0, rows).unflatten(0, mask.shape)
+    return padded.masked_fill_(~mask.unsqueeze(-1), 0)
 
 
 @torch.no_grad()

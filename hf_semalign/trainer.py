@@ -394,12 +394,12 @@ class SemAlignTrainer(LayerwiseTrainer):
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
+        wanted = self.args.learns_from_source or not training
+        read = self.signals.find(inputs) if wanted else None  # before a GPU has the forward to do
         with self._autocast():
             with capture(modules) as states, entered:
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
-            # Read from the disk while a GPU is at work on the forward.
-            signals = self.signals(inputs, layers) if self.args.learns_from_source or not training else None
-        return outputs, states, signals
+            return outputs, states, read and read(layers)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9), as shares of the global batch's means.

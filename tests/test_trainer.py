@@ -497,8 +497,8 @@ def test_bf16_stays_close_to_float32(tmp_path):
 def test_sample_ids_reach_the_step(tmp_path):
     seen = []
     trainer = make_trainer(tmp_path, max_steps=3)
-    signals = trainer.signals
-    trainer.signals = lambda batch, layers: (seen.append(batch["example_id"]), signals(batch, layers))[1]
+    find = trainer.signals.find
+    trainer.signals.find = lambda batch: (seen.append(batch["example_id"]), find(batch))[1]
     trainer.train()
     known = set(trainer.train_dataset["example_id"])
     assert len(seen) == 3

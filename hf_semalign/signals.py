@@ -176,9 +176,13 @@ class SourceSignals:
 
         Raises:
             KeyError: an example of another data set.
+            ValueError: an example with other answers.
         """
         valid = valid_positions(batch["labels"])
-        return partial(self._read, self.examples.places(batch["example_id"][valid.any(1)]), valid)
+        answers = valid.sum(1)
+        some = answers > 0  # a row that an epoch's last batch repeats has none
+        places = self.examples.places(batch["example_id"][some], answers[some], everywhere=False)
+        return partial(self._read, places, valid)
 
     def _read(self, places: np.ndarray, valid: torch.Tensor, target_layers: Sequence[int]) -> BatchSignals:
         supervision = [

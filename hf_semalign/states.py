@@ -76,17 +76,29 @@ class Examples:
     def __contains__(self, example_id: int) -> bool:
         return bool(self._known[self._known.searchsorted(example_id) % len(self._known)] == example_id)
 
-    def places(self, example_ids: torch.Tensor) -> np.ndarray:
+    def places(self, example_ids: torch.Tensor, positions: torch.Tensor, *, everywhere: bool) -> np.ndarray:
         """Places of some examples by their ids.
+
+        Args:
+            example_ids: ``[B]``.
+            positions: of each in the batch at hand, ``[B]``.
+            everywhere: whether these are all its tokens, or the valid ones.
 
         Raises:
             KeyError: an example of another data set.
+            ValueError: an example that has other tokens in the batch.
         """
-        wanted = example_ids.cpu().numpy()
+        wanted, counts = torch.stack([example_ids, positions]).cpu().numpy()
         found = self._known.searchsorted(wanted) % len(self._known)
         if (unknown := wanted[self._known[found] != wanted]).size:
             raise KeyError(int(unknown[0]))
-        return self._places[found]
+        places = self._places[found]
+        if (changed := wanted[(self.tokens if everywhere else self.answers)[places] != counts]).size:
+            raise ValueError(
+                f"The batch has other tokens of the examples {changed.tolist()} than what was computed for them: expected the "
+                "rows of the data set as they are, cut and labelled as there."
+            )
+        return places
 
     @cached_property
     def digest(self) -> str:

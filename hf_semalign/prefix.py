@@ -135,8 +135,8 @@ class TargetPrefix:
         if self._folder is None:
             yield
             return
+        places = self._examples.places(batch["example_id"])
         mask = batch["attention_mask"].bool()
-        places = self._examples.places(batch["example_id"], mask.sum(1), everywhere=True)
         states = spread(self._folder.read(self._column, places, mask.device), mask)
         with bypass(self._anatomy.layers[: self.layer], states, as_tuples=self._as_tuples):
             yield

@@ -15,7 +15,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -176,20 +175,18 @@ class SourceSignals:
 
         Raises:
             KeyError: an example of another data set.
-            ValueError: an example with other answers.
         """
         valid = valid_positions(batch["labels"])
-        answers = valid.sum(1)
-        some = answers > 0  # a row that an epoch's last batch repeats has none
-        places = self.examples.places(batch["example_id"][some], answers[some], everywhere=False)
-        return partial(self._read, places, valid)
+        where, places = valid.flatten().nonzero().squeeze(1), self.examples.places(batch["example_id"][valid.any(1)])
 
-    def _read(self, places: np.ndarray, valid: torch.Tensor, target_layers: Sequence[int]) -> BatchSignals:
-        supervision = [
-            spread(self._states.read(self._mapped(layer), places, valid.device), valid).float() * self.scales[layer]
-            for layer in target_layers
-        ]
-        return BatchSignals(supervision, self._states.read(self._final, places, valid.device))
+        def read(target_layers: Sequence[int]) -> BatchSignals:
+            supervision = [
+                spread(self._states.read(self._mapped(layer), places, valid.device), valid, where).float() * self.scales[layer]
+                for layer in target_layers
+            ]
+            return BatchSignals(supervision, self._states.read(self._final, places, valid.device))
+
+        return read
 
     def prepare(self, target_layers: Sequence[int], *, in_groups: bool = False) -> None:
         """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""

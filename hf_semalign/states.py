@@ -76,29 +76,17 @@ class Examples:
     def __contains__(self, example_id: int) -> bool:
         return bool(self._known[self._known.searchsorted(example_id) % len(self._known)] == example_id)
 
-    def places(self, example_ids: torch.Tensor, positions: torch.Tensor, *, everywhere: bool) -> np.ndarray:
+    def places(self, example_ids: torch.Tensor) -> np.ndarray:
         """Places of some examples by their ids.
-
-        Args:
-            example_ids: ``[B]``.
-            positions: of each in the batch at hand, ``[B]``.
-            everywhere: whether these are all its tokens, or the valid ones.
 
         Raises:
             KeyError: an example of another data set.
-            ValueError: an example that has other tokens in the batch.
         """
-        wanted, counts = torch.stack([example_ids, positions]).cpu().numpy()
+        wanted = example_ids.cpu().numpy()
         found = self._known.searchsorted(wanted) % len(self._known)
         if (unknown := wanted[self._known[found] != wanted]).size:
             raise KeyError(int(unknown[0]))
-        places = self._places[found]
-        if (changed := wanted[(self.tokens if everywhere else self.answers)[places] != counts]).size:
-            raise ValueError(
-                f"The batch has other tokens of the examples {changed.tolist()} than what was computed for them: expected the "
-                "rows of the data set as they are, cut and labelled as there."
-            )
-        return places
+        return self._places[found]
 
     @cached_property
     def digest(self) -> str:
@@ -345,13 +333,17 @@ class _ShardWriter:
         return memory
 
 
-def spread(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """States ``[N, D]`` to ``[B, T, D]`` on the mask's device: one at each position of a mask ``[B, T]``, zero elsewhere."""
-    if not len(states):
-        return states.new_zeros(*mask.shape, states.shape[-1], device=mask.device)
-    rows = (mask.flatten().cumsum(0) - 1).clamp_min_(0)  # assignment to padded[mask] would have the host wait for a GPU
-    padded = states.to(mask.device).index_select(0, rows).unflatten(0, mask.shape)
-    return padded.masked_fill_(~mask.unsqueeze(-1), 0)
+def spread(states: torch.Tensor, mask: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """States ``[N, D]`` to ``[B, T, D]`` on the mask's device: one at each position of a mask ``[B, T]``, zero elsewhere.
+
+    Args:
+        states: as many as the mask has positions.
+        mask: ``[B, T]`` bool.
+        where: ``mask.flatten().nonzero()``, ``[N]``, where it is known: the host waits for a GPU to find it.
+    """
+    where = mask.flatten().nonzero().squeeze(1) if where is None else where
+    padded = states.new_zeros(mask.numel(), states.shape[-1], device=mask.device)
+    return padded.index_copy_(0, where, states.to(mask.device)).unflatten(0, mask.shape)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from families import FAMILIES, build
 from peft import PeftModel
 from ranks import ROWS
 from test_engines import RECIPE, SETTINGS, accelerate, distance, run, same_adapters
-from test_trainer import adapter, make_trainer
+from test_trainer import EVEN, adapter, make_trainer
 from transformers import AutoModelForCausalLM
 
 from hf_semalign.attribution import attribute_layers
@@ -48,7 +48,7 @@ def test_a_gpu_learns_what_a_cpu_learns(tmp_path, frontier):
 @pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_cached_is_online(tmp_path, frontier, memory):
     """Also of a source that comes from the disk a layer at a time."""
-    common = {**GPU, "frontier": frontier, "max_steps": 18}
+    common = {**GPU, **EVEN, "frontier": frontier, "max_steps": 18}
     cached = make_trainer(tmp_path / "cached", source_memory=memory, **common)
     online = make_trainer(tmp_path / "online", signals="online", **common)
     for trainer in (cached, online):

@@ -1,5 +1,6 @@
 """Under load: what is held in memory does not grow with the data, and nothing is done once for every pair of layers."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -46,6 +47,13 @@ class Rows:
             raise IndexError(row)
         ids = np.random.default_rng(row).integers(3, self.vocab, self.length).tolist()
         return {"input_ids": ids, "labels": [-100] * (self.length - self.valid) + ids[self.length - self.valid :]}
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_goes_back():
+    """At once: glibc otherwise keeps by chance up to 10 MB of what was freed, more the larger it was."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, which then no longer grows
 
 
 def growth(work) -> tuple:
@@ -99,7 +107,7 @@ def test_signals_and_prefix_hold_no_states_in_memory(tmp_path, monkeypatch):
     work(400, tmp_path / "small")
     taken, on_disk = growth(lambda: work(6_000, tmp_path / "large"))
     assert on_disk > 90
-    assert taken < 35  # four shards at a time, of 0.8 to 1.6 MB a column, and a batch
+    assert taken < 20  # some shards, of 0.8 to 1.6 MB a column
 
 
 def test_a_shard_holds_no_more_of_a_large_data_set(monkeypatch):
@@ -129,22 +137,12 @@ def test_examples_are_found_by_id_and_those_of_another_data_set_are_not():
     data = encode(random_rows([(1 + i % 4, 2 + i % 3) for i in range(50)]), None, split="align")
     examples = Examples(data)
     ids = torch.tensor(data["example_id"])
-    tokens, answers = torch.tensor([len(row) for row in data["labels"]]), torch.tensor([2 + i % 3 for i in range(50)])
-    for everywhere, positions in ((True, tokens), (False, answers)):
-        assert torch.equal(torch.from_numpy(examples.ids[examples.places(ids, positions, everywhere=everywhere)]), ids)
+    assert torch.equal(torch.from_numpy(examples.ids[examples.places(ids)]), ids)
     other = [0, 2**62, int(ids.max()) + 1, int(ids.min()) - 1]
     assert all(int(key) in examples for key in ids) and not any(key in examples for key in other)
     for key in other:
         with pytest.raises(KeyError, match=str(key)):
-            examples.places(torch.tensor([int(ids[0]), key]), tokens[:2], everywhere=True)
-
-
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_an_example_with_other_tokens_in_the_batch_is_refused(everywhere):
-    data = encode(random_rows([(2, 3), (3, 2), (4, 4)]), None, split="align")
-    ids = torch.tensor(data["example_id"])
-    with pytest.raises(ValueError, match=rf"other tokens of the examples \[{int(ids[1])}\] than"):
-        Examples(data).places(ids, torch.tensor([5, 4, 8] if everywhere else [3, 3, 4]), everywhere=everywhere)
+            examples.places(torch.tensor([int(ids[0]), key]))
 
 
 def test_rows_of_a_data_set_are_held_out_where_they_lie():

@@ -9,7 +9,7 @@ import test_trainer
 import torch
 from conftest import random_rows, tiny_llama
 from test_signals import COLLATE, left_padded
-from test_trainer import ROWS, TARGET_LAYERS, adapter, make_trainer
+from test_trainer import EVEN, ROWS, TARGET_LAYERS, adapter, make_trainer
 from transformers import TrainerCallback
 
 from hf_semalign import prefix as prefix_module
@@ -112,8 +112,9 @@ class Layers(TrainerCallback):
 def test_training_through_the_prefix_equals_training_online(tmp_path, settings):
     """At every step of every stage, over several epochs and with an odd last batch."""
     layers = Layers()
-    cached = make_trainer(tmp_path / "cached", **{**SETTINGS, **settings}, callbacks=[layers])
-    online = make_trainer(tmp_path / "online", **{**SETTINGS, **settings}, signals="online")
+    settings = {**SETTINGS, **EVEN, **settings}
+    cached = make_trainer(tmp_path / "cached", **settings, callbacks=[layers])
+    online = make_trainer(tmp_path / "online", **settings, signals="online")
     layers.watch(cached)
     cached.train()
     online.train()
@@ -125,7 +126,7 @@ def test_training_through_the_prefix_equals_training_online(tmp_path, settings):
             if name in left:
                 assert left[name] == pytest.approx(right[name], rel=1e-5), (name, left["step"])
     distance = (adapter(cached) - adapter(online)).norm() / adapter(online).norm()
-    assert distance < 1e-5
+    assert distance < 1e-6
     assert not (tmp_path / "cached" / "run" / PREFIX).exists()
 
 
@@ -133,7 +134,7 @@ def bf16_distances(tmp_path, **settings):
     """How far cached is from online, and how far online runs are from each other that differ in how a batch is cut into
     micro-batches, which only rounding can tell.
     """
-    settings = {**SETTINGS, "train": ROWS[:16], "max_steps": 12, "bf16": True, "adam_epsilon": 1e-8, **settings}
+    settings = {**SETTINGS, "train": ROWS[:16], "max_steps": 12, "bf16": True, **settings}
     cached = make_trainer(tmp_path / "cached", **settings)
     cached.train()
     online = []
@@ -285,15 +286,15 @@ def test_what_an_interrupted_run_left_counts_as_room(data, tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_up_later_turns_it_off_and_loses_nothing(tmp_path, monkeypatch, caplog):
-    whole = make_trainer(tmp_path / "whole", **SETTINGS, signals="online")
+    whole = make_trainer(tmp_path / "whole", **SETTINGS, **EVEN, signals="online")
     whole.train()
     monkeypatch.setattr("hf_semalign.states.StateFolder.free", 0)
     monkeypatch.setattr("hf_semalign.signals.SourceSignals.fits", lambda *_: True)
     monkeypatch.setattr("hf_semalign.states.StateFolder.check_space", lambda *_: None)
-    trainer = make_trainer(tmp_path / "run", **SETTINGS)
+    trainer = make_trainer(tmp_path / "run", **SETTINGS, **EVEN)
     trainer.train()
     assert "From here on the target runs whole at every step, without its prefix: layer 1 needs" in caplog.text
-    torch.testing.assert_close(adapter(trainer), adapter(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter(trainer), adapter(whole), rtol=1e-5, atol=1e-6)
     assert not (tmp_path / "run" / "run" / PREFIX).exists()
 
 

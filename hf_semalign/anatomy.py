@@ -62,11 +62,17 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def rows(self, ids: torch.Tensor) -> Head:
-        """The head of some tokens only; the same memory where that is all of them in order."""
-        if len(ids) == len(self.weight):
+        """The head of some tokens only, by ascending ids; the same memory where these are all or the first ones."""
+        count = len(ids)
+        if count == len(self.weight):
             return self
-        ids = ids.to(self.weight.device)
-        return self._replace(weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
+        # The rows behind a padded vocabulary come last, and a copy of all others would take as much memory as the head.
+        chosen: Any = slice(count) if torch.equal(ids, torch.arange(count, device=ids.device)) else ids.to(self.weight.device)
+        return self._replace(weight=self.weight[chosen], bias=None if self.bias is None else self.bias[chosen])
+
+    def begins(self, other: Head) -> bool:
+        """Whether these are the first rows of another head, in the same memory."""
+        return self.weight.data_ptr() == other.weight.data_ptr() and self.weight.stride() == other.weight.stride()
 
     def to(self, device: torch.device | str) -> Head:
         """The head on a device."""
@@ -153,7 +159,8 @@ class Size:
         head: weights of the head.
         width: channels of a state.
         parameters: all weights of the model.
-        bytes: of one weight.
+        outputs: channels that the weights of a layer give, all together; of experts, likewise.
+        bytes: of one weight, as the model is stored.
     """
 
     layers: int
@@ -161,6 +168,7 @@ class Size:
     head: int
     width: int
     parameters: int
+    outputs: float
     bytes: int
 
     @staticmethod
@@ -169,13 +177,15 @@ class Size:
         config: Any = getattr(anatomy.decoder, "config", None)
         experts = _setting(config, "num_local_experts", "num_experts") or 1
         share = (_setting(config, "num_experts_per_tok") or experts) / experts
-        layers = sum(
-            p.numel() * (share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()
-        )
+        used = [(p, share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()]
+        layers = sum(p.numel() * part for p, part in used)
+        outputs = sum(p.numel() / p.shape[-1] * part for p, part in used if p.dim() > 1)
         weight = anatomy.head.get_parameter("weight")
         everything = {id(p): p.numel() for p in (*anatomy.decoder.parameters(), *anatomy.head.parameters())}
         depth, (rows, width) = len(anatomy.layers), anatomy.head_weight().shape
-        return Size(depth, layers / depth, rows * width, width, sum(everything.values()), weight.element_size())
+        return Size(
+            depth, layers / depth, rows * width, width, sum(everything.values()), outputs / depth, weight.element_size()
+        )
 
     def forward(self, tokens: float, valid: float = 0, layers: float | None = None) -> float:
         """Multiplications of a forward over some tokens through all layers, or so many, and through the head at valid ones."""

@@ -55,7 +55,7 @@ from hf_semalign.guards import (
 from hf_semalign.loading import RECORD_NAME, is_quantised
 from hf_semalign.semantics import checksum
 from hf_semalign.sharding import autocast_under_zero, check_sharded, check_shards, part_by_layer
-from hf_semalign.splits import IGNORED
+from hf_semalign.splits import IGNORED, Collator
 from hf_semalign.states import digest
 
 logger = logging.getLogger(__name__)
@@ -209,8 +209,10 @@ class LayerwiseTrainer(Trainer):
     # Batches and steps
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The batches of a step, without the rows that accelerate repeats."""
+        """The batches of a step, without the rows that accelerate repeats, and rows of like length together."""
         samples, num_items = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        if len(samples) > 1:
+            samples = cast(Collator, self.data_collator).by_length(samples)
         self._examples_in_batch = [batch["example_id"] for batch in samples]
         return samples, num_items
 

@@ -173,6 +173,42 @@ def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, token
     return loss
 
 
+@torch.no_grad()
+def token_kl_and_cross_entropy(
+    hidden: torch.Tensor,
+    target_head: Head,
+    source_hidden: torch.Tensor,
+    source_head: Head,
+    own_head: Head,
+    tokens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`token_kl` and :func:`token_cross_entropy` give, without gradient; the target's logits are made once for both.
+
+    Args:
+        hidden: ``[N, D_tgt]``.
+        target_head: rows that the KL is over.
+        source_hidden: ``[N, D_src]``.
+        source_head: the source's, likewise.
+        own_head: all rows of the target's, which the cross-entropy is over.
+        tokens: ``[N]``, the next token.
+    """
+    if not target_head.begins(own_head):
+        kl = token_kl(hidden, target_head, source_hidden, source_head)
+        return kl, token_cross_entropy(hidden, own_head, tokens)
+    dtype = torch.promote_types(own_head.weight.dtype, torch.float32)
+    kl, cross_entropy = hidden.new_empty(2, len(hidden), dtype=dtype)
+    own = hidden.new_empty(min(LOGIT_ROWS, len(hidden)), len(own_head.weight), dtype=dtype)
+    shared = hidden.new_empty(2, len(own), len(target_head.weight), dtype=dtype)
+    for rows in _row_chunks(hidden):
+        logits, theirs, source_log = (memory[: len(kl[rows])] for memory in (own, *shared))
+        _logits(hidden[rows], own_head, logits)
+        cross_entropy[rows] = F.cross_entropy(logits, tokens[rows], reduction="none")
+        torch.log_softmax(_logits(source_hidden[rows], source_head, theirs), -1, out=source_log)
+        torch.log_softmax(logits[:, : theirs.shape[1]], -1, out=theirs)
+        kl[rows] = torch.sub(source_log, theirs, out=theirs).mul_(source_log.exp_()).sum(-1)
+    return kl, cross_entropy
+
+
 def token_hits(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
     """Whether each next token is the likeliest one: ``[N, D]``, a head, ``[N]`` to ``[N]`` bool, in row chunks."""
     head = _as_head(weight)

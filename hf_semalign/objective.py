@@ -13,8 +13,8 @@ from hf_semalign.losses import (
     answer_cross_entropy,
     relation_sequences,
     sequence_relation_losses,
-    token_cross_entropy,
     token_kl,
+    token_kl_and_cross_entropy,
     token_steering_losses,
 )
 from hf_semalign.semantics import SemanticMap
@@ -114,8 +114,11 @@ class Objective:
         valid = valid_positions(labels)
         hidden, rows = states[-1].output[valid], valid.nonzero()[:, 0]
         sums = torch.zeros(len(valid), 5, device=valid.device)
-        sums[:, 0].index_add_(0, rows, token_cross_entropy(hidden, self.own_head, labels[:, 1:][valid[:, :-1]]))
-        sums[:, 1].index_add_(0, rows, token_kl(hidden, self.target_head, signals.final, self.source_head))
+        tokens = labels[:, 1:][valid[:, :-1]]
+        heads = self.target_head, signals.final, self.source_head, self.own_head
+        kl, cross_entropy = token_kl_and_cross_entropy(hidden, *heads, tokens)
+        sums[:, 0].index_add_(0, rows, cross_entropy)
+        sums[:, 1].index_add_(0, rows, kl)
         sums[:, 2] = valid.sum(1)
         sums[:, 3] = torch.stack(
             [

@@ -103,6 +103,9 @@ def test_biased_and_capped_heads_are_known_and_cut_to_rows():
     for head in (phi, gemma):
         torch.testing.assert_close(head.rows(ids).logits(hidden), head.logits(hidden)[:, ids])
         assert head.rows(torch.arange(VOCAB)) is head
+        first = head.rows(torch.arange(VOCAB - 3))
+        assert first.begins(head) and first.weight.shape[0] == VOCAB - 3  # a view: no copy of a padded head
+        assert not head.rows(torch.arange(1, VOCAB)).begins(head)
     assert phi._replace(bias=torch.randn(VOCAB)).logits(hidden).sub(phi.logits(hidden)).abs().max() > 0.1
 
 

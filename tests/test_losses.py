@@ -405,3 +405,21 @@ def test_bias_and_soft_cap_of_both_heads_count_in_loss_and_gradient(rows, biased
     tokens = torch.arange(len(target_hidden))
     each = token_cross_entropy(target_hidden, target, tokens)
     torch.testing.assert_close(each, F.cross_entropy(logits(target_hidden, target), tokens, reduction="none"))
+
+
+@pytest.mark.parametrize("shared", [23, 17, "other"])
+@pytest.mark.parametrize("cap", [None, 0.8])
+def test_kl_and_cross_entropy_of_evaluation_are_those_of_each_alone(shared, cap, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ROWS", 4)
+    hidden, weight, source_hidden, source_weight = heads(positions=10)
+    bias = torch.linspace(-1, 1, len(weight), dtype=weight.dtype)
+    own, ids = Head(weight, bias, cap), torch.arange(23 if shared == "other" else shared)
+    if shared == "other":
+        ids = ids[1::2]
+    target_head, source_head = own.rows(ids), Head(source_weight).rows(ids)
+    assert target_head.begins(own) == (shared != "other")
+    tokens = torch.arange(10) % 23
+    kl, cross_entropy = losses.token_kl_and_cross_entropy(hidden, target_head, source_hidden, source_head, own, tokens)
+    torch.testing.assert_close(kl, token_kl(hidden, target_head, source_hidden, source_head))
+    torch.testing.assert_close(cross_entropy, losses.token_cross_entropy(hidden, own, tokens))
+    assert not kl.requires_grad and not cross_entropy.requires_grad

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, word_tokenizer
+from conftest import CHAT_TEMPLATE, random_rows, word_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
@@ -375,3 +375,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(chat_tok
 def test_rows_cut_at_max_length_are_counted(tokenizer, caplog):
     encode([PAIR, {"prompt": "a =", "completion": " b"}], tokenizer, split="align", max_length=5)
     assert "1 of 2 rows of the align split are cut at max_length 5" in caplog.text
+
+
+def test_batches_of_a_step_are_dealt_out_by_length():
+    rows = [
+        row | {"example_id": place} for place, row in enumerate(random_rows([(1, 2), (6, 4), (3, 2), (2, 1), (5, 4), (1, 1)]))
+    ]
+    collate = Collator(0)
+    batches = [collate(rows[:2]), collate(rows[2:5]), collate(rows[5:])]
+    dealt = collate.by_length(batches)
+    assert [batch["example_id"].tolist() for batch in dealt] == [[1, 4], [2, 0, 3], [5]]
+    for batch in dealt:
+        expected = collate([rows[place] for place in batch["example_id"]])
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)

@@ -121,6 +121,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = SemAlignConfig(
             output_dir=folder, num_train_epochs=steps * spec["batch"] / spec["sequences"], pairing="uniform", max_length=None,
+            frontier="single", relation_weight=1.0,
             signals="online" if gkd else spec["method"], per_device_train_batch_size=spec["batch"],
             per_device_eval_batch_size=spec["batch"], use_cpu=True, disable_tqdm=True, log_level="error", report_to="none",
             save_strategy="no", logging_strategy="no",

@@ -170,6 +170,7 @@ def settings(spec: Record, folder: Path, **changes: Any) -> SemAlignConfig:
     """Settings of a run that logs and saves nothing."""
     common = {
         "output_dir": str(folder / "run"), "signals_dir": str(folder / "signals"), "pairing": "uniform", "lora_r": RANK,
+        "frontier": "single", "relation_weight": 1.0,
         "per_device_train_batch_size": spec["batch"], "per_device_eval_batch_size": spec["batch"], "max_length": None,
         "bf16": True, "use_cpu": not CUDA, "disable_tqdm": True, "log_level": "error", "report_to": "none",
         "save_strategy": "no", "logging_strategy": "no",

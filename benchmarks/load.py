@@ -271,7 +271,7 @@ class Bench:
         source, target, clock, batch = self.model("source"), self.model("target"), Clock(), self.spec["batch"]
         args = SemAlignConfig(
             output_dir=str(self.folder / "run"), max_steps=self.spec["steps"], pairing="uniform", max_length=None,
-            frontier=self.spec.get("frontier", "single"), signals_dir=str(self.folder / "signals"),
+            frontier=self.spec.get("frontier", "single"), relation_weight=1.0, signals_dir=str(self.folder / "signals"),
             per_device_train_batch_size=batch, per_device_eval_batch_size=batch, use_cpu=True, disable_tqdm=True,
             log_level="error", report_to="none", save_strategy="no", logging_strategy="no",
         )  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ from hf_semalign.symbols import public_name, resolve_model
 logger = logging.getLogger(__name__)
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 RECORD_NAME = "semalign.json"
+HALVES = (torch.bfloat16, torch.float16)
+SLOW = 1.5  # times as long as in float32: bfloat16 is worth a warning
 
 
 def device_name(device: torch.device) -> str:
@@ -195,10 +198,37 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def load_dtype(name_or_path: str, bf16: bool) -> torch.dtype:
-    """The dtype to load a model in: its own; of float16 weights under bf16 bfloat16, lest layers give out float32."""
+def warn_of_slow_bf16(args: SemAlignConfig) -> None:
+    """Say so where this CPU has no instructions for bfloat16."""
+    if args.bf16 and args.device.type == "cpu":
+        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times > SLOW:
+            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: set bf16 to false.", times)
+
+
+def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
+    """The dtype to load a model in.
+
+    Args:
+        name_or_path: Hub id or folder.
+        precision: of the run. Under ``bf16`` float16 weights are loaded in bfloat16, lest layers give out float32. ``no`` is
+            training in 32 bits, as transformers says of ``bf16=False``: half-precision weights are loaded in float32. Otherwise
+            weights keep their own dtype.
+    """
     own: Any = find_config(name_or_path).dtype or torch.float32
-    return torch.bfloat16 if bf16 and own == torch.float16 else own
+    if precision == "no" and own in HALVES and not is_quantised(find_config(name_or_path)):
+        return torch.float32
+    return torch.bfloat16 if precision == "bf16" and own == torch.float16 else own
+
+
+def product_seconds(dtype: torch.dtype, size: int = 1024) -> float:
+    """The least time that this CPU takes, of five tries, for a product of 64 states with a square weight."""
+    states, weight, seconds = torch.ones(64, size, dtype=dtype), torch.ones(size, size, dtype=dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def is_quantised(config: PretrainedConfig) -> bool:
@@ -277,12 +307,12 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> PreTrainedModel:
+def load_model(model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
     """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
     Args:
         model: a model, an id or a folder.
-        bf16: whether training is in bfloat16.
+        precision: of the run, see :func:`load_dtype`.
         parts: see :func:`hf_semalign.anatomy.name_parts`.
 
     Raises:
@@ -290,7 +320,7 @@ def load_model(model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts
             supported.
     """
     if isinstance(model, str):
-        model = load_weights(model, dtype=load_dtype(model, bf16))
+        model = load_weights(model, dtype=load_dtype(model, precision))
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)

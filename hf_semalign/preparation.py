@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_semalign.anatomy import Anatomy, dissect, embedding_rows, lora_targets
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import Frontier, FrontierSchedule, stage_learning_rate
-from hf_semalign.loading import check_engine, find_tokenizer, load_model, pad_token_id, skeleton
+from hf_semalign.loading import check_engine, find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.semantics import SemanticMap, shared_token_ids
 from hf_semalign.source import Source
@@ -48,6 +48,7 @@ class Preparation:
     Attributes:
         source: the source.
         target: the parts of the target; without weights where it was given by name.
+        target_dtype: of its weights in the run.
         target_id: its name for records.
         tokenizer: the target's, if any.
         splits: encoded rows: ``align``, and if given ``extract`` and ``eval``, or ``eval_<name>`` of several.
@@ -62,6 +63,7 @@ class Preparation:
 
     source: Source
     target: Anatomy
+    target_dtype: torch.dtype
     target_id: str
     tokenizer: PreTrainedTokenizerBase | None
     splits: dict[str, Dataset]
@@ -129,6 +131,7 @@ def prepare(
     return Preparation(
         source,
         target,
+        load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
         public_name(str(shape.name_or_path)),
         tokenizer,
         encoded,
@@ -149,7 +152,7 @@ def prepare(
 
 
 def _source(model: PreTrainedModel | str, args: SemAlignConfig) -> Source:
-    return Source(model, bf16=args.bf16, parts=args.source_parts)
+    return Source(model, precision=args.mixed_precision, parts=args.source_parts)
 
 
 def _pairing(given: LayerPairing | None, wanted: Any, depths: tuple[int, int]) -> LayerPairing | None:

@@ -88,7 +88,7 @@ def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
         ValueError: a model that is not found, data or settings that cannot be used.
     """
     args = recipe.config(Path(recipe.output_dir))
-    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
     target, tokenizer = _find(recipe, "target"), load_tokenizer(recipe)
     extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
     check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
@@ -139,14 +139,16 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
         ValueError: a model that is not found, or tokenizers that differ.
     """
     args = recipe.config(Path(recipe.output_dir))
-    source = Source(_find(recipe, "source"), bf16=args.bf16, parts=args.source_parts)
+    source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
     target_name = _find(recipe, "target")
     tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run, trust_remote_code=False)
     rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
     if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
         logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")
     target: CausalLM
-    target = load_model(target_name, bf16=args.bf16) if run is None else load_transfer(run, target=target_name)[0]
+    target = (
+        load_model(target_name, precision=args.mixed_precision) if run is None else load_transfer(run, target=target_name)[0]
+    )
     name_parts(base_model(target).config, args.target_parts)
     target = cast(CausalLM, target.to(args.device).eval())  # type: ignore[arg-type]
     embedded = {"source": source.embedding_rows, "target": embedding_rows(base_model(target))}

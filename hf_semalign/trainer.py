@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import shutil
@@ -28,10 +27,10 @@ from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.guards import disk_errors_explained
-from hf_semalign.hooks import capture
+from hf_semalign.hooks import capture, without_logits
 from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
 from hf_semalign.layerwise import LayerwiseTrainer
-from hf_semalign.loading import RECORD_NAME, device_name, licence_of, load_model
+from hf_semalign.loading import RECORD_NAME, device_name, licence_of, load_model, warn_of_slow_bf16
 from hf_semalign.losses import relation_sequences
 from hf_semalign.objective import Objective
 from hf_semalign.pairing import LayerPairing, pair_layers
@@ -150,8 +149,9 @@ class SemAlignTrainer(LayerwiseTrainer):
         self._lora_targets = known.lora_targets
         self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
         evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
+        warn_of_slow_bf16(args)
         with timed("loading the target", self.seconds):
-            target = load_model(model, bf16=args.bf16, parts=args.target_parts)
+            target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
         anatomy = dissect(target)
         torch.manual_seed(args.seed)
         super().__init__(
@@ -169,7 +169,6 @@ class SemAlignTrainer(LayerwiseTrainer):
         )
         adapted = cast(PeftModel, self.model)
         check_head(adapted)  # where it is going to run
-        self._keeps_logits = "logits_to_keep" in inspect.signature(target.forward).parameters
 
         extract = encoded.get("extract")
         root = None if args.signals == "online" else signals_root(args)
@@ -392,13 +391,12 @@ class SemAlignTrainer(LayerwiseTrainer):
         ``None`` in training that needs nothing of them.
         """
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
-        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
         wanted = self.args.learns_from_source or not training
         read = self.signals.find(inputs) if wanted else None  # before a GPU has the forward to do
         with self._autocast():
-            with capture(modules) as states, entered:
-                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **keep)
+            with capture(modules) as states, entered, without_logits(self.target_anatomy.head):
+                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             return outputs, states, read and read(layers)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -22,6 +22,8 @@ torch.set_num_threads(1)
 
 LONGEST = ("test_faults.py", "test_engines.py", "test_architectures.py", "test_cli.py", "test_compare.py")
 SPECIALS = ("<pad>", "<s>", "</s>")
+# The paper's settings, where they are not the defaults: with stages and attribution most of the machinery is at work.
+PAPER = {"frontier": "single", "pairing": "attribution", "relation_weight": 1.0}
 WORDS = [f"w{i}" for i in range(94)]
 TEXTS = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(40)]
 CHAT_TEMPLATE = (
@@ -129,6 +131,7 @@ def good(tmp_path_factory):
             "report_to": "none",
             "use_cpu": True,
             "disable_tqdm": True,
+            **PAPER,
         },
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

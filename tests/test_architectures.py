@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_rows
+from conftest import PAPER, random_rows
 from families import COMMON, FAMILIES, build
 from peft import PeftModel
 from torch import nn
@@ -39,7 +39,12 @@ class Moved(TrainerCallback):
 
 def train(folder, source, target, **settings):
     moved = Moved()
-    settings = {"max_steps": 6 * LAYERS, "use_cpu": True, **settings}  # more than two epochs, so that there is a prefix
+    settings = {
+        "max_steps": 6 * LAYERS,
+        "use_cpu": True,
+        **PAPER,
+        **settings,
+    }  # more than two epochs, so that there is a prefix
     args = SemAlignConfig(
         output_dir=str(folder),
         learning_rate=1e-2,

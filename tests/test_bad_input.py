@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TEXTS, WORDS, random_rows, table, tiny_llama, word_tokenizer
+from conftest import PAPER, TEXTS, WORDS, random_rows, table, tiny_llama, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -35,7 +35,7 @@ def build(tmp_path, *, model=None, source=None, train=ROWS[:16], extract=ROWS[16
     return SemAlignTrainer(
         model if model is not None else target(),
         source if source is not None else tiny_llama(5, 24),
-        SemAlignConfig(output_dir=str(tmp_path / "run"), **settings),
+        SemAlignConfig(output_dir=str(tmp_path / "run"), **{**PAPER, **settings}),
         train,
         extract_dataset=extract,
         **(given or {}),
@@ -97,7 +97,7 @@ SETTINGS = [
 @table("settings, message", SETTINGS)
 def test_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        SemAlignConfig(output_dir=str(tmp_path), **settings)
+        SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, **settings})
 
 
 def shortened():
@@ -288,7 +288,7 @@ SHARDED = {
 
 @table("variables, settings, message", ENGINES)
 def test_engines_of_the_accelerate_config_that_are_not_supported(tmp_path, monkeypatch, variables, settings, message):
-    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    args = SemAlignConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **{**PAPER, **settings})
     for name, value in {**SHARDED, **variables}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import batches_of, random_rows, tiny_llama
+from conftest import PAPER, batches_of, random_rows, tiny_llama
 from peft import LoraConfig
 from test_recipe import QUICKSTART
 from tokenizers import Tokenizer, models
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def make(trainer, folder, **settings):
-    args = SemAlignConfig(output_dir=str(folder), **{**SETTINGS, **trainer.settings, **settings})
+    args = SemAlignConfig(output_dir=str(folder), **{**PAPER, **SETTINGS, **trainer.settings, **settings})
     source, target = tiny_llama(5, 24, seed=2, pad_token_id=0), tiny_llama(3, 16, seed=1, pad_token_id=0)
     return trainer(target, source, args, ROWS[:18], eval_dataset=ROWS[18:24], extract_dataset=ROWS[24:])
 

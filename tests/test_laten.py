@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batches_of, random_rows, table, tiny_llama, word_tokenizer
+from conftest import PAPER, batches_of, random_rows, table, tiny_llama, word_tokenizer
 from families import build
 from peft import PeftModel
 from torch.func import functional_call
@@ -40,7 +40,7 @@ GQA = {"num_key_value_heads": 2}
 
 
 def make(folder, source=None, target=None, *, train=ROWS[:30], extract=ROWS[30:34], evaluation=ROWS[34:44], **settings):
-    args = SemAlignConfig(output_dir=str(folder), **{**SETTINGS, **LaTenTrainer.settings, **settings})
+    args = SemAlignConfig(output_dir=str(folder), **{**PAPER, **SETTINGS, **LaTenTrainer.settings, **settings})
     source = source or tiny_llama(5, 32, seed=2, pad_token_id=0)
     target = target or tiny_llama(3, 24, seed=1, pad_token_id=0)
     return LaTenTrainer(target, source, args, train, eval_dataset=evaluation, extract_dataset=extract)

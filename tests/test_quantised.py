@@ -35,13 +35,14 @@ def train(folder, target, source, **settings):
         output_dir=str(folder),
         max_steps=24,
         relation_weight=0.1,
+        frontier="single",
         learning_rate=1e-2,
         per_device_train_batch_size=4,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **settings,
+        **{"pairing": "attribution", **settings},
     )
     trainer = SemAlignTrainer(target, source, args, ROWS[:16], extract_dataset=ROWS[27:33])
     before = trainer.evaluate(trainer.train_dataset)["eval_kl"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import batches_of, random_rows, tiny_llama
+from conftest import PAPER, batches_of, random_rows, tiny_llama
 from families import build
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ PAIRS = {
 
 def make(tmp_path, pair="Llama", source=None, target=None, **settings):
     folder = settings.pop("run", "run")
-    args = SemAlignConfig(output_dir=str(tmp_path / folder), **{**SETTINGS, **SeekingTrainer.settings, **settings})
+    args = SemAlignConfig(output_dir=str(tmp_path / folder), **{**PAPER, **SETTINGS, **SeekingTrainer.settings, **settings})
     models = (given or made() for given, made in zip((target, source), reversed(PAIRS[pair]), strict=True))
     return SeekingTrainer(*models, args, ROWS[:18], eval_dataset=ROWS[18:24], extract_dataset=ROWS[24:])
 
@@ -312,7 +312,7 @@ def test_in_bfloat16_the_base_is_rounded_and_the_record_says_so(tmp_path):
 
 
 def test_without_an_extract_split_rows_of_the_align_split_are_taken(tmp_path):
-    args = SemAlignConfig(output_dir=str(tmp_path), **{**SETTINGS, **SeekingTrainer.settings})
+    args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, **SETTINGS, **SeekingTrainer.settings})
     trainer = SeekingTrainer(*(made() for made in reversed(PAIRS["Llama"])), args, ROWS[:20])
     assert trainer.extraction.examples == 4
     assert len(trainer.train_dataset) == 16

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import test_trainer
 import torch
-from conftest import random_rows, tiny_llama
+from conftest import PAPER, random_rows, tiny_llama
 from datasets import Dataset
 from test_trainer import EVEN, ROWS, adapter, make_trainer
 
@@ -125,7 +125,7 @@ def test_streaming_half_precision_and_tied_heads(data, tmp_path, tied, dtype):
     """Also where weights are read into another dtype than they have on the disk: float16 under bf16."""
     model, target = tiny_llama(4, 24, seed=1, tie_word_embeddings=tied).to(dtype), tiny_llama(3, 16, seed=2)
     model.save_pretrained(tmp_path / "source")
-    source = Source(str(tmp_path / "source"), bf16=True)
+    source = Source(str(tmp_path / "source"), precision="bf16")
     assert source.dtype == torch.bfloat16
     whole = model.to(torch.bfloat16)
     torch.testing.assert_close(source.head(tmp_path).weight, whole.lm_head.weight.detach(), rtol=0, atol=0)
@@ -390,7 +390,8 @@ def test_a_streamed_source_gives_the_adapter_of_a_resident_one(tmp_path, pairing
     for memory in ("resident", "stream"):
         args = SemAlignConfig(
             output_dir=str(tmp_path / memory), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4,
-            report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", scale="match", pairing=pairing,
+            report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", scale="match",
+            **{**PAPER, "pairing": pairing},
             source_memory=memory,
         )  # fmt: skip
         trainer = SemAlignTrainer(

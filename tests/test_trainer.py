@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rows, tiny_llama, word_tokenizer
+from conftest import PAPER, random_rows, tiny_llama, word_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -44,7 +44,7 @@ def make_trainer(tmp_path, *, train=ROWS[:16], evaluation=ROWS[16:27], callbacks
     trainer = SemAlignTrainer(
         tiny_llama(TARGET_LAYERS, WIDTH, seed=1, pad_token_id=0),
         source,
-        SemAlignConfig(output_dir=str(tmp_path / "run"), **settings),
+        SemAlignConfig(output_dir=str(tmp_path / "run"), **{**PAPER, **settings}),
         train,
         eval_dataset=evaluation,
         extract_dataset=ROWS[27:33],
@@ -140,7 +140,7 @@ def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
     layer_term, kl = expected_loss(trainer, batch, stage, layer_loss)
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     torch.testing.assert_close(loss, 0.3 * layer_term + 0.7 * kl)
-    assert outputs.logits is not None
+    assert outputs.logits.shape == (*batch["labels"].shape, 0)
 
 
 def test_joint_loss_averages_the_layers(tmp_path):
@@ -344,7 +344,9 @@ def test_adapter_folder_holds_lora_alone_and_no_local_path(tmp_path):
     trainer = SemAlignTrainer(
         LlamaForCausalLM.from_pretrained(tmp_path / "private" / "target"),
         tiny_llama(SOURCE_LAYERS, 24, seed=2, pad_token_id=0),
-        SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, pairing="last", report_to="none", use_cpu=True),
+        SemAlignConfig(
+            output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, **{**PAPER, "pairing": "last"}
+        ),
         ROWS[:16],
     )
     trainer.save_model()
@@ -487,6 +489,38 @@ def test_activation_checkpointing_changes_no_weight(tmp_path):
     torch.testing.assert_close(adapter(saving), adapter(plain), rtol=1e-5, atol=1e-6)
 
 
+def test_training_and_evaluation_make_no_logits_of_the_target(tmp_path):
+    trainer, made = make_trainer(tmp_path), []
+    trainer.target_anatomy.head.register_forward_hook(lambda module, args, logits: made.append(logits.numel()))
+    trainer.train()
+    trainer.evaluate()
+    assert len(made) > 6 and not any(made)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_are_loaded_as_precision_says(tmp_path, stored, bf16):
+    """Without bf16, training is in 32 bits, whatever the files hold; with it they keep their dtype."""
+    for name, layers, width in (("target", TARGET_LAYERS, WIDTH), ("source", SOURCE_LAYERS, 24)):
+        tiny_llama(layers, width, pad_token_id=0).to(stored).save_pretrained(tmp_path / name)
+    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=1, bf16=bf16, report_to="none", disable_tqdm=True)
+    assert args.device.type == "cpu" or torch.accelerator.is_available()  # bf16 needs no use_cpu where there is no GPU
+    trainer = SemAlignTrainer(str(tmp_path / "target"), str(tmp_path / "source"), args, ROWS[:16])
+    trainer.train()
+    weights = {p.dtype for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    expected = stored if bf16 else torch.float32
+    assert weights == {expected} == {trainer.source.dtype} == {trainer.objective.source_head.weight.dtype}
+
+
+def test_slow_bf16_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("hf_semalign.loading.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
+    make_trainer(tmp_path / "a", bf16=True)
+    assert "multiplies bfloat16 6 times more slowly than float32: set bf16 to false" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path / "b")
+    assert "more slowly" not in caplog.text
+
+
 def test_bf16_stays_close_to_float32(tmp_path):
     full, half = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", bf16=True)
     full.train()
@@ -513,7 +547,7 @@ def test_progress_bar_names_the_stage(tmp_path, capfd):
 
 
 def test_extract_rows_are_held_out_of_the_training_rows_when_none_are_given(tmp_path, caplog):
-    args = SemAlignConfig(output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    args = SemAlignConfig(output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True, **PAPER)
     models = tiny_llama(TARGET_LAYERS, WIDTH, pad_token_id=0), tiny_llama(SOURCE_LAYERS, 24)
     trainer = SemAlignTrainer(*models, args, ROWS[:20])
     assert trainer.data_record["extract"]["rows"] == 4
@@ -525,7 +559,9 @@ def test_extract_rows_are_held_out_of_the_training_rows_when_none_are_given(tmp_
 def test_given_pairing_and_map_are_used(tmp_path):
     first = make_trainer(tmp_path / "a")
     pairing = pair_layers(SOURCE_LAYERS, TARGET_LAYERS, [0, 0, 4])
-    args = SemAlignConfig(output_dir=str(tmp_path / "b"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    args = SemAlignConfig(
+        output_dir=str(tmp_path / "b"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True, **PAPER
+    )
     models = tiny_llama(TARGET_LAYERS, WIDTH, pad_token_id=0), tiny_llama(SOURCE_LAYERS, 24)
     trainer = SemAlignTrainer(*models, args, ROWS[:16], pairing=pairing, semantic_map=first.semantic_map)
     assert trainer.pairing.source_layers == (0, 0, 4)
@@ -538,7 +574,9 @@ def test_text_rows_and_model_folders_with_tokenizers(tmp_path):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(12)]
-    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    args = SemAlignConfig(
+        output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True, **PAPER
+    )
     trainer = SemAlignTrainer(str(tmp_path / "target"), str(tmp_path / "source"), args, rows)
     trainer.train()
     trainer.save_model()
@@ -557,7 +595,9 @@ def test_padded_heads_of_one_tokenizer_share_its_rows(tmp_path, loaded):
     models = [str(tmp_path / "target"), str(tmp_path / "source")]
     if not loaded:
         models = [LlamaForCausalLM.from_pretrained(model) for model in models]
-    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, pairing="last")
+    args = SemAlignConfig(
+        output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, **{**PAPER, "pairing": "last"}
+    )
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(12)]
     trainer = SemAlignTrainer(*models, args, rows, processing_class=tokenizer)
     assert trainer.semantic_map.shared_tokens == 97
@@ -598,7 +638,7 @@ def test_several_eval_sets_and_rows_of_text(tmp_path):
     tokenizer = word_tokenizer([f"w{i}" for i in range(94)])
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(20)]
     args = SemAlignConfig(
-        output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, pairing="last", signals="online"
+        output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, signals="online", **{**PAPER, "pairing": "last"}
     )
     trainer = SemAlignTrainer(
         tiny_llama(TARGET_LAYERS, WIDTH),
@@ -623,7 +663,9 @@ def test_folders_without_a_tokenizer_serve_for_token_ids(tmp_path, given, caplog
     models = [str(tmp_path / "target"), str(tmp_path / "source")]
     if given == "models":
         models = [LlamaForCausalLM.from_pretrained(model) for model in models]
-    args = SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, pairing="last")
+    args = SemAlignConfig(
+        output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, **{**PAPER, "pairing": "last"}
+    )
     tokenizer = None if given == "folders" else word_tokenizer([f"w{i}" for i in range(94)])
     trainer = SemAlignTrainer(*models, args, ROWS[:16], processing_class=tokenizer)
     trainer.train()
@@ -669,7 +711,9 @@ def test_unequal_heads_share_the_rows_of_the_tokens_that_both_know(tmp_path, sou
     trainer = SemAlignTrainer(
         tiny_llama(TARGET_LAYERS, WIDTH, vocab=target_rows, seed=1),
         str(tmp_path / "source"),
-        SemAlignConfig(output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True),
+        SemAlignConfig(
+            output_dir=str(tmp_path / "run"), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True, **PAPER
+        ),
         rows[:16],
         eval_dataset=rows[20:],
         extract_dataset=rows[16:20],

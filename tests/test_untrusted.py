@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import jinja2
 import pytest
 import torch
-from conftest import random_rows, tiny_llama, word_tokenizer
+from conftest import PAPER, random_rows, tiny_llama, word_tokenizer
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
@@ -61,7 +61,15 @@ def marker(tmp_path):
 
 
 def make_trainer(folder, **settings):
-    settings = {"max_steps": 3, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "pairing": "last", **settings}
+    settings = {
+        "max_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **PAPER,
+        "pairing": "last",
+        **settings,
+    }
     models = tiny_llama(3, 16, pad_token_id=0), tiny_llama(5, 24, seed=1, pad_token_id=0)
     return SemAlignTrainer(*models, SemAlignConfig(output_dir=str(folder), **settings), ROWS[:16])
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM, dissect
+from hf_semalign.generation import continue_greedily, generating
 from hf_semalign.losses import token_cross_entropy, token_hits, token_kl
 from hf_semalign.splits import valid_positions
 
@@ -75,7 +74,7 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int = 100,
 ) -> list[str]:
-    """Continue prompts by greedy decoding.
+    """Continue prompts by greedy decoding, see :mod:`hf_semalign.generation`.
 
     Args:
         model: a causal LM, bare or inside a peft model; its mode is restored.
@@ -88,24 +87,19 @@ def greedy_answers(
         The decoded answers without special tokens, stripped.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        texts = list(prompts[start : start + batch_size])
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-        ids = cast(Any, model).generate(
-            **inputs.to(device),
-            do_sample=False,
-            use_cache=True,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=isinstance(model, FSDPModule),  # where no process can go on without the others
-        )
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    model.train(was_training)
+    with generating(model):
+        for start in range(0, len(prompts), batch_size):
+            texts = list(prompts[start : start + batch_size])
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+            new = continue_greedily(
+                model,
+                **inputs.to(device),
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=[tokenizer.eos_token_id],
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
 
 

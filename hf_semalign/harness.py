@@ -2,7 +2,8 @@
 
 Tasks are the harness's, but for what :mod:`hf_semalign.problems` says. Of its models differs that
 
-- a ``generation_config`` is set aside: some, such as Qwen2.5's, penalise repetition, which is not greedy;
+- answers are made by :mod:`hf_semalign.generation`, where sequences that have ended leave their batch, and a
+  ``generation_config`` is set aside: some, such as Qwen2.5's, penalise repetition, which is not greedy;
 - a tokenizer's BOS stands before every prompt once, with a chat template as without, and also where the tokenizer puts none
   there by itself, as vLLM is told too. One that has no BOS gets none; the record says which it is.
 
@@ -21,17 +22,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.anatomy import CausalLM
+from hf_semalign.generation import computing_in, continue_greedily, fastest_dtype, generating, rows_that_fit
 from hf_semalign.hub import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
 from hf_semalign.problems import CODE, METRICS, build_task, find_rows, quiet
 from hf_semalign.sandbox import run_program
+from hf_semalign.states import digest, file_digest
 from hf_semalign.symbols import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -39,6 +44,7 @@ TASKS = tuple(METRICS)
 BACKENDS = ("hf", "vllm")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 RESULTS_NAME = "benchmarks.json"
+CHOICE_ROWS = 16  # rows at a time where choices are compared, which takes the logits of all their tokens
 SETTINGS = {"task", "limit", "chat_template", "backend"}  # of a result; a new one takes the place of one that has the same
 
 
@@ -49,7 +55,7 @@ def run_benchmark(
     *,
     files: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     chat_template: bool = False,
     backend: str = "hf",
     target: str | None = None,
@@ -64,18 +70,19 @@ def run_benchmark(
         files: local file of the test rows, or a folder that holds it, see :data:`hf_semalign.problems.PLACES`; by default the
             rows are the Hub's.
         limit: first rows only; of MMLU the first of each subject.
-        batch_size: prompts at a time; vLLM decides itself.
+        batch_size: prompts at a time; by default as many as fit into memory, 64 at most (of MMLU 16). vLLM decides itself.
         chat_template: whether a prompt is the user's turn in the tokenizer's chat template.
         backend: ``hf``, or ``vllm``, for a model given by name.
         target: of an adapter whose record knows only a folder's name: a Hub id or folder.
 
     Returns:
         Plain values: ``task``, ``metric``, ``value`` (share in 0 to 1), ``stderr`` (``None`` of a single row), ``rows``,
-        ``subjects`` (of MMLU: value by subject), ``limit``, ``num_fewshot``, ``chat_template``, ``add_bos_token``,
-        ``bos_token`` (what every prompt begins with, or ``None``), ``truncated`` (prompts that lost their beginning, BOS
-        included, because the model reads no more), ``backend``, ``harness``, ``task_version`` and ``data`` (Hub id, or name of
-        the file or folder). An LM of one's own sees to its prompts itself: ``add_bos_token``, ``bos_token`` and
-        ``truncated`` are ``None`` then.
+        ``subjects`` (of MMLU: value by subject), ``outcomes`` (of the others: 1 or 0 for each test row, so that two models can
+        be compared problem by problem), ``limit``, ``num_fewshot``, ``chat_template``, ``add_bos_token``, ``bos_token`` (what
+        every prompt begins with, or ``None``), ``truncated`` (prompts that lost their beginning, BOS included, because the
+        model reads no more), ``backend``, ``dtype`` (of the weights while the model answered; ``None`` under vLLM),
+        ``harness``, ``task_version`` and ``data`` (Hub id, or name of the file or folder). An LM of one's own sees to its
+        prompts itself: ``add_bos_token``, ``bos_token``, ``truncated`` and ``dtype`` are ``None`` then.
 
     Raises:
         ValueError: before anything is generated: an unknown task or backend, no harness, no vLLM, no chat template, no opt-in
@@ -100,7 +107,7 @@ def evaluate_run(
     target: str | None = None,
     files: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     chat_template: bool = False,
     backend: str = "hf",
     output: str | Path | None = None,
@@ -172,7 +179,7 @@ def benchmarks_table(content: dict[str, Any]) -> Table:
 
 
 def check_benchmark(
-    task: str, *, files: str | Path | None = None, limit: int | None = None, batch_size: int = 16, backend: str = "hf"
+    task: str, *, files: str | Path | None = None, limit: int | None = None, batch_size: int | None = None, backend: str = "hf"
 ) -> Path | None:
     """Refuse what :func:`run_benchmark` cannot do, without rows and model.
 
@@ -206,6 +213,12 @@ def check_benchmark(
     return path
 
 
+def rows_digest(task: str, files: Path) -> str:
+    """Digest of a benchmark's local test rows, see :func:`run_benchmark`."""
+    path = find_rows(task, files)
+    return digest([[one.name, file_digest(one)] for one in (sorted(path.iterdir()) if path.is_dir() else [path])])
+
+
 @dataclass(frozen=True)
 class _Opened:
     """A model as the harness calls it; ``lm`` of one's own sees to its prompts itself."""
@@ -215,12 +228,46 @@ class _Opened:
     own: bool = False
 
 
+def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int | None) -> Any:
+    """The harness's wrapper of a model, which generates by :func:`hf_semalign.generation.continue_greedily`."""
+    from lm_eval.models.huggingface import HFLM
+
+    class GreedyLM(HFLM):
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            if batch_size is None:
+                self.batch_size_per_gpu = rows_that_fit(model, requests[0].args[1].get("max_gen_toks", self.max_gen_toks))
+            self.bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0)
+            with self.bar:
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(
+            self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any
+        ) -> torch.Tensor:
+            if settings.get("do_sample") or settings.get("temperature"):
+                raise ValueError(f"Answers are greedy here, and the task asks for {settings}.")
+            new = continue_greedily(
+                model,
+                context,
+                attention_mask,
+                max_new_tokens=max_length - context.shape[1],
+                eos_token_ids=self.ends,
+                pad_token_id=tokenizer.pad_token_id,
+                has_ended=lambda tokens: any(one in self.tok_decode(tokens) for one in stop),
+                on_end=self.bar.update,
+            )
+            return torch.cat((context, new), dim=1)
+
+    with quiet():
+        lm = GreedyLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or CHOICE_ROWS, add_bos_token=True)
+    lm.ends = sorted(_end_tokens(model) | {tokenizer.eos_token_id})
+    return lm
+
+
 @contextmanager
 def _opened(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int, backend: str, target: str | None
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | None, backend: str, target: str | None
 ) -> Iterator[_Opened]:
     from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
 
     named = isinstance(model, (str, Path))
     if isinstance(model, LM):
@@ -246,15 +293,15 @@ def _opened(
         tokenizer.pad_token_id = tokenizer.eos_token_id
     if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         tokenizer.add_bos_token = True
-    was_training, settings = model.training, base.generation_config
-    base.generation_config = GenerationConfig(bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id)
-    try:
-        with quiet():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
-        yield _Opened(lm, backend)
-    finally:
-        base.generation_config = settings
-        model.train(was_training)
+    causal = cast(CausalLM, model)
+    with generating(causal), computing_in(causal, fastest_dtype(causal)):
+        yield _Opened(_harness_model(model, tokenizer, batch_size), backend)
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """What ends an answer by the model's own settings, such as the end of a turn."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _find_adapter(name: str) -> Path | None:
@@ -336,11 +383,15 @@ def _measure(
         "bos_token": bos,
         "truncated": None,
         "backend": opened.backend,
+        "dtype": None if room is None or opened.backend != "hf" else str(opened.lm.model.dtype).removeprefix("torch."),
         "harness": lm_eval.__version__,
         "task_version": str(results["versions"][name]),
         "data": next(iter(parts.values())).DATASET_PATH if path is None else path.name + "/" * path.is_dir(),
     }
-    if task == "mmlu":
+    if task != "mmlu":
+        rows = sorted((row for row in results["samples"][name] if row["filter"] == kind), key=lambda row: row["doc_id"])
+        record["outcomes"] = "".join(str(int(row[metric])) for row in rows)
+    else:
         record["subjects"] = {
             part.removeprefix("mmlu_"): float(results["results"][part][METRICS[task]]) for part in sorted(parts)
         }

@@ -6,7 +6,8 @@ Prompts, stop words and metrics are the harness's, and so is the data set on the
 - None has examples. Of ``gsm8k`` the value is the flexible match then, because a model that was shown no example does not
   write ``####``.
 - ``humaneval`` and ``mbpp`` (``data/tasks/*.yaml``) run programs by :func:`hf_semalign.sandbox.run_program`: the harness's own
-  scorer is downloaded. ``humaneval`` is the harness's otherwise, and its ``humaneval_instruct`` with a chat template.
+  scorer is downloaded. ``humaneval`` is the harness's otherwise. With a chat template it is
+  ``humaneval_instruct``, whose answers end at the closing fence; the harness's other stops apply when they are scored.
 - ``mbpp`` has three examples by default, and nothing else tells a model how code ends. Here the prompt is that of
   ``mbpp_instruct``, which opens a code fence; what is run ends at the next fence, or with the answer.
 """
@@ -34,6 +35,7 @@ METRICS = {
     "mbpp": "pass_at_1,extract_code",
 }
 CODE = ("humaneval", "mbpp")
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 # Local files, by the names that their authors gave them: in the folder that is named, or in a folder of the task's name there.
 PLACES = {
     "mmlu": ("*_test.csv", "test/*_test.csv"),
@@ -150,8 +152,13 @@ def humaneval_program(row: Row, answer: str) -> str:
 
 
 def humaneval_chat_program(row: Row, answer: str) -> str:
-    """The same with an answer inside a code fence, up to the one that closes it."""
-    return humaneval_program(row, answer.partition("```")[0])
+    """The same with an answer inside the code fence that its prompt has opened, or one that opens a fence of its own.
+
+    A continuation ends where the harness stops it. In a fence of its own an answer repeats the function, and such a stop would
+    leave nothing of it.
+    """
+    code = _fenced(answer)
+    return humaneval_program(row, code if _opens_fence(answer) else _until(code, HUMANEVAL_STOPS))
 
 
 def mbpp_program(row: Row, answer: str) -> str:
@@ -159,9 +166,20 @@ def mbpp_program(row: Row, answer: str) -> str:
 
     What is set up for the tests uses what the code defines (367 is the one such test row), which the harness leaves out.
     """
-    opening, _, rest = answer.lstrip().partition("\n")
-    code = (rest if opening.startswith("```") else answer).partition("```")[0]
-    return "\n".join([code, row.get("test_setup_code", ""), *row["test_list"]])
+    return "\n".join([_fenced(answer), row.get("test_setup_code", ""), *row["test_list"]])
+
+
+def _opens_fence(answer: str) -> bool:
+    return answer.lstrip().startswith("```")
+
+
+def _fenced(answer: str) -> str:
+    """The code of an answer inside an open fence, up to the fence that closes it."""
+    return (answer.lstrip().partition("\n")[2] if _opens_fence(answer) else answer).partition("```")[0]
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    return text[: min((place for place in map(text.find, stops) if place >= 0), default=None)]
 
 
 def run_programs(programs: Sequence[str]) -> list[bool]:

@@ -230,7 +230,15 @@ def test_programs_of_answers():
     for answer in (code, f"{code}\n```\nText.", f"```python{code}\n```", f" ```{code}", f"{code}```"):
         assert mbpp_program(row, answer).replace("\n\n", "\n").strip() == code.strip() + tests
     row = {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
-    assert humaneval_chat_program(row, "  return 1\n```\nText.") == "def f():\n  return 1\n\ndef check(f): pass\ncheck(f)"
+    check = "\ndef check(f): pass\ncheck(f)"
+    for rest in ("\n```\nText.", "\ndef g(): 1 / 0", "\nprint(f())\n```", "\n# A test\nassert 0", "\nif 1:\n  0\nclass A: 0"):
+        assert humaneval_chat_program(row, f"  return 1{rest}").replace("\n\n", "\n") == f"def f():\n  return 1{check}"
+    again = "import os\ndef g(): return 1\n# Call it.\ndef f():\n  return g()"
+    for answer in (
+        f"```python\n{again}\n```\nText.",
+        f"```\n{again}",
+    ):  # a fence of its own, in which the function stands again
+        assert humaneval_chat_program(row, answer).replace("\n\n", "\n") == f"def f():\n{again}{check}"
 
 
 @linux
@@ -289,8 +297,9 @@ def seen(monkeypatch):
         generate = model.generate
 
         def keep(**settings):
-            answers.append(generate(**settings))
-            return answers[-1]
+            output = generate(**settings)
+            answers.append(output.sequences)
+            return output
 
         monkeypatch.setattr(model, "generate", keep)
         return SimpleNamespace(prompts=prompts, answers=answers)
@@ -340,7 +349,7 @@ def test_answers_are_greedy_those_of_the_adapter_and_leave_no_trace(files, seen)
     assert [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()] == states
     assert model.training and base.generation_config is settings and tokenizer.padding_side == "right"
     prompt = tokenizer(QUESTION, return_tensors="pt")["input_ids"]
-    (answer,) = watched.answers
+    answer = watched.answers[-1]  # a segment goes on from the one before
     ids = prompt
     with torch.no_grad():
         model.eval()
@@ -547,8 +556,9 @@ def test_tasks():
     assert TASKS == ("mmlu", "gsm8k", "humaneval", "mbpp")
 
 
-def test_a_recipe_with_a_benchmark_scores_target_source_and_result(files, tmp_path):
-    """By the harness, on the test rows, with what that says in results and card."""
+@linux
+def test_a_recipe_with_benchmarks_scores_target_source_and_result(files, tmp_path, monkeypatch):
+    """By the harness, on the test rows, with what that says in results and card; and each once."""
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
@@ -565,21 +575,26 @@ def test_a_recipe_with_a_benchmark_scores_target_source_and_result(files, tmp_pa
             "task": "gsm8k", "extract": 2, "align": 8, "eval": 4,
             "files": {"train": str(tmp_path / "train.jsonl"), "test": str(files / "gsm8k" / "test.jsonl")},
         },
-        "benchmark": {"files": str(files), "limit": 2, "batch_size": 2},
+        "benchmark": {"tasks": ["gsm8k", "humaneval"], "files": str(files), "limit": 2, "batch_size": 2},
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for role in ("target", "source", "semalign"):
-        scored = results["metrics"][role]["benchmark"]
-        assert (scored["task"], scored["rows"], scored["num_fewshot"], scored["limit"]) == ("gsm8k", 2, 0, 2)
-        assert 0 <= scored["value"] <= 1
+        for task, scored in zip(("gsm8k", "humaneval"), results["metrics"][role]["benchmarks"], strict=True):
+            assert (scored["task"], scored["rows"], scored["num_fewshot"], scored["limit"]) == (task, 2, 0, 2)
+            assert len(scored["outcomes"]) == 2 and scored["value"] == scored["outcomes"].count("1") / 2
     assert results["overlap"]["rows"] == 14
     card = (tmp_path / "run" / "README.md").read_text()
     assert "gsm8k: lm-eval" in card and "zero-shot, greedy, without chat template, 2 test rows" in card
     assert "none of these rows asks what one of them asks" in card
     assert "exact_match" in ModelCard(card).data.eval_results[0].metric_type
+    monkeypatch.setattr("hf_semalign.runs.run_benchmark", lambda *args, **settings: pytest.fail("scored again"))
+    (tmp_path / "run" / "results.json").unlink()
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["metrics"] == results["metrics"]
     recipe["benchmark"] = {"files": str(tmp_path / "nowhere")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "--config", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'b'}"]) == 2

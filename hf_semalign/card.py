@@ -149,13 +149,13 @@ def _own(record: dict[str, Any]) -> str:
 
 def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
     """Exact match by skill and its mean, held-out KL, answer loss: those that were measured."""
-    scores = {method: numbers["benchmark"] for method, numbers in metrics.items() if "benchmark" in numbers}
+    scores = [(method, score) for method, numbers in metrics.items() for score in benchmark_scores(numbers)]
     shares = {method: numbers["exact_match"] for method, numbers in metrics.items() if numbers.get("exact_match")}
     skills = list(dict.fromkeys(skill for by_skill in shares.values() for skill in by_skill))
     measures = []
-    for name in dict.fromkeys(f"{score['task']}, {score['metric'].partition(',')[0]}" for score in scores.values()):
-        values = {method: score["value"] for method, score in scores.items()}
-        measures.append(_Measure(name.partition(", ")[2], _line(name), values, percent=True, headline=True))
+    for task, metric in dict.fromkeys((score["task"], score["metric"].partition(",")[0]) for _, score in scores):
+        values = {method: score["value"] for method, score in scores if score["task"] == task}
+        measures.append(_Measure(metric, _line(f"{task}, {metric}"), values, percent=True, headline=True))
     for skill in skills if len(skills) > 1 else ():
         values = {method: by_skill[skill] for method, by_skill in shares.items() if skill in by_skill}
         measures.append(_Measure("exact_match", _line(skill), values, percent=True))
@@ -256,8 +256,9 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
     text = f"Measured on {rows}, seen neither in training nor in layer attribution. Bold: the best but for the source."
     if any(numbers.get("exact_match") for numbers in results["metrics"].values()):
         text += " Exact match: the greedily decoded answer equals the reference."
-    if scores := [numbers["benchmark"] for numbers in results["metrics"].values() if "benchmark" in numbers]:
-        one = scores[0]
+    for one in {
+        score["task"]: score for numbers in results["metrics"].values() for score in benchmark_scores(numbers)
+    }.values():
         chat = "with" if one["chat_template"] else "without"
         how = f"lm-eval {escaped(one['harness'])}, zero-shot, greedy, {chat} chat template"
         text += f" {escaped(one['task'])}: {how}, {one['rows']:,} test rows from {escaped(one['data'])}."
@@ -376,17 +377,20 @@ def benchmark_entries(results: dict[str, Any], method: str) -> dict[str, list[di
         results: content of ``results.json``.
         method: the run's own.
     """
-    score = results["metrics"].get(method, {}).get("benchmark")
-    if score is None or score["task"] not in REGISTERED:
-        return {}
-    dataset, task, rows = REGISTERED[score["task"]]
-    if score["rows"] != rows:
-        return {}
-    entry = EvalResultEntry(
-        dataset, task, round(100 * score["value"], 2), date=results["date"],
-        notes=f"zero-shot, greedy, lm-eval {score['harness']}, {'with' if score['chat_template'] else 'without'} chat template",
-    )  # fmt: skip
-    return {f"{score['task']}.yaml": eval_result_entries_to_yaml([entry])}
+    found = {}
+    for score in benchmark_scores(results["metrics"].get(method, {})):
+        dataset, task, rows = REGISTERED.get(score["task"], ("", "", None))
+        if score["rows"] == rows:
+            chat = "with" if score["chat_template"] else "without"
+            notes = f"zero-shot, greedy, lm-eval {score['harness']}, {chat} chat template"
+            entry = EvalResultEntry(dataset, task, round(100 * score["value"], 2), date=results["date"], notes=notes)
+            found[f"{score['task']}.yaml"] = eval_result_entries_to_yaml([entry])
+    return found
+
+
+def benchmark_scores(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What lm-eval said of a model, by benchmark; results of earlier versions hold one benchmark under another name."""
+    return metrics.get("benchmarks") or ([metrics["benchmark"]] if "benchmark" in metrics else [])
 
 
 def _limits(record: dict[str, Any], results: dict[str, Any], measures: Sequence[_Measure]) -> str:

@@ -30,10 +30,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from hf_semalign.card import benchmark_scores
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.figures import draw_gaps
 from hf_semalign.guards import claimed
 from hf_semalign.loading import make_folder, read_json
+from hf_semalign.paired import paired_difference
 from hf_semalign.plan import Plan, plan_recipe
 from hf_semalign.recipe import METHODS, Recipe, check_names, load_recipe, read_yaml
 from hf_semalign.tables import latex, markdown
@@ -191,11 +193,11 @@ def plans(comparison: Comparison) -> dict[tuple[str, str], Plan]:
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
-    return {
-        (task, name): plan_recipe(_changed(comparison, task, name))
-        for task in comparison.recipes
-        for name in comparison.methods
-    }
+    planned: dict[tuple[str, str], Plan] = {}
+    for task, recipe in comparison.recipes.items():
+        data = recipe.data.load()
+        planned |= {(task, name): plan_recipe(_changed(comparison, task, name), data) for name in comparison.methods}
+    return planned
 
 
 def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
@@ -350,10 +352,12 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
                 continue
             ends = read(chosen[0].folder)["metrics"]
             rows = []
-            for name in comparison.methods:
-                runs = [(cell, read(cell.folder)) for cell in chosen if cell.name == name]
-                if runs:
-                    rows.append({"name": name, **_row(runs, ends)})
+            runs = {name: [(cell, read(cell.folder)) for cell in chosen if cell.name == name] for name in comparison.methods}
+            first, *_ = comparison.methods
+            for name, found in runs.items():
+                if found:
+                    ahead = {} if name == first else _ahead(_outcomes(found), _outcomes(runs[first]))
+                    rows.append({"name": name, **_row(found, ends), **ahead})
             target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
             tables.append({"task": task, "budget": budget, "target": target, "source": source, "methods": rows})
     return {
@@ -368,8 +372,10 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
     """The figures of one model on one task: a score in 0 to 1 where there is one, ``kl`` and ``loss``; what it forgot."""
     found: dict[str, float] = {name: metrics[name] for name in ("kl", "loss") if name in metrics}
-    if "benchmark" in metrics:
-        found["score"] = metrics["benchmark"]["value"]
+    if scores := benchmark_scores(metrics):
+        found["score"] = sum(one["value"] * one["rows"] for one in scores) / sum(one["rows"] for one in scores)
+        if len(scores) > 1:
+            found |= {f"score:{one['task']}": one["value"] for one in scores}
     elif metrics.get("exact_match"):
         found["score"] = statistics.mean(metrics["exact_match"].values())
     if metrics.get("forgetting"):
@@ -377,6 +383,31 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
         found["forgotten_kl"] = statistics.mean(other["kl"] for other in others)
         found["kept_accuracy"] = statistics.mean(other["accuracy"] for other in others)
     return found
+
+
+def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, str], str]:
+    """Of each seed and benchmark, which problems were solved."""
+    return {
+        (cell.recipe.training["seed"], one["task"]): one["outcomes"]
+        for cell, results in runs
+        for one in benchmark_scores(results["metrics"][cell.recipe.method])
+        if "outcomes" in one
+    }
+
+
+def _ahead(ours: Mapping[tuple[int, str], str], reference: Mapping[tuple[int, str], str]) -> dict[str, Any]:
+    """How far a method is ahead of the reference on all benchmarks together, problem by problem, averaged over shared seeds."""
+    shared = ours.keys() & reference.keys()
+    if not shared:
+        return {}
+    tasks, seeds = sorted({task for _, task in shared}), sorted({seed for seed, _ in shared})
+
+    def means(outcomes: Mapping[tuple[int, str], str]) -> list[float]:
+        solved = [[int(one) for task in tasks for one in outcomes[seed, task]] for seed in seeds]
+        return [statistics.mean(problem) for problem in zip(*solved, strict=True)]
+
+    difference, low, high = paired_difference(means(ours), means(reference))
+    return {"ahead": {"mean": difference, "low": low, "high": high}}
 
 
 def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> dict[str, Any]:
@@ -397,8 +428,9 @@ def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> d
             "steps": results["steps"],
             "seconds": results["seconds"]["total"],
             "memory_mb": results["peak_memory_mb"],
-            "adapter_mb": (cell.folder / "adapter_model.safetensors").stat().st_size / 1e6,
         }
+        if "adapter_mb" in results:  # earlier versions did not write it
+            found["adapter_mb"] = results["adapter_mb"]
         for name, value in found.items():
             samples.setdefault(name, []).append(value)
     row: dict[str, Any] = {"method": runs[0][0].recipe.method, "seeds": len(runs)}

@@ -69,18 +69,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """The ``benchmark`` section: target, source and result are scored on the task's benchmark by lm-eval.
+    """The ``benchmark`` section: target, source and result are scored by lm-eval.
 
     Attributes:
+        tasks: benchmarks; by default the one of the recipe's task.
         files: local test rows, see :func:`hf_semalign.harness.run_benchmark`; by default the Hub's.
         limit: first rows only.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time; by default as many as fit into memory.
         chat_template: whether prompts are in the chat template.
     """
 
+    tasks: tuple[str, ...]
     files: str | None = None
     limit: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     chat_template: bool = False
 
 
@@ -238,10 +240,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
     benchmark = None
     if (scoring := content.get("benchmark")) is not None:
-        _check_keys(scoring, BenchmarkSettings, f"benchmark section of {path}")
-        check_numbers(scoring, BenchmarkSettings)
-        check_names([data.task], BENCHMARKS, f"task of {path}, which its benchmark section is to score")
-        benchmark = BenchmarkSettings(**scoring)
+        benchmark = _benchmark(scoring, data.task, path)
     known: dict[str, Any] = {"benchmark": benchmark}
     known |= {
         "data": data,
@@ -250,6 +249,21 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
         "forgetting": forgetting,
     }
     return Recipe(**{**content, **known})
+
+
+def _benchmark(section: Any, task: str, path: str) -> BenchmarkSettings:
+    where = f"benchmark section of {path}"
+    if isinstance(section, dict):
+        section = {"tasks": [task], **section}
+    _check_keys(section, BenchmarkSettings, where)
+    check_numbers(section, BenchmarkSettings)
+    tasks = section["tasks"]
+    if not isinstance(tasks, list) or not tasks:
+        raise ValueError(
+            f"tasks in the {where} is {tasks!r}: expected a list of benchmarks, such as [{', '.join(BENCHMARKS)}]."
+        )
+    check_names(tasks, BENCHMARKS, where)
+    return BenchmarkSettings(**{**section, "tasks": tuple(tasks)})
 
 
 def _held_out(name: str, section: Any, path: str) -> HeldOutSettings:

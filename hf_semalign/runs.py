@@ -9,35 +9,39 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.table import Table
 from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
-from hf_semalign.card import benchmark_entries, render_card, restriction
+from hf_semalign.card import benchmark_entries, benchmark_scores, render_card, restriction
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
-from hf_semalign.harness import check_benchmark, run_benchmark
+from hf_semalign.harness import check_benchmark, rows_digest, run_benchmark
 from hf_semalign.hub import hub_name, open_repo, push_transfer
 from hf_semalign.inspection import printable
 from hf_semalign.loading import check_engine, device_name, is_set
 from hf_semalign.plan import plan
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
+from hf_semalign.semantics import checksum
 from hf_semalign.source import Source
 from hf_semalign.splits import check_disjoint, encode
-from hf_semalign.states import digest
+from hf_semalign.states import digest, keep_record, recall_record
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TaskData
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
@@ -79,7 +83,8 @@ def _check_benchmark(recipe: Recipe) -> None:
             "Under FSDP nothing is scored by lm-eval: leave benchmark out, and run `semalign evaluate` afterwards."
         )
     settings = recipe.benchmark
-    check_benchmark(recipe.data.task, files=settings.files, limit=settings.limit, batch_size=settings.batch_size)
+    for task in settings.tasks:
+        check_benchmark(task, files=settings.files, limit=settings.limit, batch_size=settings.batch_size)
 
 
 def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -> None:
@@ -107,18 +112,18 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         others = HeldOut.load(recipe, tokenizer)
         for other in others:
             check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
-    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
+    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
     trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     seconds |= trainer.seconds
     if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
         logger.warning("%s The card is going to say so.", warning)
     with timed("evaluation before", seconds):
+        known = _measure_source(recipe, trainer, data, tokenizer)
+        if args.signals == "cached":
+            source.release()  # generation takes memory, too
         for other in others:
             other.remember(trainer)
-        metrics["target"] = _measure(recipe, trainer, data, tokenizer, others)
-        metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
-    if args.signals == "cached":
-        source.release()
+        metrics |= {"target": _measure(recipe, trainer, data, tokenizer, others), "source": known}
     with timed("training", seconds):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
@@ -126,6 +131,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         trainer.save_model()
     with timed("evaluation after", seconds):
         metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)
+        metrics["source"] |= _score_source(recipe, trainer, tokenizer)  # the longest comes last, when the adapter is safe
     results = {
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
@@ -165,10 +171,11 @@ def run_signals(recipe: Recipe) -> Path:
     if args.signals != "cached":
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
-    source = Source(resolve_model(recipe.source), bf16=args.bf16, parts=args.source_parts)
+    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
     trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
     trainer.prepare_signals()
     _measure_source(recipe, trainer, data, tokenizer)
+    _score_source(recipe, trainer, tokenizer)
     return source.folder(signals_root(args))
 
 
@@ -192,6 +199,7 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
     results["peak_memory_mb"] = _peak_memory_mb(trainer.args.device)
     if not trainer.is_world_process_zero():
         return
+    results["adapter_mb"] = (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1e6
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
@@ -207,20 +215,20 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The result for the terminal: benchmark, exact match by skill, and KL(source || target) in nats a token."""
-    scored = "benchmark" in results["metrics"]["target"]
+    """The result for the terminal: benchmarks, exact match by skill; KL(source || target) and answer loss in nats a token."""
+    scored = [entry["task"] for entry in benchmark_scores(results["metrics"]["target"])]
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
     table.add_column("", no_wrap=True)
-    for heading in (*["benchmark %"] * scored, *(f"{printable(skill)} %" for skill in skills), "KL"):
+    for heading in (*(f"{name} %" for name in (*scored, *map(printable, skills))), "KL", "loss"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
         known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
-        if scored:
-            shares.insert(0, f"{100 * values['benchmark']['value']:.1f}" if "benchmark" in values else "-")
-        table.add_row(METHOD_NAMES[method], *shares, f"{values['kl']:.3f}")
+        found = {entry["task"]: f"{100 * entry['value']:.1f}" for entry in benchmark_scores(values)}
+        losses = [f"{values[name]:.3f}" if name in values else "-" for name in ("kl", "loss")]
+        table.add_row(METHOD_NAMES[method], *(found.get(task, "-") for task in scored), *shares, *losses)
     return table
 
 
@@ -289,13 +297,13 @@ class HeldOut:
 def _measure(
     recipe: Recipe, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
 ) -> dict[str, Any]:
-    evaluated = trainer.evaluate()
+    evaluated, scores = trainer.evaluate(), signals_root(trainer.args) / "scores"
     metrics: dict[str, Any] = {
         "kl": evaluated["eval_kl"],
         "loss": evaluated["eval_loss"],
         "relation": evaluated["eval_relation"],
         **_generated(trainer.model, data.eval, tokenizer),
-        **_scored(recipe, trainer.model, tokenizer),
+        **_scored(recipe, trainer.args, partial(_identity, recipe, trainer), lambda: trainer.model, tokenizer, scores),
     }
     if others:
         metrics["forgetting"] = {other.name: other.measure(trainer, tokenizer) for other in others}
@@ -308,30 +316,71 @@ def _measure_source(
     """The source's own figures, kept with its signals, so that a second run need not load it."""
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
-    name = f"evaluation-{digest([trainer.data_record['eval'], repr(recipe.benchmark)])[:16]}"
-    known = None if root is None else source.recall(root, name)
-    with nullcontext() if root is None or known else source.lock(root):
-        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
-        if known is not None:
-            return known
-        if args.source_memory == "stream":
+    name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
+    metrics = None if root is None else source.recall(root, name)
+    with nullcontext() if root is None or metrics else source.lock(root):
+        metrics = metrics or (None if root is None else source.recall(root, name))  # another process may have made them
+        if metrics is None and args.source_memory == "stream":
             logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
             return {"kl": 0.0}
-        batches = DataLoader(cast(Any, trainer.eval_dataset), args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-        model = source.model(args.device)
-        metrics = {"kl": 0.0, "loss": answer_loss(model, batches)}
-        metrics |= _generated(model, data.eval, tokenizer) | _scored(recipe, model, tokenizer)
-        if root is not None:
-            source.rest()
-            source.keep(root, name, metrics)
+        if metrics is None:
+            rows: Any = trainer.eval_dataset
+            batches = DataLoader(rows, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+            model = source.model(args.device)
+            metrics = {"kl": 0.0, "loss": answer_loss(model, batches), **_generated(model, data.eval, tokenizer)}
+            if root is not None:
+                source.rest()
+                source.keep(root, name, metrics)
     return metrics
 
 
-def _scored(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The benchmark's score; every process makes it, lest one wait for another for hours."""
-    if recipe.benchmark is None:
+def _score_source(recipe: Recipe, trainer: SemAlignTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The source's scores on the benchmarks, kept with what else it said, where a machine without its weights finds them."""
+    args, source, root = trainer.args, trainer.source, signals_root(trainer.args)
+    if args.source_memory == "stream" or recipe.benchmark is None:
         return {}
-    return {"benchmark": run_benchmark(model, tokenizer, recipe.data.task, **asdict(recipe.benchmark))}
+    scores = root / "scores" if args.signals == "online" else source.folder(root)
+    found = _scored(recipe, args, lambda: source.identity, lambda: source.model(args.device), tokenizer, scores)
+    if args.signals == "cached":
+        source.release()
+    return found
+
+
+def _identity(recipe: Recipe, trainer: SemAlignTrainer) -> str:
+    """What stands for a trainer's target as it is: of one that has learnt nothing, the target's own weights alone."""
+    base = Source(resolve_model(recipe.target)).identity
+    learnt = [trainer.method, [checksum(p) for layer in trainer.lora_layers for p in layer]]
+    return digest([base, learnt if trainer.state.global_step else None])
+
+
+def _scored(
+    recipe: Recipe,
+    args: SemAlignConfig,
+    identity: Callable[[], str],
+    model: Callable[[], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> dict[str, Any]:
+    """The scores of a model on the benchmarks, each kept in a folder as soon as it is there.
+
+    Every process makes them, lest one wait for another for hours.
+    """
+    settings = recipe.benchmark
+    if settings is None:
+        return {}
+    entries = []
+    for task in settings.tasks:
+        how = {name: value for name, value in asdict(settings).items() if name != "tasks"}
+        rows = None if settings.files is None else rows_digest(task, Path(settings.files))
+        facts = [identity(), task, rows, settings.limit, settings.chat_template, version("lm_eval"), version("hf_semalign")]
+        path = folder / f"benchmark-{task}-{digest(facts)[:16]}.json"
+        if (entry := recall_record(path)) is None:
+            entry = run_benchmark(model(), tokenizer, task, **how)
+            if args.should_save:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                keep_record(path, entry)
+        entries.append(entry)
+    return {"benchmarks": entries}
 
 
 def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -33,7 +33,16 @@ from hf_semalign.loading import (
     skeleton,
 )
 from hf_semalign.semantics import checksum
-from hf_semalign.states import digest, file_digest, load_tensor, save_tensor, write_text, writing_lock
+from hf_semalign.states import (
+    digest,
+    file_digest,
+    keep_record,
+    load_tensor,
+    recall_record,
+    save_tensor,
+    write_text,
+    writing_lock,
+)
 from hf_semalign.symbols import public_name
 
 logger = logging.getLogger(__name__)
@@ -49,7 +58,7 @@ class Source:
 
     Args:
         model: a causal LM, a Hub id, a local folder, or a folder that another run has left under its ``signals_dir``.
-        bf16: whether training is in bfloat16, see :func:`hf_semalign.loading.load_dtype`.
+        precision: of the run, see :func:`hf_semalign.loading.load_dtype`.
         parts: see :func:`hf_semalign.anatomy.name_parts`.
 
     Attributes:
@@ -65,9 +74,9 @@ class Source:
         ValueError: a model that the method cannot use, before any weight is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel | str, *, bf16: bool = False, parts: Parts = None) -> None:
+    def __init__(self, model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> None:
         self._given = model
-        self._bf16 = bf16
+        self._precision = precision
         self._named = parts
         self._checked = False
         self._whole: set[Path] = set()  # folders that were found so, or made
@@ -85,7 +94,7 @@ class Source:
         self.name = self._facts["name"] if self._facts else public_name(str(shape.name_or_path))
         self.num_layers = len(anatomy.layers)
         self.head_rows, self.width = anatomy.head_weight().shape
-        self.dtype = load_dtype(model, bf16) if isinstance(model, str) else shape.dtype
+        self.dtype = load_dtype(model, precision) if isinstance(model, str) else shape.dtype
         self._model = None if isinstance(model, str) else shape
 
     @property
@@ -164,7 +173,7 @@ class Source:
         self._need_weights()
         if self._model is None:
             logger.info("Loading the source %s", self.name)
-            self._model = load_model(self._given, bf16=self._bf16, parts=self._named)
+            self._model = load_model(self._given, precision=self._precision, parts=self._named)
         self._move(device)
         self._check()
         return self._model.eval().requires_grad_(False)
@@ -226,22 +235,11 @@ class Source:
 
     def recall(self, root: Path, name: str) -> dict[str, Any] | None:
         """A record that :meth:`keep` wrote; ``None`` when there is none or it is damaged, which is logged."""
-        path = self.folder(root) / f"{name}.json"
-        try:
-            content = json.loads(path.read_text())
-            if content["checksum"] == digest(content["record"]):
-                return content["record"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            pass
-        logger.warning("%s is damaged, and is made again.", path.name)
-        return None
+        return recall_record(self.folder(root) / f"{name}.json")
 
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:
         """Keep a record of plain JSON values with what the source says; call it under :meth:`lock`."""
-        path = self.folder(root) / f"{name}.json"
-        write_text(path, json.dumps({"record": record, "checksum": digest(record)}, indent=1))
+        keep_record(self.folder(root) / f"{name}.json", record)
 
     @contextmanager
     def layer(self, index: int, device: torch.device | str) -> Iterator[Anatomy]:
@@ -330,7 +328,7 @@ class Source:
         homes |= {places[id(part)]: "disk" for part in (shape.get_input_embeddings(), anatomy.head)}
         scratch = tempfile.TemporaryDirectory()  # for weights that transformers converts while loading
         with _quietly():
-            own = load_dtype(str(self._given), bf16=False)  # another would have all weights read and cast
+            own = load_dtype(str(self._given))  # another would have all weights read and cast
             model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch.name)
         name_parts(model.config, self._named)
         for parameter in model.parameters():

@@ -458,6 +458,25 @@ def save_tensor(tensor: torch.Tensor, path: Path) -> None:
         save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
 
 
+def keep_record(path: Path, record: Any) -> None:
+    """Write plain JSON values with a checksum, whole or not at all."""
+    write_text(path, json.dumps({"record": record, "checksum": digest(record)}, indent=1))
+
+
+def recall_record(path: Path) -> Any | None:
+    """What :func:`keep_record` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+    try:
+        content = json.loads(path.read_text())
+        if content["checksum"] == digest(content["record"]):
+            return content["record"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    logger.warning("%s is damaged, and is made again.", path.name)
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all; call it under the lock of its folder."""
     with _whole(path) as unfinished:

@@ -9,10 +9,12 @@ from typing import Any
 from hf_semalign.card import escaped, pipe_table
 
 PERCENT, PLAIN = 100.0, 1.0
+SCORE_OF = "score:"  # and the name of one of several benchmarks
 FIXED = ("steps", "cost", "adapter_mb")  # the same for all seeds
 #: Columns: key, heading, unit's factor, decimals; one that no row has is left out.
 COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("score", "score %", PERCENT, 1),
+    ("ahead", "ahead of {reference} (points, 95 %)", PERCENT, 1),
     ("kl", "KL", PLAIN, 3),
     ("loss", "answer loss", PLAIN, 3),
     ("gap", "gap to source (points)", PERCENT, 1),
@@ -32,6 +34,10 @@ NOTES = (
     "Cost: see hf_semalign/plan.py; seconds and peak memory are of the whole run, evaluations included."
 )
 FORGETTING = " Forgetting, on tasks that were not transferred: KL from the target before, and the change in answer tokens hit."
+PAIRED = (
+    " Ahead of {reference}: the mean difference problem by problem, on all benchmarks together, with its paired bootstrap "
+    "interval (hf_semalign/paired.py); where that holds zero, these problems do not tell the two apart."
+)
 EQUAL_COMPUTE = " Under equal compute each method takes as many steps as cost what those of {reference} do."
 
 
@@ -41,7 +47,7 @@ def markdown(record: dict[str, Any]) -> str:
     blocks = [f"# {escaped(pair['source'])} to {escaped(pair['target'])}"]
     for one in record["tables"]:
         heading = f"## {escaped(one['task'])}, {escaped(one['budget'])}"
-        blocks.append(f"{heading}\n\n{pipe_table(_cells(one, escaped, '±'), '--:')}")
+        blocks.append(f"{heading}\n\n{pipe_table(_cells(one, record['reference'], escaped, '±'), '--:')}")
     if record["tables"]:
         blocks.append(notes(record))
     if record["reported"]:
@@ -56,6 +62,8 @@ def notes(record: dict[str, Any]) -> str:
     keys = {key for one in record["tables"] for row in one["methods"] for key in row}
     score = "share of held-out rows that are right" if "score" in keys else "none here"
     said = NOTES.format(score=score) + FORGETTING * ("forgotten_kl" in keys)
+    if "ahead" in keys:
+        said += PAIRED.format(reference=escaped(record["reference"]))
     if any(one["budget"] == "equal compute" for one in record["tables"]):
         said += EQUAL_COMPUTE.format(reference=escaped(record["reference"]))
     return said
@@ -65,7 +73,7 @@ def latex(record: dict[str, Any]) -> str:
     """The tables for papers; needs the package booktabs."""
     blocks = []
     for one in record["tables"]:
-        blocks.append(_tabular(_cells(one, tex, r"$\pm$"), f"{tex(one['task'])}, {tex(one['budget'])}"))
+        blocks.append(_tabular(_cells(one, record["reference"], tex, r"$\pm$"), f"{tex(one['task'])}, {tex(one['budget'])}"))
     if record["reported"]:
         title = f"Reported, under another protocol ({tex(record['reported']['origin'])})"
         blocks.append(_tabular(_reported(record["reported"], tex), title))
@@ -88,10 +96,12 @@ def _tabular(rows: Sequence[Sequence[str]], title: str) -> str:
     )
 
 
-def _cells(one: dict[str, Any], escape: Callable[[Any], str], plus_minus: str) -> list[list[str]]:
+def _cells(one: dict[str, Any], reference: str, escape: Callable[[Any], str], plus_minus: str) -> list[list[str]]:
     """A table as text: heading, the target before, the methods, the source."""
-    columns = [column for column in COLUMNS if any(column[0] in row for row in one["methods"])]
-    rows = [["Method", *(escape(heading) for _, heading, _, _ in columns)]]
+    tasks = dict.fromkeys(key for row in one["methods"] for key in row if key.startswith(SCORE_OF))
+    by_task = [(key, f"{key.removeprefix(SCORE_OF)} %", PERCENT, 1) for key in tasks]
+    columns = [column for column in (*by_task, *COLUMNS) if any(column[0] in row for row in one["methods"])]
+    rows = [["Method", *(escape(heading.format(reference=reference)) for _, heading, _, _ in columns)]]
     for row, name in [
         (one["target"], "Target before"),
         *((row, row["name"]) for row in one["methods"]),
@@ -107,8 +117,12 @@ def _cells(one: dict[str, Any], escape: Callable[[Any], str], plus_minus: str) -
 def _cell(value: Any, factor: float, decimals: int, plus_minus: str) -> str:
     if value is None:
         return "-"
-    mean, spread = (value["mean"], value["std"]) if isinstance(value, dict) else (value, None)
+    mean, spread = (value["mean"], value.get("std")) if isinstance(value, dict) else (value, None)
     shown = f"{factor * mean:z,.{decimals}f}"
+    if isinstance(value, dict) and "low" in value:
+        return (
+            f"{factor * mean:+z,.{decimals}f} [{factor * value['low']:z,.{decimals}f}, {factor * value['high']:z,.{decimals}f}]"
+        )
     return shown if spread is None or not plus_minus else f"{shown} {plus_minus} {factor * spread:,.{decimals}f}"
 
 

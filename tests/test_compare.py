@@ -17,6 +17,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from hf_semalign import compare
 from hf_semalign.cli import main
 from hf_semalign.compare import BUDGETS, cells, load_comparison, plans, run_comparison
+from hf_semalign.paired import paired_difference
 
 SMALL = ["data.align=64", "data.eval=12", "data.extract=4", "training.max_steps=6", "training.frontier=joint"]
 OTHERS = "forgetting={copy: {task: symbols, eval: 6, skills: [copy]}}"
@@ -248,3 +249,34 @@ def test_dry_run_of_the_papers_tables(pair, task, shapes, tmp_path, no_weights, 
         assert f"  {name} " in shown
     assert "PFLOP" in shown
     assert "one A100 80 GB at 40 % of its peak, 125 TFLOP/s sustained" in shown
+
+
+def test_methods_are_compared_problem_by_problem():
+    """Over both benchmarks and the seeds that both have."""
+
+    def runs(**outcomes):
+        return [
+            (
+                SimpleNamespace(recipe=SimpleNamespace(method="kd", training={"seed": int(seed[1:])})),
+                {"metrics": {"kd": {"benchmarks": [{"task": task, "outcomes": text} for task, text in pair.items()]}}},
+            )
+            for seed, pair in outcomes.items()
+        ]
+
+    reference = compare._outcomes(runs(s1={"mbpp": "0011", "humaneval": "10"}, s2={"mbpp": "0111", "humaneval": "00"}))
+    ours = compare._outcomes(
+        runs(s1={"mbpp": "1011", "humaneval": "10"}, s2={"mbpp": "0111", "humaneval": "11"}, s3={"mbpp": "1"})
+    )
+    # Of humaneval's problems, then of mbpp's.
+    means = [1, 0.5, 0.5, 0.5, 1, 1], [0.5, 0, 0, 0.5, 1, 1]
+    expected = dict(zip(("mean", "low", "high"), paired_difference(*means), strict=True))
+    assert compare._ahead(ours, reference) == {"ahead": expected}
+    assert expected["mean"] == pytest.approx(1.5 / 6)
+    assert compare._ahead(ours, {}) == {}
+    both = {
+        "kl": 0.1,
+        "benchmarks": [{"task": "mbpp", "value": 0.5, "rows": 4}, {"task": "humaneval", "value": 1.0, "rows": 2}],
+    }
+    assert compare._figures(both) == {"kl": 0.1, "score": pytest.approx(4 / 6), "score:mbpp": 0.5, "score:humaneval": 1.0}
+    old = {"kl": 0.1, "benchmark": {"task": "mbpp", "value": 0.5, "rows": 4}}  # as earlier versions wrote it
+    assert compare._figures(old) == {"kl": 0.1, "score": 0.5}

@@ -84,3 +84,18 @@ def test_without_reported_figures_and_one_budget(record):
     for text in (markdown(record), latex(record)):
         assert "Reported" not in text
         assert "equal compute" not in text
+
+
+def test_several_benchmarks_and_the_paired_difference(record):
+    table = record["tables"][0]
+    for place, row in enumerate(table["methods"]):
+        row |= {"score:mbpp": {"mean": 0.41, "std": None}, "score:humaneval": {"mean": 0.62, "std": None}}
+        if place:
+            row["ahead"] = {"mean": -0.02, "low": -0.0512, "high": 0.01}
+    text = markdown(record)
+    heading = next(line for line in text.splitlines() if line.startswith("| Method"))
+    assert heading.startswith("| Method | mbpp % | humaneval % | score % | ahead of SemAlign (points, 95 %) |")
+    reference, other = (line for line in text.splitlines() if line.startswith("|") and "| 41.0 | 62.0 |" in line)
+    assert "| 41.0 | 62.0 | 50.0 ± 1.2 | - |" in reference and "| -2.0 [-5.1, 1.0] |" in other
+    assert "paired bootstrap interval" in text and "where that holds zero" in text
+    assert "-2.0 [-5.1, 1.0]" in latex(record)

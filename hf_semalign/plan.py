@@ -8,12 +8,13 @@ between positions and the singular value decompositions of Seeking are not count
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.ticker import EngFormatter
 from rich.filesize import decimal
 from rich.table import Table
@@ -21,14 +22,23 @@ from rich.text import Text
 
 from hf_semalign.anatomy import Size, dissect
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.loading import product_seconds
+from hf_semalign.losses import LOGIT_ROWS
 from hf_semalign.preparation import Counts, Preparation, prepare
 from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
 from hf_semalign.states import Examples
 from hf_semalign.symbols import resolve_model
+from hf_semalign.tasks import TaskData
 from hf_semalign.trainer import PREFIX_PAYS
 
 ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
-KEPT_STATES = 12  # states of its width that backward keeps of a layer and position, about: norms, attention, gated FFN
+# What backward keeps of a layer and position: so many times what its weights give, and states of its width (measured on Qwen2);
+# under autocast norms keep float32 besides.
+KEPT_OUTPUTS, KEPT_STATES, KEPT_IN_HALF = 1.5, 7, 1.25
+LOGIT_BUFFERS = 3  # of LOGIT_ROWS x vocabulary in float32, in the output loss
+LIBRARIES = 0.7e9  # what torch, transformers and the others take of a process's memory
+CPU_SHARE = 0.7  # of the speed of a product of 64 states with a square weight
+GPU_FLOPS = 1e14  # sustained, of a large GPU
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,10 @@ class Plan:
         cost: target forwards by phase.
         multiplications: of one target forward.
         disk_bytes: signals and target prefix, at most.
-        memory_bytes: estimate of the largest phase's, by phase: the source's pass, and training.
+        memory_bytes: estimate, by phase: the source's pass, and training; of a GPU's memory, or on a CPU of the process's.
         shared_tokens: rows of both heads that map and KL are over.
+        machine: what the time is told for.
+        flops: floating-point operations a second that it sustains.
     """
 
     method: str
@@ -62,6 +74,8 @@ class Plan:
     disk_bytes: int
     memory_bytes: dict[str, int]
     shared_tokens: int
+    machine: str = "100 TFLOP/s sustained"
+    flops: float = GPU_FLOPS
 
     @property
     def steps(self) -> int:
@@ -92,17 +106,27 @@ class Plan:
         return asdict(self)
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
+def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
     """Plan a recipe's run: its data are read, and of the models all but their weights.
+
+    Args:
+        recipe: the recipe.
+        data: its data, where they have been read already.
 
     Raises:
         ValueError: whatever the run would be refused for before weights are loaded.
     """
     args = recipe.config(Path(recipe.output_dir))
-    data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
+    data, tokenizer = data or recipe.data.load(), load_tokenizer(recipe)
     source, target = resolve_model(recipe.source), resolve_model(recipe.target)
     known = prepare(target, source, args, data.align, data.eval, data.extract, tokenizer)
-    return plan(known, args, recipe.method)
+    planned = plan(known, args, recipe.method)
+    if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
+        return planned
+    # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
+    size, dtype = 2048, torch.bfloat16 if args.bf16 else known.target_dtype
+    flops = CPU_SHARE * 2 * 64 * size**2 / product_seconds(dtype, size)
+    return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
 
 
 def plan_table(plan: Plan) -> Table:
@@ -121,7 +145,7 @@ def plan_table(plan: Plan) -> Table:
         "shared tokens": f"{plan.shared_tokens:,}",
         "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
         "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
-        "time": f"{timedelta(seconds=round(plan.seconds(1e14)))} at 100 TFLOP/s sustained",
+        "time": f"{timedelta(seconds=round(plan.seconds(plan.flops)))} at {plan.machine}",
         "disk": f"{decimal(plan.disk_bytes)} at most",
         "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
     }
@@ -134,7 +158,9 @@ def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
     """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``."""
     METHODS[method].check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
-    source, target = Size.of(dissect(known.source.shape)), Size.of(known.target)
+    stored = Size.of(dissect(known.source.shape))
+    source = replace(stored, bytes=known.source.dtype.itemsize)
+    target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
     align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
     mapped = distinct if args.relation_weight else 0
     prefix, seen = _has_prefix(known, args), _batch(known, args)
@@ -168,7 +194,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
         {phase: amount / unit for phase, amount in cost.items()},
         unit,
         (disk if args.signals == "cached" else 0) + 2 * prefix * align.tokens * target.width * 4,
-        _memory(known, args, source, target),
+        _memory(known, args, source, target, stored.bytes),
         len(known.token_ids),
     )
 
@@ -202,8 +228,8 @@ def _step(
     return target.forward(tokens, layers=layers) + valid * heads + online
 
 
-def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size) -> dict[str, int]:
-    """Weights, trained numbers, and states that backward keeps; the heads on chunks of rows are small beside them."""
+def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size, stored: int) -> dict[str, int]:
+    """What the source's pass and training hold at their largest; ``stored``: bytes of a weight in the source's files."""
     longest = max(int(Examples(rows).tokens.max()) for rows in known.splits.values())
     above = max(target.layers - known.frontier.trained(stage)[0] for stage in range(known.schedule.num_stages))
     names = set(known.lora_targets)
@@ -213,9 +239,16 @@ def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size
         for path, module in layer.named_modules()
         if path.rpartition(".")[2] in names
     )
-    training = target.parameters * target.bytes + source.head * source.bytes + trained * ADAM_BYTES
-    training += args.train_batch_size * longest * target.width * target.bytes * above * KEPT_STATES
+    half = args.bf16 or args.fp16
+    always: float = target.parameters * target.bytes + source.head * source.bytes + trained * ADAM_BYTES
+    always += LIBRARIES if args.use_cpu else 0
+
+    kept = (KEPT_OUTPUTS * target.outputs + KEPT_STATES * target.width) * (KEPT_IN_HALF if half else 1) * target.layers
+    states = args.per_device_train_batch_size * longest * kept * above / target.layers * (2 if half else target.bytes)
+    training = always + states + LOGIT_BUFFERS * LOGIT_ROWS * target.head / target.width * 4
+
     whole = args.source_memory == "resident"
-    weights = source.parameters if whole else 2 * source.layer
-    window = args.per_device_eval_batch_size * longest * source.width * KEPT_STATES
-    return {"source": int((weights + window) * source.bytes), "training": int(training)}
+    weights = (source.parameters if whole else 2 * source.layer) * source.bytes
+    loading = source.parameters * stored if whole and source.bytes != stored else 0  # weights as they are stored stand beside
+    window = args.per_device_eval_batch_size * longest * (source.outputs + source.width * source.layers) * source.bytes
+    return {"source": int(always + weights + max(loading, window)), "training": int(training)}

@@ -4,7 +4,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from conftest import random_rows, tiny_llama, tiny_model
+import torch
+from conftest import PAPER, WORDS, random_rows, tiny_llama, tiny_model, word_tokenizer
 from test_baselines import SETTINGS
 from test_recipe import QUICKSTART
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_semalign.anatomy import Size, dissect
 from hf_semalign.cli import main
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.plan import plan, plan_recipe
+from hf_semalign.plan import CPU_SHARE, GPU_FLOPS, LIBRARIES, plan, plan_recipe
 from hf_semalign.preparation import prepare
 from hf_semalign.recipe import METHODS, load_recipe
 
@@ -25,7 +26,8 @@ def test_size_of_a_small_llama():
     model = tiny_llama(3, 16, tie_word_embeddings=True)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     head = 97 * 16
-    assert Size.of(dissect(model)) == Size(3, layer, head, 16, sum(p.numel() for p in model.parameters()), 4)
+    outputs = sum(p.shape[0] for p in model.model.layers[0].parameters() if p.dim() == 2)
+    assert Size.of(dissect(model)) == Size(3, layer, head, 16, sum(p.numel() for p in model.parameters()), outputs, 4)
     assert Size.of(dissect(model)).forward(tokens=10, valid=4) == 10 * 3 * layer + 4 * head
     assert Size.of(dissect(model)).forward(tokens=10, layers=1) == 10 * layer
 
@@ -57,7 +59,7 @@ def test_training_costs_what_torch_counts(method, settings, tmp_path):
     """Up to LoRA, attention and the losses between positions, which are small in layers as wide as these."""
     trainer_class = METHODS[method]
     settings = {**SETTINGS, "max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "lora_r": 1} | settings
-    args = SemAlignConfig(output_dir=str(tmp_path), pairing="last", **{**settings, **trainer_class.settings})
+    args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, "pairing": "last", **settings, **trainer_class.settings})
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
     trainer = trainer_class(target, source, args, ROWS)
     planned = plan(prepare(tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS), args, method)
@@ -69,7 +71,7 @@ def test_training_costs_what_torch_counts(method, settings, tmp_path):
 
 
 def test_the_pass_of_the_source_costs_what_torch_counts(tmp_path):
-    args = SemAlignConfig(output_dir=str(tmp_path), pairing="last", **{**SETTINGS, "frontier": "joint"})
+    args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, "pairing": "last", **SETTINGS, "frontier": "joint"})
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
     planned = plan(prepare(target, source, args, ROWS), args, "semalign")
     with FlopCounterMode(display=False) as counter:
@@ -121,3 +123,41 @@ def test_dry_run_prints_the_plan(no_weights, capsys, tmp_path):
     for text in ("embedded:source to embedded:target", "4: 0-450, 450-900", "chosen by attribution", "signals", "GFLOP"):
         assert text in shown
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_what_is_held_is_counted_in_the_dtype_that_weights_will_have(good, tmp_path):
+    """Half-precision files are computed with in float32 without bf16, and stand beside that while they are loaded."""
+    for name, shape in (("target", (3, 64)), ("source", (5, 96))):
+        tiny_llama(*shape, pad_token_id=0, heads=2).to(torch.bfloat16).save_pretrained(tmp_path / name)
+        word_tokenizer(WORDS).save_pretrained(tmp_path / name)
+    models = [f"{name}={tmp_path / name}" for name in ("source", "target")]
+    full, half = (
+        plan_recipe(load_recipe(good / "recipe.yaml", [*models, f"output_dir={tmp_path / 'run'}", f"training.bf16={bf16}"]))
+        for bf16 in ("false", "true")
+    )
+    weights = {name: size.parameters for name, size in full.sizes.items()}
+    assert full.sizes["source"].bytes == full.sizes["target"].bytes == 4 and half.sizes["source"].bytes == 2
+    for planned in (full, half):
+        assert planned.memory_bytes["source"] > LIBRARIES + sum(size.parameters * size.bytes for size in planned.sizes.values())
+    streamed = plan_recipe(
+        load_recipe(good / "recipe.yaml", [*models, f"output_dir={tmp_path / 'run'}", "training.source_memory=stream"])
+    )
+    assert streamed.memory_bytes["source"] < full.memory_bytes["source"] - weights["source"]
+
+
+def test_time_is_that_of_the_machine_that_the_recipe_names(monkeypatch, capsys):
+    monkeypatch.setattr("hf_semalign.plan.product_seconds", lambda dtype, size: 2 * 64 * size**2 / 1e10)
+    here, there = (
+        plan_recipe(load_recipe(QUICKSTART, [f"training.use_cpu={use_cpu}", "data.align=64", "data.eval=8", "data.extract=4"]))
+        for use_cpu in ("true", "false")
+    )
+    assert here.flops == pytest.approx(CPU_SHARE * 1e10) and there.flops == GPU_FLOPS
+    assert here.cost == there.cost
+    assert main(["train", "--config", str(QUICKSTART), "--dry-run", "data.align=64"]) == 0
+    assert "at 7 GFLOP/s sustained, as this CPU in torch.float32" in capsys.readouterr().out
+
+
+def test_a_recipe_for_a_gpu_is_planned_without_one(no_weights, capsys, tmp_path):
+    settings = ["training.use_cpu=false", "training.bf16=true", "data.align=64", f"output_dir={tmp_path}"]
+    assert main(["train", "--config", str(QUICKSTART), "--dry-run", *settings]) == 0
+    assert "100 TFLOP/s sustained" in capsys.readouterr().out

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import json_lines, tiny_llama
+from test_harness import byte_model, byte_tokenizer
+from test_tasks import mbpp_row
 
 from hf_semalign.semantics import KINDS
 
@@ -136,3 +139,20 @@ def test_gpu(tmp_path):
         assert (len(part["steps"]), len(part["prefix"])) == (4, 3)  # of four stages, and below three of them
     assert content["parts"]["map"]["difference"] < 1e-3
     assert not list((tmp_path / "runs").glob("gpu-*/source"))  # temporary files are gone
+
+
+@pytest.mark.slow
+def test_real_pair(tmp_path):
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    for name, model in (("target", byte_model()), ("source", tiny_llama(3, 24, vocab=259, max_position_embeddings=2048))):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer(template).save_pretrained(tmp_path / name)
+    rows = [mbpp_row(number) for number in (*range(511, 525), *range(601, 620))]
+    (tmp_path / "mbpp.jsonl").write_text(json_lines(rows))
+    command = [sys.executable, str(BENCHMARKS / "real_pair.py"), "source", "target", "mbpp.jsonl"]
+    done = subprocess.run([*command, "--rows", "4", "--batch", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table, _, found = done.stdout.strip().rpartition("\n")
+    assert "| training, s a row |" in table and json.loads(found)["dtype"] == "float32"
+    check(json.loads(found), {"peak memory, MB"})

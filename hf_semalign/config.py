@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 
 from hf_semalign.frontier import BUDGETS, FRONTIERS
 from hf_semalign.pairing import STRATEGIES
@@ -165,7 +166,7 @@ class SemAlignConfig(TrainingArguments):
             raise ValueError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
-        if self.bf16 and not torch.accelerator.is_available():
+        if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True  # transformers would have it said; there is nothing else to compute on
         super().__post_init__()
         if self.hub_strategy not in ("every_save", "end"):

@@ -234,11 +234,14 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
     class GreedyLM(HFLM):
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            if batch_size is None:
-                self.batch_size_per_gpu = rows_that_fit(model, requests[0].args[1].get("max_gen_toks", self.max_gen_toks))
+            room = requests[0].args[1].get("max_gen_toks", self.max_gen_toks)
+            self.batch_size_per_gpu = batch_size or rows_that_fit(model, room)
             self.bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0)
-            with self.bar:
-                return super().generate_until(requests, disable_tqdm=True)
+            try:
+                with self.bar:
+                    return super().generate_until(requests, disable_tqdm=True)
+            finally:
+                self.batch_size_per_gpu = batch_size or CHOICE_ROWS  # for choices, of the next task
 
         def _model_generate(
             self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any

@@ -18,6 +18,7 @@ import yaml
 from conftest import json_lines, table, tiny_llama
 from huggingface_hub import ModelCard
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -359,6 +360,16 @@ def test_answers_are_greedy_those_of_the_adapter_and_leave_no_trace(files, seen)
             bare = base(input_ids=prompt).logits[:, -1].argmax()
     assert answer[:, : ids.shape[1]].tolist() == ids.tolist()
     assert bare != ids[0, prompt.shape[1]], "or the adapter shows nothing"
+
+
+def test_choices_are_compared_in_small_batches_after_a_task_with_answers(files, tmp_path, monkeypatch):
+    """Their logits of all tokens would not fit into memory in the batches that answers are generated in."""
+    model, sizes, call = byte_model(), [], HFLM._model_call
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(HFLM, "_model_call", lambda self, ids, **given: sizes.append(len(ids)) or call(self, ids, **given))
+    evaluate_run(str(tmp_path / "model"), ["gsm8k", "mmlu"], files=files, output=tmp_path / "out")
+    assert sizes and max(sizes) <= harness.CHOICE_ROWS < len(SUBJECTS)
 
 
 def test_prompts_that_do_not_fit_are_counted(files, caplog):

@@ -287,6 +287,14 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     for split, facts in record["data"].items():
         table.append([escaped(split), uses.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
     text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
+    if written := record["data"].get("align", {}).get("answers"):
+        how = f"drawn at temperature {written['temperature']:g}" if written["temperature"] else "greedy"
+        who = {"source": "the source", "target": "the target, as it was at the beginning of each round,"}[written["by"]]
+        text += (
+            f" The answers of the align split were written by {who} ({how}, at most {written['max_new_tokens']:,} tokens). Of "
+            f"{written['rows']:,} answers {written['cut']:,} did not end in time and {written['empty']:,} were empty; they "
+            "are left out."
+        )
     if shared := results.get("overlap"):
         text += (
             f" Compared with the {shared['test_rows']:,} test rows of its benchmark: none of these rows asks what one of them "

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM, dissect
-from hf_semalign.generation import continue_greedily, generating
+from hf_semalign.generation import continue_prompts, generating
 from hf_semalign.losses import token_cross_entropy, token_hits, token_kl
 from hf_semalign.splits import valid_positions
 
@@ -92,7 +92,7 @@ def greedy_answers(
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
             inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-            new = continue_greedily(
+            new = continue_prompts(
                 model,
                 **inputs.to(device),
                 max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""Greedy generation in batches, in which a sequence that has ended is no longer paid for."""
+"""Generation in batches, in which a sequence that has ended is no longer paid for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 import psutil
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from hf_semalign.anatomy import CausalLM, base_model, dissect
@@ -42,8 +42,16 @@ def generating(model: CausalLM) -> Iterator[None]:
         model.train(was_training)
 
 
+def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and those of the model's own settings, such as the end of a turn."""
+    settings: Any = base_model(model).generation_config
+    ends = settings.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return sorted(token for token in found if token is not None)
+
+
 @torch.no_grad()
-def continue_greedily(
+def continue_prompts(
     model: CausalLM,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -51,10 +59,11 @@ def continue_greedily(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    temperature: float = 0.0,
     has_ended: Callable[[list[int]], bool] = lambda tokens: False,
     on_end: Callable[[int], Any] = lambda count: None,
 ) -> torch.Tensor:
-    """Continue a batch of prompts by the likeliest tokens; call it inside :func:`generating`.
+    """Continue a batch of prompts, greedily or by sampling; call it inside :func:`generating`.
 
     After every ``SEGMENT`` tokens the sequences that have ended leave the batch and the cache, so that one long answer does not
     make its whole batch as expensive as itself. Families with a recurrent state, as Mamba, generate the whole batch to its end.
@@ -66,6 +75,7 @@ def continue_greedily(
         max_new_tokens: longest answer, in tokens, its end token included.
         eos_token_ids: tokens that end an answer.
         pad_token_id: stands behind an answer.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from the whole vocabulary by torch's generator.
         has_ended: tells of an answer's tokens whether it is over, as at a stop string.
         on_end: called with the number of answers that have just ended.
 
@@ -73,7 +83,8 @@ def continue_greedily(
         The new tokens ``[B, N]``, ``N`` at most ``max_new_tokens``.
     """
     eos, width = set(eos_token_ids), input_ids.shape[1]
-    settings = {"eos_token_id": list(eos), "pad_token_id": pad_token_id, "do_sample": False, "use_cache": True}
+    settings: dict[str, Any] = {"eos_token_id": list(eos), "pad_token_id": pad_token_id, "use_cache": True}
+    settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings["synced_gpus"] = isinstance(model, FSDPModule)  # where no process can go on without the others
     generate = partial(cast(Any, model).generate, **settings, return_dict_in_generate=True)
 

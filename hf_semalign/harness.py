@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
-from hf_semalign.generation import computing_in, continue_greedily, fastest_dtype, generating, rows_that_fit
+from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
 from hf_semalign.hub import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
 from hf_semalign.problems import CODE, METRICS, build_task, find_rows, quiet
@@ -229,7 +229,7 @@ class _Opened:
 
 
 def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int | None) -> Any:
-    """The harness's wrapper of a model, which generates by :func:`hf_semalign.generation.continue_greedily`."""
+    """The harness's wrapper of a model, which generates by :func:`hf_semalign.generation.continue_prompts`."""
     from lm_eval.models.huggingface import HFLM
 
     class GreedyLM(HFLM):
@@ -248,7 +248,7 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
         ) -> torch.Tensor:
             if settings.get("do_sample") or settings.get("temperature"):
                 raise ValueError(f"Answers are greedy here, and the task asks for {settings}.")
-            new = continue_greedily(
+            new = continue_prompts(
                 model,
                 context,
                 attention_mask,
@@ -262,7 +262,7 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
     with quiet():
         lm = GreedyLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or CHOICE_ROWS, add_bos_token=True)
-    lm.ends = sorted(_end_tokens(model) | {tokenizer.eos_token_id})
+    lm.ends = end_tokens(model, tokenizer)
     return lm
 
 
@@ -299,12 +299,6 @@ def _opened(
     causal = cast(CausalLM, model)
     with generating(causal), computing_in(causal, fastest_dtype(causal)):
         yield _Opened(_harness_model(model, tokenizer, batch_size), backend)
-
-
-def _end_tokens(model: Any) -> set[int]:
-    """What ends an answer by the model's own settings, such as the end of a turn."""
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _find_adapter(name: str) -> Path | None:

@@ -8,6 +8,7 @@ between positions and the singular value decompositions of Seeking are not count
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -19,18 +20,23 @@ from matplotlib.ticker import EngFormatter
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import Size, dissect
+from hf_semalign.answers import question
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.loading import product_seconds
 from hf_semalign.losses import LOGIT_ROWS
 from hf_semalign.preparation import Counts, Preparation, prepare
-from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
+from hf_semalign.recipe import METHODS, DataSettings, Recipe, load_tokenizer
+from hf_semalign.rows import Row
+from hf_semalign.splits import IGNORED, prompt_ids
 from hf_semalign.states import Examples
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import TaskData
 from hf_semalign.trainer import PREFIX_PAYS
 
+logger = logging.getLogger(__name__)
 ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
 # What backward keeps of a layer and position: so many times what its weights give, and states of its width (measured on Qwen2);
 # under autocast norms keep float32 besides.
@@ -119,14 +125,31 @@ def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
     args = recipe.config(Path(recipe.output_dir))
     data, tokenizer = data or recipe.data.load(), load_tokenizer(recipe)
     source, target = resolve_model(recipe.source), resolve_model(recipe.target)
-    known = prepare(target, source, args, data.align, data.eval, data.extract, tokenizer)
-    planned = plan(known, args, recipe.method)
+    align = data.align if recipe.data.answers == "dataset" else _as_if_answered(recipe.data, data.align, tokenizer)
+    known = prepare(target, source, args, align, data.eval, data.extract, tokenizer)
+    planned = plan(known, args, recipe.method, recipe.data.answers)
+    rounds = dict.fromkeys(("answers", "signals"), recipe.data.rounds)
+    planned = replace(planned, cost={phase: amount * rounds.get(phase, 1) for phase, amount in planned.cost.items()})
     if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
         return planned
     # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
     size, dtype = 2048, torch.bfloat16 if args.bf16 else known.target_dtype
     flops = CPU_SHARE * 2 * 64 * size**2 / product_seconds(dtype, size)
     return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
+
+
+def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be."""
+    if all("completion" in row or row.get("messages", [{}])[-1].get("role") == "assistant" for row in rows):
+        logger.info("The %s has not written its answers yet: they are counted as long as the data set's.", settings.answers)
+        return rows
+    length = settings.max_new_tokens
+    logger.info("The %s has not written its answers yet: %d tokens are counted for each.", settings.answers, length)
+    filled = []
+    for number, row in enumerate(rows):
+        ids, answer = prompt_ids(question(row), tokenizer, f"Row {number}"), [tokenizer.eos_token_id] * length
+        filled.append({"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer})
+    return filled
 
 
 def plan_table(plan: Plan) -> Table:
@@ -154,8 +177,15 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
-    """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``."""
+def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "dataset") -> Plan:
+    """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``.
+
+    Args:
+        known: the parts.
+        args: the settings.
+        method: a key of ``METHODS``.
+        answers: who writes the answers of the align split, see :class:`hf_semalign.recipe.DataSettings`.
+    """
     METHODS[method].check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
     stored = Size.of(dissect(known.source.shape))
@@ -165,6 +195,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str) -> Plan:
     mapped = distinct if args.relation_weight else 0
     prefix, seen = _has_prefix(known, args), _batch(known, args)
     cost = {}
+    if answers != "dataset":
+        cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
     if args.relation_weight and known.pairing is None:
         extract = splits["extract"]  # layers run again on the way back for what is in them
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)

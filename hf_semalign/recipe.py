@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.answers import WRITERS, Sampling
 from hf_semalign.baselines.kd import KDTrainer
 from hf_semalign.baselines.laten import LaTenTrainer
 from hf_semalign.baselines.seeking import SeekingTrainer
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 METHODS: dict[str, type[SemAlignTrainer]] = {
     trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer, SeekingTrainer, LaTenTrainer)
 }
+IN_ROUNDS = ("semalign", "kd", "sft")  # methods whose training may begin at an adapter
 LISTED = 20  # known names in an error; SemAlignConfig has many more
 
 
@@ -50,6 +53,11 @@ class DataSettings:
         max_length: longer sequences are cut at the end.
         seed: seed of the draw, apart from the seed of training, so that all seeds see the same splits.
         skills: of ``symbols``, some of its skills.
+        answers: who writes the answers that the target trains on: the ``dataset``, the ``source``, or the ``target`` itself,
+            which the source then judges; see :mod:`hf_semalign.answers`. Attribution and evaluation are on the data set's.
+        rounds: of ``target``: how often it answers anew, as it has become; the training budget is dealt out to the rounds.
+        max_new_tokens: longest written answer; longer ones are left out.
+        temperature: of written answers; 0 is greedy.
     """
 
     task: str
@@ -60,11 +68,20 @@ class DataSettings:
     max_length: int | None = 1024
     seed: int = 42
     skills: list[str] | None = None
+    answers: str = "dataset"
+    rounds: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 0.0
 
     def load(self) -> TaskData:
-        """The three splits."""
-        counts = {"extract": self.extract, "align": self.align, "eval": self.eval}
-        return load_task(self.task, **counts, files=self.files, seed=self.seed, skills=self.skills)
+        """The three splits, with the answers of the data set."""
+        counts, bare = {"extract": self.extract, "align": self.align, "eval": self.eval}, self.answers != "dataset"
+        return load_task(self.task, **counts, files=self.files, seed=self.seed, skills=self.skills, prompts_only=bare)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are written."""
+        return Sampling(self.max_new_tokens, self.temperature, self.seed)
 
 
 @dataclass(frozen=True)
@@ -234,6 +251,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     check_names([method], METHODS, f"method of {path}")
     check_names(baselines, METHODS, f"baselines of {path}")
     data = DataSettings(**content["data"])
+    _check_answers(data, method, baselines, path)
     others = content.get("forgetting") or {}
     if not isinstance(others, dict):
         raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
@@ -249,6 +267,23 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
         "forgetting": forgetting,
     }
     return Recipe(**{**content, **known})
+
+
+def _check_answers(data: DataSettings, method: str, baselines: Sequence[str], path: str) -> None:
+    """Refuse what cannot be written or trained on."""
+    check_names([data.answers], WRITERS, f"answers of {path}")
+    for name, least in (("rounds", 1), ("max_new_tokens", 1), ("temperature", 0)):
+        if not least <= getattr(data, name) < math.inf:
+            raise ValueError(f"data.{name} of {path} is {getattr(data, name)}: expected a finite number of at least {least}.")
+    if data.rounds == 1:
+        return
+    if data.answers != "target":
+        raise ValueError(f"data.rounds of {path} is {data.rounds}: only answers of the target change from round to round.")
+    if method not in IN_ROUNDS or baselines:
+        raise ValueError(
+            f"data.rounds of {path} is {data.rounds}: in rounds train {', '.join(IN_ROUNDS)}, without baselines beside them; "
+            "`semalign compare` runs several methods."
+        )
 
 
 def _benchmark(section: Any, task: str, path: str) -> BenchmarkSettings:

@@ -27,17 +27,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
-from hf_semalign.card import benchmark_entries, benchmark_scores, render_card, restriction
+from hf_semalign.card import benchmark_entries, benchmark_scores, render_card
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
-from hf_semalign.guards import claimed, damage, disk_errors_explained, last_checkpoint
+from hf_semalign.guards import claimed, disk_errors_explained
 from hf_semalign.harness import check_benchmark, rows_digest, run_benchmark
 from hf_semalign.hub import hub_name, open_repo, push_transfer
 from hf_semalign.inspection import printable
 from hf_semalign.loading import check_engine, device_name, is_set
-from hf_semalign.plan import plan
-from hf_semalign.recipe import METHODS, Recipe, load_tokenizer
+from hf_semalign.recipe import Recipe, load_tokenizer
+from hf_semalign.rounds import make_trainer, start_of, train_recipe, with_answers
 from hf_semalign.semantics import checksum
 from hf_semalign.source import Source
 from hf_semalign.splits import check_disjoint, encode
@@ -105,7 +105,6 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     metrics: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
-    checkpoint = _checkpoint(args, args.resume_from_checkpoint)
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = load_tokenizer(recipe)
@@ -113,34 +112,27 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
         for other in others:
             check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
     source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
-    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
-    seconds |= trainer.seconds
-    if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
-        logger.warning("%s The card is going to say so.", warning)
-    with timed("evaluation before", seconds):
-        known = _measure_source(recipe, trainer, data, tokenizer)
+
+    def measure_before(trainer: SemAlignTrainer) -> None:
+        metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
         if args.signals == "cached":
             source.release()  # generation takes memory, too
         for other in others:
             other.remember(trainer)
-        metrics |= {"target": _measure(recipe, trainer, data, tokenizer, others), "source": known}
-    with timed("training", seconds):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.is_world_process_zero():
-            (folder / "results.json").unlink(missing_ok=True)  # of an earlier adapter, if one was here
-        trainer.save_model()
+        metrics["target"] = _measure(recipe, trainer, data, tokenizer, others)
+
+    trainer, rows, trained = train_recipe(recipe, folder, args, source, data, tokenizer, measure_before)
+    seconds |= trained["seconds"]
     with timed("evaluation after", seconds):
         metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)
         metrics["source"] |= _score_source(recipe, trainer, tokenizer)  # the longest comes last, when the adapter is safe
     results = {
         "task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
-        "steps": trainer.state.global_step,
         "date": date.today().isoformat(),
         "overlap": asdict(data.overlap) if data.overlap else None,
-        "cost": plan(trainer.known, args, recipe.method).cost,
         "metrics": metrics,
-        "history": [entry for entry in trainer.state.log_history if "stage" in entry],
+        **trained,
         "seconds": seconds,
         "machine": {"device": device_name(args.device), "cpus": os.cpu_count(), "platform": platform.platform()},
     }
@@ -148,8 +140,8 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
     for name in recipe.baselines:
         with timed(f"baseline {name}", seconds):
             settings = recipe.config(folder / name, name, signals_dir=str(signals_root(args)))
-            baseline = _make_trainer(recipe, name, source, settings, data, tokenizer, like=trainer)
-            baseline.train(resume_from_checkpoint=_checkpoint(settings, args.resume_from_checkpoint is not False))
+            baseline = make_trainer(recipe, name, source, settings, rows, tokenizer, like=trainer)
+            baseline.train(resume_from_checkpoint=start_of(settings, args.resume_from_checkpoint is not False))
             metrics[name] = _measure(recipe, baseline, data, tokenizer, others)
         _write(folder, trainer, results, started)
     return results
@@ -172,24 +164,14 @@ def run_signals(recipe: Recipe) -> Path:
         raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
-    trainer = _make_trainer(recipe, recipe.method, source, args, data, tokenizer)
+    if recipe.data.answers == "target":
+        raise ValueError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
+    rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
+    trainer = make_trainer(recipe, recipe.method, source, args, rows, tokenizer)
     trainer.prepare_signals()
     _measure_source(recipe, trainer, data, tokenizer)
     _score_source(recipe, trainer, tokenizer)
     return source.folder(signals_root(args))
-
-
-def _checkpoint(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
-    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere.
-
-    Raises:
-        ValueError: a named checkpoint that is not whole.
-    """
-    if wanted is None or wanted is True:
-        return last_checkpoint(str(args.output_dir))
-    if wanted and (found := damage(Path(wanted))):
-        raise ValueError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
-    return wanted
 
 
 def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
@@ -230,29 +212,6 @@ def results_table(results: dict[str, Any]) -> Table:
         losses = [f"{values[name]:.3f}" if name in values else "-" for name in ("kl", "loss")]
         table.add_row(METHOD_NAMES[method], *(found.get(task, "-") for task in scored), *shares, *losses)
     return table
-
-
-def _make_trainer(
-    recipe: Recipe,
-    method: str,
-    source: Source,
-    args: SemAlignConfig,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    like: SemAlignTrainer | None = None,
-) -> SemAlignTrainer:
-    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
-    return METHODS[method](
-        resolve_model(recipe.target),
-        source,
-        args,
-        data.align,
-        eval_dataset=data.eval,
-        extract_dataset=data.extract,
-        processing_class=tokenizer,
-        pairing=None if like is None else like.pairing,
-        semantic_map=None if like is None else like.semantic_map,
-    )
 
 
 @dataclass

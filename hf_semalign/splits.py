@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, compress, islice, takewhile
 from operator import index
 from typing import Any
@@ -165,7 +166,7 @@ def encode(
     def encoded() -> Iterator[tuple[list[int], list[int], int]]:
         nonlocal cut
         for row, record in enumerate(records):
-            ids, labels = _tokenize(record, tokenizer, f"{split}[{row}]")
+            ids, labels = tokenize(record, tokenizer, f"{split}[{row}]")
             cut += max_length is not None and len(ids) > max_length
             ids, labels = ids[:max_length], labels[:max_length]
             if all(label == IGNORED for label in labels[1:]):
@@ -212,7 +213,8 @@ def _digest(content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
+def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
+    """``input_ids`` and ``labels`` of a record, see :func:`encode`; ``where`` names it in errors."""
     if not ({"prompt", "completion"} <= record.keys() or "messages" in record):
         return _token_ids(record, where)
     check_text(record, where)
@@ -229,6 +231,20 @@ def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: 
     return ids, _mask_prompt(tokenizer(prompt)["input_ids"], ids)
 
 
+def prompt_ids(
+    prompt: str | Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str = "A prompt"
+) -> list[int]:
+    """Token ids of a prompt that is to be answered; of messages with what opens the answer's turn.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
+    if not isinstance(prompt, str):
+        return _render(prompt, tokenizer, where, opening=True)
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
 def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
     # A tokenizer may merge the seam of prompt and answer into one token: what differs from there on is the answer's.
     shared = 0
@@ -237,19 +253,21 @@ def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
     return [IGNORED] * shared + list(ids[shared:])
 
 
+def _render(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, opening: bool) -> list[int]:
+    """Token ids of turns in the chat template; ``opening``: and of what opens the next answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where}: the tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
+            "columns of plain text, or a tokenizer with a template."
+        )
+    text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opening)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def _tokenize_chat(
     messages: Sequence[Mapping[str, str]], first_answer: int, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
-            "columns of plain text, or a tokenizer with a template."
-        )
-
-    def render(turns: Sequence[Mapping[str, str]], opening: bool) -> list[int]:
-        text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opening)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
+    render = partial(_render, tokenizer=tokenizer, where=where)
     ids = render(messages, opening=False)
     labels = [IGNORED] * len(ids)
 

@@ -480,7 +480,7 @@ def recall_record(path: Path) -> Any | None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all; call it under the lock of its folder."""
     with _whole(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def load_task(
     files: Files | None = None,
     seed: int = 42,
     skills: Sequence[str] | None = None,
+    prompts_only: bool = False,
 ) -> TaskData:
     """Load the three splits of a task, disjoint by normalised prompt.
 
@@ -83,6 +84,7 @@ def load_task(
             ``eval``, of which the first rows are kept.
         seed: seed of the draw; the same seed gives the same rows in the same order.
         skills: of ``symbols``, some of its skills; by default all.
+        prompts_only: the ``align`` rows of ``records`` need no answers, since a model is going to write them.
 
     Returns:
         The records. Those of ``records`` are not compared with each other here: ``check_disjoint`` does that.
@@ -99,7 +101,8 @@ def load_task(
     if task == "records":
         files = files or {}
         _check_files(task, files, tuple(counts))
-        rows = {split: _read_records(Path(files[split]))[:count] for split, count in counts.items()}
+        bare = {"align"} if prompts_only else set()
+        rows = {split: _read_records(Path(files[split]), split not in bare)[:count] for split, count in counts.items()}
         return TaskData(rows["extract"], rows["align"], rows["eval"])
     _check_files(task, files, ("train",), optional=("test",))
     return _draw_benchmark(task, counts, files, seed)
@@ -239,7 +242,7 @@ def _compare(task: str, items: list[Item], tests: list[Item]) -> Overlap | None:
     return found
 
 
-def _read_records(path: Path) -> list[Row]:
+def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
     formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix == ".jsonl":
         rows = read_json_lines(path)
@@ -252,9 +255,10 @@ def _read_records(path: Path) -> list[Row]:
         raise ValueError(f"{path} ends in {path.suffix!r}: expected .jsonl, {', '.join(formats)}.")
     if not rows:
         raise ValueError(f"{path} has no rows: every split needs at least one.")
+    wanted = ("prompt", "completion") if with_answers else ("prompt",)
     for number, row in enumerate(rows):
-        if "messages" not in row and not {"prompt", "completion"} <= row.keys():
-            raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected prompt and completion, or messages.")
+        if "messages" not in row and not set(wanted) <= row.keys():
+            raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
         check_text(row, f"Row {number} of {path}")
     return rows
 

@@ -6,7 +6,7 @@ from conftest import tiny_llama
 from families import FAMILIES, build
 
 from hf_semalign import generation
-from hf_semalign.generation import computing_in, continue_greedily, fastest_dtype, generating, rows_that_fit
+from hf_semalign.generation import computing_in, continue_prompts, fastest_dtype, generating, rows_that_fit
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12], [13]]
 IDS = torch.tensor([[0] * (5 - len(row)) + row for row in PROMPTS])
@@ -20,7 +20,7 @@ def plain(model, length):
 
 def ours(model, length, **settings):
     with generating(model):
-        return continue_greedily(model, IDS, MASK, max_new_tokens=length, eos_token_ids=[2], pad_token_id=0, **settings)
+        return continue_prompts(model, IDS, MASK, max_new_tokens=length, eos_token_ids=[2], pad_token_id=0, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,7 +58,7 @@ def test_an_end_token_ends_an_answer_within_a_segment():
     expected = plain(model, 6)
     end = int(expected[0, 1])
     with generating(model):
-        found = continue_greedily(model, IDS, MASK, max_new_tokens=6, eos_token_ids=[2, end], pad_token_id=0)
+        found = continue_prompts(model, IDS, MASK, max_new_tokens=6, eos_token_ids=[2, end], pad_token_id=0)
     assert found[0, :2].tolist() == expected[0, :2].tolist() and not found[0, 2:].any()
 
 
@@ -76,7 +76,7 @@ def test_the_head_gets_its_states_in_one_piece():
     model, pieces = tiny_llama(2, 16, seed=4), []
     with generating(model):
         model.lm_head.register_forward_pre_hook(lambda module, args: pieces.append(args[0].is_contiguous()))
-        continue_greedily(model, IDS, MASK, max_new_tokens=3, eos_token_ids=[2], pad_token_id=0)
+        continue_prompts(model, IDS, MASK, max_new_tokens=3, eos_token_ids=[2], pad_token_id=0)
     assert pieces == [True] * 3
 
 

@@ -11,8 +11,8 @@ ORDER = (
     "symbols", "anatomy", "projections", "splits", "hooks", "rows", "tasks", "losses", "attribution", "pairing", "semantics",
     "frontier", "states", "guards", "config", "sharding", "loading", "source", "scores", "signals", "prefix", "preparation",
     "objective", "layerwise", "figures", "card", "hub", "inspection", "trainer", "analysis", "sandbox", "generation",
-    "evaluation", "problems", "harness", "baselines", "recipe", "plan", "runs", "tables", "paired", "compare", "studies",
-    "report", "cli",
+    "answers", "evaluation", "problems", "harness", "baselines", "recipe", "plan", "rounds", "runs", "tables", "paired",
+    "compare", "studies", "report", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

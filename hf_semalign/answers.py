@@ -1,0 +1,211 @@
+"""Answers that a model writes: prompts to rows that the target trains on, kept as JSON lines while they come."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.anatomy import CausalLM
+from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
+from hf_semalign.splits import Record, check_text, prompt_ids, tokenize
+from hf_semalign.states import write_text
+
+logger = logging.getLogger(__name__)
+WRITERS = ("dataset", "source", "target")
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: longest answer, its end token included.
+        temperature: 0 is greedy.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 42
+
+
+def question(record: Record, where: str = "A row") -> str | list[dict[str, Any]]:
+    """What a row asks: its prompt, or its messages up to the last answer, which it need not have.
+
+    Raises:
+        ValueError: a row of token ids, or of something else than text.
+    """
+    if "prompt" not in record and "messages" not in record:
+        raise ValueError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
+    check_text(record, where)
+    if "prompt" in record:
+        prompt = record["prompt"]
+        return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    turns = [dict(turn) for turn in record["messages"]]
+    return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+
+
+def write_answers(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    model: Callable[[], CausalLM],
+    path: Path,
+    sampling: Sampling = Sampling(),
+    *,
+    progress: bool = True,
+) -> list[Entry]:
+    """Have a model answer the prompts of some rows.
+
+    Answers are appended to a file as soon as their batch is done. What stands there is not written again, so that an
+    interrupted call goes on where it stopped; whoever calls sees to it that another model or other rows have another file.
+
+    Args:
+        records: rows with ``prompt`` or ``messages``; their own answers are not looked at.
+        tokenizer: the model's.
+        model: gives the model; called if an answer is missing.
+        path: a JSON-lines file, whose lines are rows to train on: ``row``, ``prompt``, ``completion``; ``prompt_tokens`` and
+            ``tokens``, how many they are, the end token included; ``ended``, false where it met ``max_new_tokens``;
+            ``same_tokens``, whether the tokenizer reads the text as the tokens that were written; ``seed``.
+        sampling: how to write.
+        progress: show a progress bar.
+
+    Returns:
+        The entries of the file, one for each row, in the order of the rows.
+
+    Raises:
+        ValueError: a row without a prompt in text, or a tokenizer without EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
+    questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
+    prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
+    known = {entry["row"]: entry for entry in _read(path)}
+    if any(row not in known for row in range(len(prompts))):
+        known |= _write(known, questions, prompts, tokenizer, model(), path, sampling, progress)
+    return [known[row] for row in range(len(prompts))]
+
+
+def _write(
+    known: dict[int, Entry],
+    questions: Sequence[Any],
+    prompts: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM,
+    path: Path,
+    sampling: Sampling,
+    progress: bool,
+) -> dict[int, Entry]:
+    """The entries of all batches that lack one, added to the file; the longest prompts come first."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = rows_that_fit(model, sampling.max_new_tokens)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    missing = [rows for rows in batches if not known.keys() >= set(rows)]
+    again = {row for rows in missing for row in rows}
+    write_text(path, _lines(entry for row, entry in known.items() if row not in again))
+    logger.info("%d of %d answers are written to %s", len(again), len(prompts), path)
+    ends = end_tokens(model, tokenizer)
+    made: dict[int, Entry] = {}
+    with (
+        generating(model),
+        computing_in(model, fastest_dtype(model)),
+        torch.random.fork_rng(),
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(again), desc="answers", disable=not progress) as bar,
+    ):
+        for rows in missing:
+            seed = sampling.seed + rows[0]  # its own for each batch, so that an interrupted call draws as one that was not
+            torch.manual_seed(seed)
+            ids = [torch.tensor(prompts[row], device=model.device) for row in rows]
+            masks = [torch.ones_like(one) for one in ids]
+            new = continue_prompts(
+                model,
+                pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left"),
+                pad_sequence(masks, batch_first=True, padding_side="left"),
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_ids=ends,
+                pad_token_id=tokenizer.pad_token_id,
+                temperature=sampling.temperature,
+                on_end=bar.update,
+            ).tolist()
+            batch = {
+                row: {"row": row, **_entry(questions[row], prompts[row], tokens, ends, tokenizer), "seed": seed}
+                for row, tokens in zip(rows, new, strict=True)
+            }
+            file.write(_lines(batch.values()))
+            file.flush()
+            made |= batch
+    return made
+
+
+def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Entry:
+    """What the file says of an answer; its tokens may be followed by padding."""
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    text, ended = _text(prompt, tokens[:length], tokenizer), length < len(tokens)
+    row = {"prompt": asked, "completion": text if isinstance(asked, str) else [{"role": "assistant", "content": text}]}
+    written = prompt + tokens[:length]
+    same = tokenize(row, tokenizer, "An answer")[0][: len(written)] == written
+    return {**row, "prompt_tokens": len(prompt), "tokens": length + ended, "ended": ended, "same_tokens": same}
+
+
+def _lines(entries: Iterable[Entry]) -> str:
+    return "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries)
+
+
+def _text(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer as it follows its prompt: decoded alone, many tokenizers would drop the space that it begins with."""
+    before, both, alone = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt, *answer], answer))
+    return both[len(before) :] if both.startswith(before) else alone
+
+
+def _read(path: Path) -> list[Entry]:
+    """The entries of a file, which may end in the middle of one, where a process was killed."""
+    if not path.is_file():
+        return []
+    text = path.read_bytes()
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]]
+
+
+def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows to train on, and how many answers were not used for what reason.
+
+    An answer is left out when it did not end, or is longer with its prompt than ``max_length`` (``cut``): nothing would teach
+    the target to end there. So is an ``empty`` one. ``retokenised`` counts answers that are used, and whose text the tokenizer
+    cuts into other tokens than the model wrote.
+
+    Raises:
+        ValueError: no answer is left.
+    """
+    rows, counts = [], {"rows": len(entries), "cut": 0, "empty": 0, "retokenised": 0}
+    for entry in entries:
+        length = entry["prompt_tokens"] + entry["tokens"]
+        completion = entry["completion"]
+        text = completion if isinstance(completion, str) else completion[0]["content"]
+        if not entry["ended"] or (max_length is not None and length > max_length):
+            counts["cut"] += 1
+        elif not text.strip():
+            counts["empty"] += 1
+        else:
+            counts["retokenised"] += not entry["same_tokens"]
+            rows.append({"prompt": entry["prompt"], "completion": completion})
+    if not rows:
+        raise ValueError(
+            f"None of {len(entries)} answers can be used: {counts['cut']} did not end within the limit, {counts['empty']} are "
+            f"empty. Raise data.max_new_tokens and data.max_length (now {max_length}), or look whether the model knows how to "
+            "answer such prompts."
+        )
+    if left := len(entries) - len(rows):
+        logger.warning(
+            "%d of %d written answers are left out: %d are longer than the limit, %d are empty.",
+            left, len(entries), counts["cut"], counts["empty"],
+        )  # fmt: skip
+    return rows, counts

@@ -144,7 +144,24 @@ def maps() -> Grid:
     return grid(*((base, changes) for base in ("joint", "single") for changes in ({}, {"relation_weight": 1.0}, *others)))
 
 
-GRIDS = {grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, maps)}
+def objectives() -> Grid:
+    """What the layer loss could ask instead, in all layers at once (``trials.py``)."""
+    others = [("fisher", weight) for weight in (0.03, 0.1, 0.3)]
+    others += [("fisher, normed", weight) for weight in (0.03, 0.3)]
+    others += [(name, weight) for name in ("contribution", "contribution, own space") for weight in (0.3, 1.0)]
+    others += [("fisher, random map", 0.1)]
+    return grid(("KD", {}), ("joint", {}), *(("joint", {"method": name, "relation_weight": weight}) for name, weight in others))
+
+
+def divergences() -> Grid:
+    """What the output loss could ask instead, without a layer loss."""
+    others = ("reverse KL", "JSD 0.5", "JSD 0.9", "KL and 0.3 answers", "KL and 1 answers")
+    return grid(("KD", {}), ("SFT", {}), *(("KD", {"method": name}) for name in others))
+
+
+GRIDS = {
+    grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, maps, objectives, divergences)
+}
 
 
 def run_cell(recipe: Path, settings: dict[str, Any] | None, seed: int, folder: Path) -> dict[str, Any]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
-from hf_semalign.anatomy import dissect
+from hf_semalign.anatomy import dissect, final_norm
 from hf_semalign.frontier import FrontierSchedule, stage_learning_rate
+from hf_semalign.objective import Objective
 from hf_semalign.pairing import pair_layers
 from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap
+from hf_semalign.signals import BatchSignals
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator
 
@@ -67,16 +74,21 @@ class Balanced(SemAlignTrainer):
         super().__init__(*args, **kwargs)
         self._share = self.args.relation_weight
 
+    def _weigh(self, layer: float, output: float) -> None:
+        self.objective = replace(self.objective, relation_weight=layer, kl_weight=output)
+        self.args.relation_weight = layer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The layer loss weighted anew where it is time, and then the loss as ever."""
         if model.training and self.state.global_step % REBALANCED == 0:
             lengths = []
-            for self.args.relation_weight, self.args.kl_weight in ((1.0, 0.0), (0.0, 1.0)):
+            for weights in ((1.0, 0.0), (0.0, 1.0)):
+                self._weigh(*weights)
                 loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 gradients = torch.autograd.grad(loss, trained, allow_unused=True)
                 lengths.append(torch.stack([g.norm() for g in gradients if g is not None]).norm().item())
-            self.args.relation_weight, self.args.kl_weight = self._share * lengths[1] / lengths[0], 1.0
+            self._weigh(self._share * lengths[1] / lengths[0], 1.0)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -89,7 +101,8 @@ class Annealed(SemAlignTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss under the weight of this step."""
-        self.args.relation_weight = self._first * (1 - self.state.global_step / self.schedule.total_steps)
+        weight = self._first * (1 - self.state.global_step / self.schedule.total_steps)
+        self.objective, self.args.relation_weight = replace(self.objective, relation_weight=weight), weight
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -118,9 +131,7 @@ class RandomMap(SemAlignTrainer):
 
     def __init__(self, model: PreTrainedModel, source_model: Source, *rest: Any, **given: Any) -> None:
         known = SemanticMap.from_models(source_model.model("cpu"), model)
-        columns = torch.randn(known.matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=known.matrix.dtype)
-        rows = torch.linalg.qr(columns)[0].T
-        super().__init__(model, source_model, *rest, **given, semantic_map=_replaced(known, rows, "random"))
+        super().__init__(model, source_model, *rest, **given, semantic_map=_random(known))
 
 
 def _replaced(known: SemanticMap, matrix: torch.Tensor, name: str) -> SemanticMap:
@@ -134,7 +145,137 @@ def _replaced(known: SemanticMap, matrix: torch.Tensor, name: str) -> SemanticMa
     )
 
 
-TRIALS: dict[str, type[SemAlignTrainer]] = {
+class WithObjective(SemAlignTrainer):
+    """Another objective in the place of the library's, made of it by ``kind``."""
+
+    def __init__(self, *args: Any, kind: Callable[[SemAlignTrainer, Objective], Objective], **given: Any) -> None:
+        self._kind = kind
+        super().__init__(*args, **given)
+
+    def _make_objective(self, semantic_map: SemanticMap | None, root: Path | None) -> Objective:
+        return self._kind(self, super()._make_objective(semantic_map, root))
+
+
+def _parts(objective: Objective) -> dict[str, Any]:
+    return {item.name: getattr(objective, item.name) for item in fields(Objective)}
+
+
+@dataclass(frozen=True)
+class FisherObjective(Objective):
+    """``1/2 (E_p[u^2] - E_p[u]^2)``, ``u = W (y - y~)``, ``p = softmax(W y~)``: the second order of the KL between the logits
+    of the mapped state and of the layer's output; ``norm`` stands before the head. Our reading of the published version.
+    """
+
+    norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def _layer_loss(self, state, supervision, valid, tokens, sequences):
+        output = state.output
+        if state.input.requires_grad:
+            output = output + (state.input.detach() - state.input)
+        wanted, weight = self.norm(supervision[valid]).detach(), self.target_head.weight
+        shares = (wanted @ weight.T).softmax(-1)
+        moved = (self.norm(output[valid]) - wanted) @ weight.T
+        return ((shares * moved**2).sum(-1) - (shares * moved).sum(-1) ** 2).sum() / (2 * tokens)
+
+
+@dataclass(frozen=True)
+class ContributionObjective(Objective):
+    """The relation loss of ``y - x`` against what the source adds between two paired layers, mapped; from the second on."""
+
+    def terms(self, states, signals, labels, tokens, sequences):
+        """Those of the library, with contributions for supervision."""
+        if not signals.supervision:
+            return super().terms(states, signals, labels, tokens, sequences)
+        added = [after - before for before, after in pairwise(signals.supervision)]
+        wanted = [state.input.detach() + more for state, more in zip(states[1:-1], added, strict=True)]
+        return super().terms(states[1:], BatchSignals(wanted, signals.final), labels, tokens, sequences)
+
+
+@dataclass(frozen=True)
+class OwnSpaceObjective(ContributionObjective):
+    """The same with the geometry of the source's contributions in its own space, which needs no map."""
+
+    def terms(self, states, signals, labels, tokens, sequences):
+        """Those of the library, with contributions for supervision."""
+        if not signals.supervision:
+            return super(ContributionObjective, self).terms(states, signals, labels, tokens, sequences)
+        added = [after - before for before, after in pairwise(signals.supervision)]
+        more = BatchSignals(added, signals.final)
+        return super(ContributionObjective, self).terms(states[1:], more, labels, tokens, sequences)
+
+    def _layer_loss(self, state, supervision, valid, tokens, sequences):
+        output = state.output
+        if state.input.requires_grad:
+            output = output + (state.input.detach() - state.input)
+        total = output.new_zeros(())
+        for own, wanted, kept in zip(output - state.input.detach(), supervision, valid, strict=True):
+            if kept.sum() < 2:
+                continue
+            mine, theirs = (F.normalize(rows[kept] - rows[kept].mean(0), dim=-1) for rows in (own, wanted))
+            mine, theirs = mine @ mine.T, theirs @ theirs.T
+            weights = theirs.abs().fill_diagonal_(0)
+            total = total + (weights * (mine - theirs) ** 2).sum() / weights.sum()
+        return total / sequences.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class DivergenceObjective(Objective):
+    """Another divergence from the source's output: ``KL(target || source)`` (``reverse``), the generalised Jensen-Shannon one
+    of GKD (``share``), or the KL with a weighted cross-entropy of the answers (``answers``).
+    """
+
+    reverse: bool = False
+    share: float | None = None
+    answers: float = 0.0
+
+    def _output_losses(self, hidden, signals, labels, valid):
+        theirs = self.source_head.logits(signals.final).log_softmax(-1)
+        logits = self.target_head.logits(hidden)
+        own = logits.log_softmax(-1)
+        if self.reverse:
+            return (own.exp() * (own - theirs)).sum(-1)
+        if self.share is not None:
+            parts = torch.stack([theirs + math.log(self.share), own + math.log(1 - self.share)])
+            mixed = parts.logsumexp(0)
+            kls = [(one.exp() * (one - mixed)).sum(-1) for one in (theirs, own)]
+            return self.share * kls[0] + (1 - self.share) * kls[1]
+        kl = (theirs.exp() * (theirs - own)).sum(-1)
+        return kl + self.answers * F.cross_entropy(logits, labels[:, 1:][valid[:, :-1]], reduction="none")
+
+
+def _fisher(trainer: SemAlignTrainer, objective: Objective, normed: bool = False, random: bool = False) -> FisherObjective:
+    parts = _parts(objective)
+    if random:
+        parts["semantic_map"] = _random(objective.semantic_map)
+    return FisherObjective(**parts, norm=final_norm(trainer.target_anatomy) if normed else nn.Identity())
+
+
+def _contribution(trainer: SemAlignTrainer, objective: Objective) -> ContributionObjective:
+    return ContributionObjective(**_parts(objective))
+
+
+def _own_space(trainer: SemAlignTrainer, objective: Objective) -> OwnSpaceObjective:
+    known, width = objective.semantic_map, objective.source_head.weight.shape[1]
+    same = SemanticMap(
+        torch.eye(width),
+        kind=known.kind,
+        shared_tokens=known.shared_tokens,
+        condition_number=1.0,
+        fingerprint="identity" + known.fingerprint,
+    )
+    return OwnSpaceObjective(**_parts(objective) | {"semantic_map": same})
+
+
+def _divergence(trainer: SemAlignTrainer, objective: Objective, **how: Any) -> DivergenceObjective:
+    return DivergenceObjective(**_parts(objective), **how)
+
+
+def _random(known: SemanticMap) -> SemanticMap:
+    columns = torch.randn(known.matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=known.matrix.dtype)
+    return _replaced(known, torch.linalg.qr(columns)[0].T, "random")
+
+
+TRIALS: dict[str, Callable[..., SemAlignTrainer]] = {
     "semalign": SemAlignTrainer,
     "one schedule": OneSchedule,
     "dealt by score": DealtByScore,
@@ -144,4 +285,14 @@ TRIALS: dict[str, type[SemAlignTrainer]] = {
     "even map": EvenMap,
     "random map": RandomMap,
     "ends at last": EndsAtLast,
+    "fisher": partial(WithObjective, kind=_fisher),
+    "fisher, normed": partial(WithObjective, kind=partial(_fisher, normed=True)),
+    "fisher, random map": partial(WithObjective, kind=partial(_fisher, random=True)),
+    "contribution": partial(WithObjective, kind=_contribution),
+    "contribution, own space": partial(WithObjective, kind=_own_space),
+    "reverse KL": partial(WithObjective, kind=partial(_divergence, reverse=True)),
+    "JSD 0.5": partial(WithObjective, kind=partial(_divergence, share=0.5)),
+    "JSD 0.9": partial(WithObjective, kind=partial(_divergence, share=0.9)),
+    "KL and 0.3 answers": partial(WithObjective, kind=partial(_divergence, answers=0.3)),
+    "KL and 1 answers": partial(WithObjective, kind=partial(_divergence, answers=1.0)),
 }

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
 RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
 LAST_LINES = 5
+PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             raise ValueError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
         check_names(changes, ["method", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
+    for section in ("tasks", "methods"):
+        folders: dict[str, str] = {}
+        for name in map(str, content[section]):
+            if (other := folders.setdefault(_slug(name), name)) != name:
+                raise ValueError(
+                    f"{section} of the {where} has {other!r} and {name!r}, whose runs would have one folder, {_slug(name)!r}: "
+                    "rename one of them, so that they differ in letters or digits."
+                )
     theirs = [text for text in overrides if text not in ours]
     recipes = {}
     for task, file in content["tasks"].items():
@@ -209,12 +218,14 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
         steps = {budget: plan.steps for budget in comparison.budgets}
         if "equal compute" in steps and trainer.takes_steps:
             steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
+        recipe = _changed(comparison, task, name)
+        stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
+        steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
         for count in dict.fromkeys(steps.values()):
             budgets = tuple(budget for budget, wanted in steps.items() if wanted == count)
-            recipe = _changed(comparison, task, name)
             training = {**recipe.training, "seed": seed, "signals_dir": str(Path(comparison.output_dir) / "_signals")}
             if count != plan.steps:
-                training = {**training, "max_steps": count}
+                training = {**training, "max_steps": count // stages}
             folder = Path(comparison.output_dir) / _slug(task) / f"{_slug(name)}-{count}-seed{seed}"
             found.append(Cell(task, name, replace(recipe, output_dir=str(folder), training=training), budgets))
     return found
@@ -229,10 +240,11 @@ def _product(comparison: Comparison) -> Iterator[tuple[str, tuple[str, dict[str,
 
 
 def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
-    """A task's recipe by one of the methods."""
+    """A task's recipe by one of the methods. Its run is not published: under one name, the last of them would be left."""
     recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
     method = changes.pop("method", Recipe.method)
-    return replace(recipe, method=method, training={**recipe.training, **changes}, baselines=())
+    training = {key: value for key, value in {**recipe.training, **changes}.items() if not key.startswith(PUBLISHING)}
+    return replace(recipe, method=method, training=training, baselines=())
 
 
 def _slug(name: str) -> str:

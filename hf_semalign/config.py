@@ -44,6 +44,18 @@ REFUSED = {
     "bf16_full_eval": "the target must keep one dtype through training; load it in bfloat16, or use bf16",
     "fp16_full_eval": "the target must keep one dtype through training; load it in float16, or use fp16",
     "torch_compile": "frames would be reused when the frontier moves",
+    "torch_compile_backend": "frames would be reused when the frontier moves",
+    "torch_compile_mode": "frames would be reused when the frontier moves",
+    "use_liger_kernel": "its fused loss would never be called; the losses here make no whole logits either",
+    "neftune_noise_alpha": "states that are computed once would be without the noise",
+    "use_cache": "training keeps no keys and values",
+    "optim_target_modules": "what trains is LoRA; lora_targets says where",
+    "batch_eval_metrics": "evaluate() measures KL and losses, and takes no compute_metrics",
+    "include_for_metrics": "evaluate() measures KL and losses, and takes no compute_metrics",
+    "enable_jit_checkpoint": "SIGTERM leaves a checkpoint anyway, at the end of the step",
+    "parallelism_config": "choose DDP, FSDP2 or ZeRO-2 by an accelerate config, as in recipes/accelerate",
+    "ddp_static_graph": "which layers have a gradient changes with the frontier",
+    "fsdp_config": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
     "fsdp": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
     "deepspeed": "choose ZeRO-2 by an accelerate config, as in recipes/accelerate/zero2.yaml",
 }
@@ -162,6 +174,15 @@ class SemAlignConfig(TrainingArguments):
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: {reason}.")
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(f"label_names is {self.label_names!r}: the rows that training makes have labels, and no others.")
+        if self.train_sampling_strategy == "batch_rebalance" or not self.dataloader_in_order:
+            raise ValueError(
+                "train_sampling_strategy must not be 'batch_rebalance', nor dataloader_in_order False: the batches of an epoch "
+                "come in one order, the partial one last, so that a run can be resumed within it."
+            )
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "relation")):
+            self.greater_is_better = False  # transformers knows that of names that end in loss alone
         if self.ddp_find_unused_parameters is False and self.frontier != "joint":
             raise ValueError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
         if not self.average_tokens_across_devices:
@@ -187,9 +208,18 @@ class SemAlignConfig(TrainingArguments):
         return self.relation_weight > 0 or self.output_loss != "answers"
 
     def planned_steps(self, num_examples: int) -> int:
-        """Optimizer steps of ``max_steps``, or of ``num_train_epochs`` over so many examples; a stage's under ``per_stage``."""
-        if self.max_steps > 0:
-            return self.max_steps
+        """Optimizer steps of ``max_steps``, or of ``num_train_epochs`` over so many examples; a stage's under ``per_stage``.
+
+        Raises:
+            ValueError: ``dataloader_drop_last``, and fewer examples than a batch.
+        """
         rounded = math.floor if self.dataloader_drop_last else math.ceil
         batches = rounded(num_examples / (self.train_batch_size * self.world_size))
+        if batches == 0:
+            raise ValueError(
+                f"dataloader_drop_last drops all of {num_examples} training rows, which are fewer than a batch of "
+                f"{self.train_batch_size * self.world_size}: leave it out, or lower per_device_train_batch_size."
+            )
+        if self.max_steps > 0:
+            return self.max_steps
         return math.ceil(self.num_train_epochs * max(1, math.ceil(batches / self.gradient_accumulation_steps)))

@@ -205,6 +205,11 @@ class FrontierCallback(TrainerCallback):
         self.stage = None
         self._move(state.global_step)
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Freeze again what another callback has set free, as peft's ``disable_adapter`` does when it ends."""
+        if self.stage is not None:
+            train_only(self.layers, self.frontier.trained(self.stage))
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Move on when the next step belongs to another stage, and there is one."""
         if not control.should_training_stop:

@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, set_seed, sort_checkpoints
 
 from hf_semalign.anatomy import Anatomy, base_model
 from hf_semalign.config import SemAlignConfig
@@ -346,9 +346,15 @@ class LayerwiseTrainer(Trainer):
             state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
             if state.global_step >= self.schedule.total_steps:
                 self._shard()
-                self._load_from_checkpoint(path)
+                self._load_from_checkpoint(self._best(state) or path)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(path) / OPTIMIZER_NAME).is_file()):
+                raise ValueError(
+                    f"{path} has no optimizer, as save_only_model leaves it: training would not go on as it began. Start anew "
+                    "with resume_from_checkpoint=False, and leave save_only_model out of a run that may be interrupted."
+                )
+        set_seed(self.args.seed)  # whatever was drawn meanwhile, and that depends on what was cached
         try:
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
@@ -363,6 +369,15 @@ class LayerwiseTrainer(Trainer):
         if self.state.global_step < self.schedule.total_steps:
             self._signals_taken.leave()
         return output
+
+    def _best(self, state: TrainerState) -> str | None:
+        """The checkpoint whose weights a finished run ends with, if they are not the last."""
+        if not self.args.load_best_model_at_end or state.best_global_step is None:
+            return None
+        best = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if found := damage(best):
+            raise ValueError(f"load_best_model_at_end wants the weights of {best}: {found}. Start anew, or set it to False.")
+        return str(best)
 
     def _checkpoint(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to go on from, the same for all ranks, and whole."""

@@ -49,7 +49,8 @@ def sequence_relation_losses(
         states.flatten(0, 1).index_select(0, rows).unflatten(0, valid.shape)
         for states in (inputs.detach(), outputs, supervision.detach())
     )
-    return _RelationError.apply(outputs, inputs, supervision, valid)
+    with torch.autocast(outputs.device.type, enabled=False):  # a caller's would multiply in half precision
+        return _RelationError.apply(outputs, inputs, supervision, valid)
 
 
 def _valid_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +159,8 @@ def token_kl(
     source_weight: torch.Tensor | Head,
 ) -> torch.Tensor:
     """``KL(p_src || p_tgt)`` of each position, ``[N]``. Arguments as in :func:`output_kl`."""
-    return _ChunkedKL.apply(target_hidden, _as_head(target_weight), source_hidden.detach(), _as_head(source_weight))
+    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's would multiply in half precision
+        return _ChunkedKL.apply(target_hidden, _as_head(target_weight), source_hidden.detach(), _as_head(source_weight))
 
 
 def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:

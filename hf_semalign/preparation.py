@@ -95,6 +95,8 @@ def prepare(
         ValueError: bad settings, data, models or tokenizers.
     """
     check_engine(args)
+    if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
+        raise ValueError("One model object is source and target: what trains the one would change the other. Load it twice.")
     tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
     if tokenizer is not None and tokenizer.pad_token_id is None:
         raise ValueError(

@@ -82,6 +82,17 @@ class SemanticMap(nn.Module):
                 states = F.normalize(states, dim=-1)
             return F.linear(states, self.matrix).to(hidden.dtype)
 
+    def by_content(self) -> SemanticMap:
+        """A copy whose fingerprint is of the matrix: what is known of one that somebody made or changed by hand."""
+        matrix = self.matrix.detach().clone()
+        return SemanticMap(
+            matrix,
+            kind=self.kind,
+            shared_tokens=self.shared_tokens,
+            condition_number=self.condition_number,
+            fingerprint=checksum(matrix.float()),
+        )
+
     @classmethod
     def from_heads(
         cls,

@@ -93,7 +93,8 @@ class SourceSignals:
 
     One column of states (:class:`hf_semalign.states.StateFolder`) for each paired source layer, mapped but not scaled, so
     that runs with other pairs, scales or weights share what they have in common, and one for the final state. All are in the
-    dtype of the source's weights, which is that of its states: rounding them further would show in training.
+    dtype of the source's weights, which is that of its states: rounding them further would show in training. Mapped states of a
+    float16 source are in float32.
 
     Args:
         source: the source; it is loaded by :meth:`prepare` alone, and only when something is missing.
@@ -272,7 +273,9 @@ class SourceSignals:
 
     def _mapped(self, target_layer: int) -> Column:
         name = f"layer-{self.pairing.source_layers[target_layer]:03d}-{self.semantic_map.fingerprint[:16]}"
-        return Column(name, self.semantic_map.matrix.shape[0], self.source.dtype)
+        half = self.source.dtype == torch.float16  # whose range a mapped state may leave
+        dtype = torch.float32 if half else self.source.dtype
+        return Column(f"{name}-float32" if half else name, self.semantic_map.matrix.shape[0], dtype)
 
     def _hidden(self, layer: int) -> Column:
         """Inputs of a source layer at all positions, in the dtype that they have there."""

@@ -51,6 +51,8 @@ SETTINGS = (
     "lora_r", "lora_alpha", "lora_targets", "source_parts", "target_parts",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "data_seed", "train_sampling_strategy",
+    "dataloader_drop_last",
 )  # fmt: skip
 
 
@@ -234,6 +236,7 @@ class SemAlignTrainer(LayerwiseTrainer):
             source_head = self.source.head(root).to(args.device).rows(tokens)
             own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
             target_head = own_head.rows(tokens)
+            semantic_map = None if semantic_map is None else semantic_map.by_content()
             if semantic_map is None and self.accelerator.is_main_process:
                 cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
                 weights = source_head.weight, target_head.weight
@@ -271,10 +274,14 @@ class SemAlignTrainer(LayerwiseTrainer):
         return DataLoader(dataset, size or self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Also of rows of text, which are encoded as the eval split is."""
+        """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
         if eval_dataset is not None and not isinstance(eval_dataset, str) and "example_id" not in eval_dataset[0]:
             eval_dataset = self._encode(eval_dataset, split="eval")
-        return super().get_eval_dataloader(eval_dataset)
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
         """The signals of all splits on disk; the source runs over what is missing."""
@@ -484,6 +491,7 @@ class SemAlignTrainer(LayerwiseTrainer):
     def record(self) -> dict[str, Any]:
         """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
         settings = {name: getattr(self.args, name) for name in SETTINGS}
+        settings["lr_scheduler_kwargs"] = settings["lr_scheduler_kwargs"] or None  # transformers makes {} of it
         settings["lora_targets"] = self._lora_targets
         return {
             "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},

@@ -18,6 +18,7 @@ from hf_semalign import compare
 from hf_semalign.cli import main
 from hf_semalign.compare import BUDGETS, cells, load_comparison, plans, run_comparison
 from hf_semalign.paired import paired_difference
+from hf_semalign.plan import plan_recipe
 
 SMALL = ["data.align=64", "data.eval=12", "data.extract=4", "training.max_steps=6", "training.frontier=joint"]
 OTHERS = "forgetting={copy: {task: symbols, eval: 6, skills: [copy]}}"
@@ -280,3 +281,27 @@ def test_methods_are_compared_problem_by_problem():
     assert compare._figures(both) == {"kl": 0.1, "score": pytest.approx(4 / 6), "score:mbpp": 0.5, "score:humaneval": 1.0}
     old = {"kl": 0.1, "benchmark": {"task": "mbpp", "value": 0.5, "rows": 4}}  # as earlier versions wrote it
     assert compare._figures(old) == {"kl": 0.1, "score": 0.5}
+
+
+def test_methods_whose_runs_would_have_one_folder_are_refused(written):
+    with pytest.raises(ValueError, match=r"methods of .* has 'SemAlign' and 'SemAlign\+', whose runs would have one folder"):
+        load_comparison(written(), ["methods={SemAlign: {}, SemAlign+: {frontier: single}}"])
+
+
+def test_cells_are_not_published_and_hold_no_token(written):
+    changes = ["training.push_to_hub=true", "training.hub_token=secret", "training.hub_model_id=a/b"]
+    comparison = load_comparison(written(), [*SMALL, *changes])
+    for cell in cells(comparison, plans(comparison)):
+        assert not [key for key in cell.recipe.training if key.startswith(("push", "hub"))]
+
+
+def test_equal_compute_counts_the_stages_of_a_budget_for_each(written):
+    changes = ["methods={Distillation: {method: kd}, SemAlign: {frontier: single, stage_budget: per_stage}}"]
+    comparison = load_comparison(written(), [*SMALL, *changes])
+    planned = plans(comparison)
+    for cell in cells(comparison, planned):
+        known = plan_recipe(cell.recipe)
+        if "equal compute" in cell.budgets:
+            wanted = planned[cell.task, "Distillation"].cost
+            assert sum(known.cost.values()) == pytest.approx(sum(wanted.values()), rel=0.4)
+        assert int(cell.folder.name.split("-")[-2]) == known.steps

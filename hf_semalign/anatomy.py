@@ -34,6 +34,7 @@ FFN_TARGETS: tuple[str, ...] = (
     "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "input_linear",
     "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear",
 )  # fmt: skip
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|embed_position)$")  # tables of learned positions
 LORA_TARGETS: tuple[str, ...] = (
     *FFN_TARGETS,
     "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv",
@@ -200,6 +201,17 @@ def base_model(model: CausalLM) -> PreTrainedModel:
 def embedding_rows(model: PreTrainedModel) -> int:
     """Number of tokens that a model has embeddings for."""
     return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model has embeddings for; ``None`` where positions are not learned one by one."""
+    given = model.get_input_embeddings()
+    tables = [
+        module
+        for name, module in dissect(model).decoder.named_modules()
+        if isinstance(module, nn.Embedding) and module is not given and POSITIONS.search(name)
+    ]
+    return min((table.num_embeddings - getattr(table, "offset", 0) for table in tables), default=None)
 
 
 def name_parts(config: PretrainedConfig, parts: Parts) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
 from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
-from hf_semalign.splits import Record, check_text, prompt_ids, tokenize
+from hf_semalign.splits import OF_TEMPLATE, Record, check_text, form_of, prompt_ids, tokenize
 from hf_semalign.states import write_text
 
 logger = logging.getLogger(__name__)
@@ -39,20 +39,22 @@ class Sampling:
     seed: int = 42
 
 
-def question(record: Record, where: str = "A row") -> str | list[dict[str, Any]]:
-    """What a row asks: its prompt, or its messages up to the last answer, which it need not have.
+def question(record: Record, where: str = "A row") -> dict[str, Any]:
+    """A row with its ``prompt`` alone, its own or its messages up to the last answer, which it need not have; and what the
+    chat template gets besides.
 
     Raises:
         ValueError: a row of token ids, or of something else than text.
     """
-    if "prompt" not in record and "messages" not in record:
+    form = form_of(record)
+    if form == "ids":
         raise ValueError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
-    check_text(record, where)
-    if "prompt" in record:
-        prompt = record["prompt"]
-        return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    turns = [dict(turn) for turn in record["messages"]]
-    return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    check_text({name: value for name, value in record.items() if value is not None}, where)
+    prompt = record[form]
+    if form == "messages" and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    given = {name: record[name] for name in OF_TEMPLATE if record.get(name) is not None}
+    return {"prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt], **given}
 
 
 def write_answers(
@@ -97,7 +99,7 @@ def write_answers(
 
 def _write(
     known: dict[int, Entry],
-    questions: Sequence[Any],
+    questions: Sequence[dict[str, Any]],
     prompts: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     model: CausalLM,
@@ -151,7 +153,8 @@ def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int]
     """What the file says of an answer; its tokens may be followed by padding."""
     length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     text, ended = _text(prompt, tokens[:length], tokenizer), length < len(tokens)
-    row = {"prompt": asked, "completion": text if isinstance(asked, str) else [{"role": "assistant", "content": text}]}
+    in_chat = not isinstance(asked["prompt"], str)
+    row = {**asked, "completion": [{"role": "assistant", "content": text}] if in_chat else text}
     written = prompt + tokens[:length]
     same = tokenize(row, tokenizer, "An answer")[0][: len(written)] == written
     return {**row, "prompt_tokens": len(prompt), "tokens": length + ended, "ended": ended, "same_tokens": same}
@@ -196,7 +199,7 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
             counts["empty"] += 1
         else:
             counts["retokenised"] += not entry["same_tokens"]
-            rows.append({"prompt": entry["prompt"], "completion": completion})
+            rows.append({name: entry[name] for name in ("prompt", "completion", *OF_TEMPLATE) if name in entry})
     if not rows:
         raise ValueError(
             f"None of {len(entries)} answers can be used: {counts['cut']} did not end within the limit, {counts['empty']} are "

@@ -59,7 +59,7 @@ class LayerScores:
     @classmethod
     def from_json(cls, path: str | Path) -> LayerScores:
         """Read what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     @classmethod
     def from_dict(cls, record: dict) -> LayerScores:

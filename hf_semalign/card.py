@@ -283,7 +283,8 @@ def _figures(record: dict[str, Any], results: dict[str, Any]) -> str:
 def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     origin = f", from {_link(results['dataset'], 'datasets/')}" if results["dataset"] else ""
     table = [["Split", "Used for", "Rows", "Fingerprint"]]
-    uses = SPLIT_USES | {"extract": EXTRACT_USES.get(record["method"], "")}
+    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
+    uses = SPLIT_USES | {"extract": "nothing" if idle else EXTRACT_USES.get(record["method"], "nothing")}
     for split, facts in record["data"].items():
         table.append([escaped(split), uses.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
     text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
@@ -365,7 +366,9 @@ def _licence(record: dict[str, Any]) -> str:
     ]
     if warning := restriction(record):
         texts.append(f"**{warning}**")
-    return " ".join([*texts, "So say the models' cards; this is no legal advice."])
+    named = [role for role in known if known[role]]
+    said = {0: "This", 1: f"So says the card of the {''.join(named)}; this", 2: "So say the models' cards; this"}[len(named)]
+    return " ".join([*texts, f"{said} is no legal advice."])
 
 
 def restriction(record: dict[str, Any]) -> str | None:

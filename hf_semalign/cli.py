@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's affair, and none of a user's
     if not sys.stderr.isatty():
         os.environ.update(dict.fromkeys(BARS, "1"))
     try:
@@ -164,7 +166,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="Hub id or folder of a run's target, where its record has only a folder's name")
     command.add_argument("--files", metavar="DIR_OR_FILE", help="local test rows instead of the Hub's")
     command.add_argument("--limit", type=int, metavar="N", help="first rows only; of MMLU of each subject")
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time; by default as many as fit into memory")
     command.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
     command.add_argument("--backend", default="hf", help="hf, or vllm (default: %(default)s)")
     command.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")

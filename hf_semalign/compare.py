@@ -265,6 +265,8 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         ValueError: settings that a run would be refused for; cells that were run with other ones.
         ChildProcessError: cells that failed; those that are whole are in the tables.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}: expected at least 1.")
     folder = Path(comparison.output_dir)
     make_folder("output_dir", folder)
     with claimed(folder):

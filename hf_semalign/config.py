@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
@@ -167,6 +168,8 @@ class SemAlignConfig(TrainingArguments):
             raise ValueError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
         if not isinstance(self.signals_dir, (str, PathLike, NoneType)):
             raise ValueError(f"signals_dir is {self.signals_dir!r}: expected a path.")
+        if self.signals_dir is not None:
+            self.signals_dir = str(Path(self.signals_dir).expanduser())
         if self.source_memory == "stream" and self.signals == "online":
             raise ValueError("source_memory 'stream' makes cached signals: with signals='online' the source must be resident.")
         if self.label_smoothing_factor != 0:

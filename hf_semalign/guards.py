@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_semalign.states import file_digest, write_text
 
@@ -63,7 +63,7 @@ def damage(checkpoint: Path) -> str | None:
     if not (checkpoint / CHECKSUMS).is_file():
         return f"it was never finished: {CHECKSUMS} is missing"
     try:
-        known = dict(json.loads((checkpoint / CHECKSUMS).read_text()).items())
+        known = dict(json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")).items())
     except (ValueError, AttributeError):
         return f"{CHECKSUMS} is damaged"
     missing = [name for name in known if not (checkpoint / name).is_file()]
@@ -72,12 +72,24 @@ def damage(checkpoint: Path) -> str | None:
     return "; ".join(found) or None
 
 
+def checkpoints_of(folder: str | Path | None) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; ``checkpoint-2-keep`` is somebody's own copy, and none of them."""
+    found = [path for path in Path(str(folder)).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 of a folder with another name."""
+    step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdecimal() else -1
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint of a run that is whole; what is wrong with a newer one is logged."""
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        wrong = damage(Path(checkpoint))
+    for checkpoint in reversed(checkpoints_of(folder)):
+        wrong = damage(checkpoint)
         if wrong is None:
-            return checkpoint
+            return str(checkpoint)
         logger.warning("%s is not used: %s.", checkpoint, wrong)
     return None
 

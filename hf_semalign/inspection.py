@@ -142,7 +142,7 @@ def _rows(facts: Inspection) -> dict[str, str]:
         "What": f"{config['peft_type']} adapter, {config['task_type']}, method {record['method']}",
         "Source → target": f"{record['source']} → {record['target']}",
         "Base model": str(config["base_model_name_or_path"]),
-        "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)",
+        "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)" if record["method"] == "semalign" else "",
         "Layers with LoRA": f"{len(layers)}: {', '.join(map(str, layers))}",
         "Modules": ", ".join(modules),
         "Rank, alpha": f"{int(config['r'])}, {float(config['lora_alpha']):g}",

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, set_seed, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, set_seed
 
 from hf_semalign.anatomy import Anatomy, base_model
 from hf_semalign.config import SemAlignConfig
@@ -46,11 +46,13 @@ from hf_semalign.frontier import (
 from hf_semalign.guards import (
     CHECKSUMS,
     CheckpointOnSignal,
+    checkpoints_of,
     claimed,
     damage,
     disk_errors_explained,
     last_checkpoint,
     seal,
+    step_of,
 )
 from hf_semalign.loading import RECORD_NAME, is_quantised
 from hf_semalign.semantics import checksum
@@ -235,33 +237,6 @@ class LayerwiseTrainer(Trainer):
             self._broken.append(f"the loss of the examples {inputs['example_id'].tolist()} is ({self._terms()})")
         return loss
 
-    @contextmanager
-    def _few_walks(self) -> Iterator[None]:
-        """Inside the block, what the Trainer does to the model in every step does not visit all its modules and parameters,
-        which are some 80 a layer with LoRA: ``train()`` does nothing where the mode is set, and ``zero_grad()`` looks at what
-        the optimizer holds.
-
-        Whoever sets a mode meanwhile sets it on the whole model or on its base.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            yield
-            return
-        model: Any = self.model
-        base, set_mode = base_model(model), model.train
-
-        def train(mode: bool = True) -> PeftModel:
-            return model if mode and model.training and base.training else set_mode(mode)
-
-        def zero_grad(set_to_none: bool = True) -> None:
-            for parameter in self._optimized():
-                parameter.grad = None
-
-        model.train, model.zero_grad = train, zero_grad
-        try:
-            yield
-        finally:
-            del model.train, model.zero_grad
-
     def floating_point_ops(self, inputs) -> int:
         """The Trainer's estimate, its parameters counted once."""
         return 6 * inputs["input_ids"].numel() * self._parameters
@@ -354,11 +329,12 @@ class LayerwiseTrainer(Trainer):
                     f"{path} has no optimizer, as save_only_model leaves it: training would not go on as it began. Start anew "
                     "with resume_from_checkpoint=False, and leave save_only_model out of a run that may be interrupted."
                 )
+        else:
+            self._check_others()
         set_seed(self.args.seed)  # whatever was drawn meanwhile, and that depends on what was cached
         try:
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
-                self._few_walks(),
                 self._signals_taken.watching(),
                 disk_errors_explained(folder),
             ):
@@ -408,8 +384,8 @@ class LayerwiseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
-            for other in sort_checkpoints(str(folder)):  # of a course that this run has left, by resuming or starting anew
-                if int(other.rpartition("-")[2]) > self.state.global_step:
+            for other in checkpoints_of(folder):  # of a course that this run has left, by resuming or starting anew
+                if step_of(other) > self.state.global_step:
                     shutil.rmtree(other, ignore_errors=True)
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
@@ -449,10 +425,33 @@ class LayerwiseTrainer(Trainer):
                     f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
                     "start anew in another output_dir."
                 )
-        saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
+        if different := self._differences(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
+                "models, data and settings, or start anew in another output_dir."
+            )
+
+    def _check_others(self) -> None:
+        """Refuse to start anew where checkpoints of another run would be deleted on the way.
+
+        Raises:
+            ValueError: names one, and what was otherwise.
+        """
+        kept = [path for path in checkpoints_of(self.args.output_dir) if (path / RECORD_NAME).is_file()]
+        found = [(str(path), different) for path in kept if (different := self._differences(path))]
+        (found,) = broadcast_object_list([found])
+        if found:
+            raise ValueError(
+                f"{self.args.output_dir} has checkpoints of another run, such as {found[0][0]} (other "
+                f"{', '.join(found[0][1])}), which this one would delete: choose another output_dir, or delete them first."
+            )
+
+    def _differences(self, checkpoint: Path) -> list[str]:
+        """What of its run was otherwise than in this one."""
+        saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
         ours = json.loads(json.dumps(self.record()))
         defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
-        different = [
+        return [
             name
             for name, mine, theirs in [
                 *((key, ours[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
@@ -463,8 +462,3 @@ class LayerwiseTrainer(Trainer):
             ]
             if mine != theirs
         ]
-        if different:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
-                "models, data and settings, or start anew in another output_dir."
-            )

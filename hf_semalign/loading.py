@@ -96,7 +96,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         ValueError: it is broken, or lacks one of the keys.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
     if not isinstance(content, dict):

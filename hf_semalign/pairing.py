@@ -61,7 +61,7 @@ class LayerPairing:
     @classmethod
     def from_json(cls, path: str | Path) -> LayerPairing:
         """Read what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def pair_layers(

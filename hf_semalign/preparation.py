@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_semalign.anatomy import Anatomy, dissect, embedding_rows, lora_targets
+from hf_semalign.anatomy import Anatomy, dissect, embedding_rows, lora_targets, position_limit
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import Frontier, FrontierSchedule, stage_learning_rate
 from hf_semalign.loading import check_engine, find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
@@ -97,6 +98,9 @@ def prepare(
     check_engine(args)
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
         raise ValueError("One model object is source and target: what trains the one would change the other. Load it twice.")
+    for role, origin in (("source", source_model), ("target", model)):
+        if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
+            raise ValueError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
     tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
     if tokenizer is not None and tokenizer.pad_token_id is None:
         raise ValueError(
@@ -112,6 +116,12 @@ def prepare(
     check_disjoint(splits)
 
     source = source_model if isinstance(source_model, Source) else _source(source_model, args)
+    for role, shape in (("source", source.shape), ("target", model)):
+        if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
+            raise ValueError(
+                f"The {role} was loaded with parts of it offloaded (device_map {shape.hf_device_map}): give its name or folder "
+                "instead, with source_memory 'stream' where it is too large to be held whole."
+            )
     if args.source_memory == "stream" and source.quantised:
         raise ValueError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
     shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
@@ -128,6 +138,7 @@ def prepare(
         )  # fmt: skip
     embedded = {"source": source.embedding_rows, "target": embedding_rows(shape)}
     check_token_ids(encoded, embedded, tokenizer)
+    _check_lengths(encoded, {"source": source.shape, "target": shape})
     frontier = Frontier(args.frontier, depths[1])
     schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
     return Preparation(
@@ -151,6 +162,19 @@ def prepare(
         ),
         lora_targets(target.layers, args.lora_targets),
     )
+
+
+def _check_lengths(splits: dict[str, Dataset], models: dict[str, PreTrainedModel]) -> None:
+    """Refuse rows that are longer than a model has learned positions."""
+    for split, rows in splits.items():
+        longest = int(Examples(rows).tokens.max())
+        for role, model in models.items():
+            limit = position_limit(model)
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
+                    f"max_length to {limit} or less, in a recipe data.max_length."
+                )
 
 
 def _source(model: PreTrainedModel | str, args: SemAlignConfig) -> Source:

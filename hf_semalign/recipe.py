@@ -58,6 +58,7 @@ class DataSettings:
         rounds: of ``target``: how often it answers anew, as it has become; the training budget is dealt out to the rounds.
         max_new_tokens: longest written answer; longer ones are left out.
         temperature: of written answers; 0 is greedy.
+        name: what results and card call the task; by default ``task``.
     """
 
     task: str
@@ -72,6 +73,7 @@ class DataSettings:
     rounds: int = 1
     max_new_tokens: int = 512
     temperature: float = 0.0
+    name: str | None = None
 
     def load(self) -> TaskData:
         """The three splits, with the answers of the data set."""
@@ -206,7 +208,8 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     record = read_record(folder)
     if not (folder / "results.json").is_file():
         raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
-    task = read_json(folder / "results.json", "task")["task"]
+    results = read_json(folder / "results.json", "task")
+    task = results.get("data_task", results["task"])
     data = {"task": task, **{split: record["data"][split]["rows"] for split in ("extract", "align", "eval")}}
     models = {"source": record["source"], "target": record["target"]}
     training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths

@@ -42,25 +42,25 @@ def train_recipe(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     measure_before: Callable[[SemAlignTrainer], None],
+    seconds: dict[str, float],
 ) -> tuple[SemAlignTrainer, TaskData, dict[str, Any]]:
     """Train, in one round or several, and save the adapter of each.
 
-    ``measure_before`` is called with the first trainer, which has learnt nothing yet.
+    ``measure_before`` is called with the first trainer, which has learnt nothing yet; ``seconds`` gets the wall time of phases.
 
     Returns:
-        The last trainer; the data that it trained on; ``steps``, ``history``, ``cost`` and ``seconds`` of all rounds together.
+        The last trainer; the data that it trained on; ``steps``, ``history`` and ``cost`` of all rounds together.
     """
     trainer: Any = None
     learnt: Path | None = None
     steps, history = 0, []
-    sums: dict[str, dict[str, float]] = {"cost": {}, "seconds": {}}
+    cost: dict[str, float] = {}
     for settings in _rounds(recipe, args, len(data.align)):
-        seconds: dict[str, float] = {}
         trainer = None  # before another target is loaded
         checkpoint = start_of(settings, args.resume_from_checkpoint)
         rows, written = with_answers(recipe, data, source, args, tokenizer, folder, seconds, learnt)
         trainer = make_trainer(recipe, recipe.method, source, settings, rows, tokenizer)
-        seconds |= trainer.seconds
+        add(seconds, trainer.seconds)
         if written is not None:
             trainer.data_record["align"]["answers"] = written
         if learnt is not None:
@@ -78,11 +78,14 @@ def train_recipe(
             trainer.save_model()
         history += [{**entry, "step": entry["step"] + steps} for entry in trainer.state.log_history if "stage" in entry]
         steps += trainer.state.global_step
-        cost = plan(trainer.known, settings, recipe.method, recipe.data.answers).cost
-        for name, phases in (("cost", cost), ("seconds", seconds)):
-            for phase, value in phases.items():
-                sums[name][phase] = sums[name].get(phase, 0.0) + value
-    return trainer, rows, {"steps": steps, "history": history, **sums}
+        add(cost, plan(trainer.known, settings, recipe.method, recipe.data.answers).cost)
+    return trainer, rows, {"steps": steps, "history": history, "cost": cost}
+
+
+def add(sums: dict[str, float], values: dict[str, float]) -> None:
+    """Add values to sums by name."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def _rounds(recipe: Recipe, args: SemAlignConfig, examples: int) -> Iterator[SemAlignConfig]:
@@ -198,7 +201,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     like: SemAlignTrainer | None = None,
 ) -> SemAlignTrainer:
-    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
+    """A method's trainer on the recipe's models; a baseline takes over the pairs of the main run (``like``)."""
     return METHODS[method](
         resolve_model(recipe.target),
         source,
@@ -208,5 +211,4 @@ def make_trainer(
         extract_dataset=data.extract,
         processing_class=tokenizer,
         pairing=None if like is None else like.pairing,
-        semantic_map=None if like is None else like.semantic_map,
     )

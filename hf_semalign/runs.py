@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 import yaml
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -46,7 +47,13 @@ from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TaskData
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 
+try:
+    import resource
+except ModuleNotFoundError:
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
+SECONDS = "_seconds.json"  # wall time of phases over all starts of a run
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for them
 
 
@@ -68,7 +75,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if repo_id is not None:
         open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
-        results = _run(recipe, folder, args)
+        # A run that goes on has been at work before.
+        goes_on = start_of(args, args.resume_from_checkpoint) and recall_record(folder / SECONDS)
+        seconds: dict[str, float] = goes_on or {}
+        started = time.perf_counter() - seconds.pop("total", 0.0)
+        try:
+            results = _run(recipe, folder, args, seconds, started)
+        finally:
+            if args.should_save:
+                keep_record(folder / SECONDS, {**seconds, "total": round(time.perf_counter() - started, 2)})
     if repo_id is not None:
         _publish(recipe, folder, repo_id, args)
     return results
@@ -101,10 +116,8 @@ def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -
         raise OSError(f"{folder} is finished, but not published: {error} Then: semalign push {folder} {repo_id}") from error
 
 
-def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
+def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, float], started: float) -> dict[str, Any]:
     metrics: dict[str, dict[str, Any]] = {}
-    started = time.perf_counter()
     with timed("data", seconds):
         data = recipe.data.load()
         tokenizer = load_tokenizer(recipe)
@@ -121,13 +134,13 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig) -> dict[str, Any]:
             other.remember(trainer)
         metrics["target"] = _measure(recipe, trainer, data, tokenizer, others)
 
-    trainer, rows, trained = train_recipe(recipe, folder, args, source, data, tokenizer, measure_before)
-    seconds |= trained["seconds"]
+    trainer, rows, trained = train_recipe(recipe, folder, args, source, data, tokenizer, measure_before, seconds)
     with timed("evaluation after", seconds):
         metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)
         metrics["source"] |= _score_source(recipe, trainer, tokenizer)  # the longest comes last, when the adapter is safe
     results = {
-        "task": recipe.data.task,
+        "task": recipe.data.name or recipe.data.task,
+        "data_task": recipe.data.task,
         "dataset": None if recipe.data.files or recipe.data.task not in BENCHMARKS else BENCHMARKS[recipe.data.task].hub_id,
         "date": date.today().isoformat(),
         "overlap": asdict(data.overlap) if data.overlap else None,
@@ -344,10 +357,15 @@ def _scored(
 
 def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     # Tasks with a right answer to match; the four benchmarks are scored by lm-eval.
-    return {"exact_match": exact_match(model, tokenizer, records)} if "skill" in records[0] else {}
+    matched = all(isinstance(record.get(name), str) for record in records for name in ("skill", "prompt", "completion"))
+    return {"exact_match": exact_match(model, tokenizer, records)} if matched else {}
 
 
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+    memory = psutil.Process().memory_info()
+    if resource is None:  # on Windows, where psutil knows the peak
+        return round(memory.peak_wset / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -7,7 +7,9 @@ the method is computed on valid positions only.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,14 @@ IGNORED = -100
 HELD_OUT = 20  # the size that LaTen's extract splits have
 ROWS = 100  # of a data set in memory at a time
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int64()), "labels": pa.list_(pa.int64()), "example_id": pa.int64()})
+OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template gets
+REFUSED_COLUMNS = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio"), "only text is trained on"),
+    **dict.fromkeys(("chosen", "rejected"), "preferences are not trained on; name the answer completion"),
+    **dict.fromkeys(("completion_mask", "assistant_masks"), "mark what is not supervised by -100 in labels"),
+    **dict.fromkeys(("position_ids", "seq_lengths"), "the examples of a packed row would see each other; give a row for each"),
+}
+DATED = re.compile(r"strftime_now|date_string")
 logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
@@ -47,15 +57,24 @@ def normalise_prompt(text: str) -> str:
 
 def prompt_of(record: Record) -> str:
     """What a record conditions on: normalised text, or the ids before the first supervised one (all ids where none are)."""
-    if "prompt" in record:
-        prompt = record["prompt"]
-        return normalise_prompt(prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt))
-    if "messages" in record:
-        turns = record["messages"]
-        return normalise_prompt("\n".join(turn["content"] for turn in turns[:-1]))
-    ids, labels = _token_ids(record)
-    prompt_ids = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORED, zip(ids, labels, strict=True))]
-    return " ".join(map(str, prompt_ids or ids))
+    form = form_of(record)
+    if form == "ids":
+        ids, labels = _token_ids(record)
+        prompt_ids = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORED, zip(ids, labels, strict=True))]
+        return " ".join(map(str, prompt_ids or ids))
+    prompt = record["prompt"] if form == "prompt" else record["messages"][:-1]
+    return normalise_prompt(prompt if isinstance(prompt, str) else "\n".join(turn.get("content") or "" for turn in prompt))
+
+
+def form_of(record: Record) -> str:
+    """``prompt`` (and ``completion``), ``messages`` or ``ids``: what of a row is read. A column without a value is none.
+
+    A ``prompt`` without ``completion`` beside ``messages`` is somebody's own column, and is not read.
+    """
+    present = {name for name, value in record.items() if value is not None}
+    if {"prompt", "completion"} <= present:
+        return "prompt"
+    return next((form for name, form in (("messages",) * 2, ("input_ids", "ids"), ("prompt",) * 2) if name in present), "ids")
 
 
 def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[int]]:
@@ -87,23 +106,45 @@ def check_text(record: Record, where: str) -> None:
     Raises:
         ValueError: says what was found.
     """
-    found = {name: record[name] for name in ("prompt", "completion", "messages") if name in record}
-    if "messages" in record:
-        fine = _are_messages(record["messages"])
+    names = ("prompt", "completion", "messages")
+    found = {name: record[name] for name in names if record.get(name) is not None}
+    if len(found) == len(names):
+        raise ValueError(f"{where} has {', '.join(names)}: expected prompt and completion, or messages. Leave one of them out.")
+    _check_columns(record, where)
+    if "messages" in found:
+        fine = _are_messages(found["messages"])
     else:
         fine = all(isinstance(value, str) for value in found.values()) or all(map(_are_messages, found.values()))
+        fine &= "prompt" not in found or record.get("completion", "") is not None
     if not fine:
+        shown = str({name: record[name] for name in names if name in record})[:120]
         raise ValueError(
-            f"{where} has {str(found)[:120]}: expected texts as prompt and completion, or lists of messages with role and "
-            "content. Correct this row, or take it out."
+            f"{where} has {shown}: expected texts as prompt and completion, or lists of messages with role and content. "
+            "Correct this row, or take it out."
         )
+
+
+def _check_columns(record: Record, where: str) -> None:
+    for name, reason in REFUSED_COLUMNS.items():
+        if record.get(name) is not None and not _are_plain_positions(name, record[name]):
+            raise ValueError(f"{where} has the column {name!r}: {reason}. Take it out of the rows if it does not matter here.")
+
+
+def _are_plain_positions(name: str, value: Any) -> bool:
+    return name == "position_ids" and list(value) == list(range(len(value)))
 
 
 def _are_messages(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
-        and all(isinstance(turn, Mapping) and "role" in turn and isinstance(turn.get("content"), str) for turn in value)
+        and all(
+            isinstance(turn, Mapping)
+            and "role" in turn
+            and (isinstance(turn.get("content"), str) or bool(turn.get("tool_calls")))
+            and turn.get("weight") in (None, 0, 1)
+            for turn in value
+        )
     )
 
 
@@ -161,12 +202,17 @@ def encode(
     if len(records) == 0:
         raise ValueError(f"The {split} split has no rows.")
     empty: list[int] = []
-    cut = 0
+    cut = seams = endless = dated = 0
 
     def encoded() -> Iterator[tuple[list[int], list[int], int]]:
-        nonlocal cut
+        nonlocal cut, seams, endless, dated
         for row, record in enumerate(records):
-            ids, labels = tokenize(record, tokenizer, f"{split}[{row}]")
+            ids, labels = _tokenized(record, tokenizer, f"{split}[{row}]")
+            if tokenizer is not None and (form := form_of(record)) != "ids":
+                seams += form == "prompt" and _is_seamless(record["prompt"], record["completion"])
+                endless += tokenizer.eos_token_id not in labels
+                in_chat = form == "messages" or not isinstance(record["prompt"], str)
+                dated += in_chat and "date_string" not in (record.get("chat_template_kwargs") or {})
             cut += max_length is not None and len(ids) > max_length
             ids, labels = ids[:max_length], labels[:max_length]
             if all(label == IGNORED for label in labels[1:]):
@@ -176,6 +222,22 @@ def encode(
     dataset = _write(encoded())
     if cut:
         logger.warning("%d of %d rows of the %s split are cut at max_length %d.", cut, len(records), split, max_length)
+    if 2 * seams > len(records):
+        logger.warning(
+            "In %d of %d rows of the %s split a letter ends the prompt and another one begins the completion. They are joined "
+            "as they are: put the space or line break that belongs between them into one of them.", seams, len(records), split,
+        )  # fmt: skip
+    if endless == len(records):
+        logger.warning(
+            "No row of the %s split has a supervised %r: nothing teaches the target where an answer ends. Set the tokenizer's "
+            "eos_token to what ends a turn in its chat template, or a template that writes it.", split, _eos(tokenizer),
+        )  # fmt: skip
+    if dated and tokenizer is not None and DATED.search(str(tokenizer.chat_template)):
+        logger.warning(
+            "The chat template of %s writes today's date. Tomorrow the same rows of the %s split are other data: a run cannot "
+            "go on, and finds no signals. Fix the date, as by chat_template_kwargs {'date_string': '1 Jan 2026'} in each row, "
+            "where the template takes it.", tokenizer.name_or_path, split,
+        )  # fmt: skip
     if empty:
         raise ValueError(
             f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
@@ -213,35 +275,77 @@ def _digest(content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
+    """The same, with errors of templates and tokenizers that name the row."""
+    try:
+        return tokenize(record, tokenizer, where)
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(where):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{where} cannot be encoded ({type(error).__name__}: {reason}). Correct this row, or take it out."
+        ) from error
+
+
+def _is_seamless(prompt: Any, completion: Any) -> bool:
+    """Whether two texts run into each other within a word."""
+    if not isinstance(prompt, str) or not prompt or not completion:
+        return False
+    return (prompt[-1] + completion[0]).isalnum() and (prompt[-1] + completion[0]).isascii()
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    return "EOS" if tokenizer is None or tokenizer.eos_token is None else str(tokenizer.eos_token)
+
+
 def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
     """``input_ids`` and ``labels`` of a record, see :func:`encode`; ``where`` names it in errors."""
-    if not ({"prompt", "completion"} <= record.keys() or "messages" in record):
+    form = form_of(record)
+    if form == "ids" or (form == "prompt" and "completion" not in record):
+        _check_columns(record, where)
         return _token_ids(record, where)
     check_text(record, where)
     if tokenizer is None:
         raise ValueError(f"{where} holds text: pass its tokenizer as processing_class.")
-    if "messages" in record:
-        return _tokenize_chat(record["messages"], 0, tokenizer, where)
+    if form == "messages":
+        return _tokenize_chat(record["messages"], 0, tokenizer, where, _for_template(record, where))
     prompt, completion = record["prompt"], record["completion"]
     if not isinstance(prompt, str):
-        return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer, where)
-    ids = tokenizer(prompt + completion)["input_ids"]
+        return _tokenize_chat([*prompt, *completion], len(prompt), tokenizer, where, _for_template(record, where))
+    ids = _text_ids(prompt + completion, tokenizer)
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
-    return ids, _mask_prompt(tokenizer(prompt)["input_ids"], ids)
+    return ids, _mask_prompt(_text_ids(prompt, tokenizer), ids)
 
 
-def prompt_ids(
-    prompt: str | Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str = "A prompt"
-) -> list[int]:
-    """Token ids of a prompt that is to be answered; of messages with what opens the answer's turn.
+def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text, with BOS once where the tokenizer puts it before a text that has it already."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    twice = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if twice and text.startswith(str(tokenizer.bos_token)) else ids
+
+
+def _for_template(record: Record, where: str) -> dict[str, Any]:
+    """What a row has for its chat template beside the turns: ``tools``, also as JSON text, and ``chat_template_kwargs``."""
+    tools, kwargs = (record.get(name) for name in OF_TEMPLATE)
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(f"{where} has chat_template_kwargs {kwargs!r}: expected names and values.")
+    return {**({} if tools is None else {"tools": tools}), **(kwargs or {})}
+
+
+def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, where: str = "A row") -> list[int]:
+    """Token ids of a row's ``prompt`` that is to be answered; of messages with what opens the answer's turn.
 
     Raises:
         ValueError: messages, and a tokenizer without a chat template.
     """
+    prompt = record["prompt"]
     if not isinstance(prompt, str):
-        return _render(prompt, tokenizer, where, opening=True)
-    ids: list[int] = tokenizer(prompt)["input_ids"]
+        return _render(prompt, tokenizer, where, _for_template(record, where), opening=True)
+    ids = _text_ids(prompt, tokenizer)
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
@@ -253,37 +357,53 @@ def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
     return [IGNORED] * shared + list(ids[shared:])
 
 
-def _render(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, opening: bool) -> list[int]:
+def _render(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, given: Mapping[str, Any], opening: bool
+) -> list[int]:
     """Token ids of turns in the chat template; ``opening``: and of what opens the next answer."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where}: the tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
             "columns of plain text, or a tokenizer with a template."
         )
-    text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opening)
+    plain = [{name: value for name, value in turn.items() if name != "weight"} for turn in turns]
+    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=opening, **given)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _tokenize_chat(
-    messages: Sequence[Mapping[str, str]], first_answer: int, tokenizer: PreTrainedTokenizerBase, where: str
+    messages: Sequence[Mapping[str, Any]],
+    first_answer: int,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    given: Mapping[str, Any],
 ) -> tuple[list[int], list[int]]:
-    render = partial(_render, tokenizer=tokenizer, where=where)
+    """Assistant turns are supervised, but for those before ``first_answer`` and of ``weight`` 0."""
+    render = partial(_render, tokenizer=tokenizer, where=where, given=given)
     ids = render(messages, opening=False)
     labels = [IGNORED] * len(ids)
 
-    def shared(prefix: list[int]) -> int:
+    def shared(prefix: list[int]) -> int | None:
         count = _mask_prompt(prefix, ids).count(IGNORED)
-        if count < len(prefix) - 1:  # one token may have merged over the seam
+        return None if count < len(prefix) - 1 else count  # one token may have merged over the seam
+
+    for turn, message in enumerate(messages):
+        if turn < first_answer or message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        opened = render(messages[:turn], opening=True)
+        start, end = shared(opened), shared(render(messages[: turn + 1], opening=False))
+        if start is None and turn and shared(render(messages[:turn], opening=False)) is not None:
+            opening = tokenizer.decode(opened[_mask_prompt(opened, ids).count(IGNORED) :])
+            raise ValueError(
+                f"{where}: the chat template opens an answer with {opening!r}, which this one does not begin with. Begin the "
+                "answer with it, as the model is going to, or give the row chat_template_kwargs that leave it out, such as "
+                "{'enable_thinking': False}."
+            )
+        if start is None or end is None:
             raise ValueError(
                 f"{where}: the chat template writes earlier turns differently once later ones follow, so that its answers "
                 "cannot be told from the rest. Give single-turn messages, or prompt and completion."
             )
-        return count
-
-    for turn, message in enumerate(messages):
-        if turn < first_answer or message["role"] != "assistant":
-            continue
-        start, end = (shared(render(messages[:turn], opening=True)), shared(render(messages[: turn + 1], opening=False)))
         labels[start:end] = ids[start:end]
     return ids, labels
 

@@ -466,7 +466,7 @@ def keep_record(path: Path, record: Any) -> None:
 def recall_record(path: Path) -> Any | None:
     """What :func:`keep_record` wrote; ``None`` when there is no file or it is damaged, which is logged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["checksum"] == digest(content["record"]):
             return content["record"]
     except FileNotFoundError:

@@ -8,6 +8,7 @@ benchmark's test set, nor one that asks the same: the test set is for scoring al
 from __future__ import annotations
 
 import ast
+import csv
 import difflib
 import logging
 import random
@@ -75,13 +76,13 @@ def load_task(
 
     Args:
         task: one of :data:`TASKS`; ``symbols`` is made on the spot, ``records`` reads the user's own files.
-        extract: rows of the extract split; for ``records`` an upper limit, as are the next two.
+        extract: rows of the extract split; for ``records`` with a file for each split an upper limit, as are the next two.
         align: rows of the align split.
         eval: rows of the eval split.
         files: local path by role, instead of the Hub: ``train``, from which ``eval`` is drawn as well (for ``mbpp`` by
             ``task_id``), and ``test``, the benchmark's test rows, which the splits are kept apart from. Without it they are
-            not compared, which is logged; for ``mbpp``, ``train`` may hold them. For ``records`` ``extract``, ``align`` and
-            ``eval``, of which the first rows are kept.
+            not compared, which is logged; for ``mbpp``, ``train`` may hold them. For ``records`` either ``train``, which is
+            drawn from for all three, or ``extract``, ``align`` and ``eval``, of which the first rows are kept.
         seed: seed of the draw; the same seed gives the same rows in the same order.
         skills: of ``symbols``, some of its skills; by default all.
         prompts_only: the ``align`` rows of ``records`` need no answers, since a model is going to write them.
@@ -100,8 +101,12 @@ def load_task(
         return _draw_symbols(counts, seed, skills or tuple(SKILLS))
     if task == "records":
         files = files or {}
-        _check_files(task, files, tuple(counts))
         bare = {"align"} if prompts_only else set()
+        if set(files) == {"train"}:
+            _check_files(task, files, ("train",))
+            rows = _draw_records(Path(files["train"]), counts, seed, with_answers=not bare)
+            return TaskData(rows["extract"], rows["align"], rows["eval"])
+        _check_files(task, files, tuple(counts))
         rows = {split: _read_records(Path(files[split]), split not in bare)[:count] for split, count in counts.items()}
         return TaskData(rows["extract"], rows["align"], rows["eval"])
     _check_files(task, files, ("train",), optional=("test",))
@@ -175,6 +180,19 @@ def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -
     return TaskData(extract, align, evaluation)
 
 
+def _draw_records(path: Path, counts: Mapping[str, int], seed: int, *, with_answers: bool) -> dict[str, list[Row]]:
+    """Splits of one file, drawn by prompt: the first row of each."""
+    distinct = {prompt_of(row): row for row in reversed(_read_records(path, with_answers))}
+    rows, wanted = list(reversed(distinct.values())), sum(counts.values())
+    if len(rows) < wanted:
+        raise ValueError(
+            f"{path} has {len(rows)} rows of different prompts, but {wanted} were asked for ({dict(counts)}): lower the counts."
+        )
+    random.Random(seed).shuffle(rows)
+    drawn = iter(rows)
+    return {split: [next(drawn) for _ in range(count)] for split, count in counts.items()}
+
+
 def _draw_benchmark(task: str, counts: Mapping[str, int], files: Files | None, seed: int) -> TaskData:
     benchmark = BENCHMARKS[task]
     path = None if files is None else files["train"]
@@ -243,16 +261,18 @@ def _compare(task: str, items: list[Item], tests: list[Item]) -> Overlap | None:
 
 
 def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
-    formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    formats = {".json": "json", ".parquet": "parquet"}
     if path.suffix == ".jsonl":
         rows = read_json_lines(path)
+    elif path.suffix == ".csv":
+        rows = _read_csv(path)
     elif path.suffix in formats:
         try:
             rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
         except (OSError, ValueError, DatasetGenerationError) as error:
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
     else:
-        raise ValueError(f"{path} ends in {path.suffix!r}: expected .jsonl, {', '.join(formats)}.")
+        raise ValueError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv, .parquet.")
     if not rows:
         raise ValueError(f"{path} has no rows: every split needs at least one.")
     wanted = ("prompt", "completion") if with_answers else ("prompt",)
@@ -260,6 +280,19 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
         if "messages" not in row and not set(wanted) <= row.keys():
             raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
         check_text(row, f"Row {number} of {path}")
+    return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """Rows of a table with a header; cells are texts, whatever they look like: pandas would read NA as nothing and 007 as 7."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines, strict=True))
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as csv: {error}") from error
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise ValueError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that hold a comma.")
     return rows
 
 

@@ -58,11 +58,13 @@ SETTINGS = (
 
 @contextmanager
 def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Log the start of a phase, and keep its wall time in ``seconds``."""
+    """Log the start of a phase, and add its wall time to ``seconds``, also where it breaks off."""
     logger.info("%s", name)
     start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)
+    try:
+        yield
+    finally:
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
 def signals_root(args: SemAlignConfig) -> Path:

@@ -59,7 +59,7 @@ def test_prompts_of_every_form_are_answered_in_their_form(tmp_path):
     turns = [entry["completion"] for entry in entries[:3]]
     assert all(turn == turns[0] and turn[0]["role"] == "assistant" for turn in turns)
     assert isinstance(entries[3]["completion"], str)
-    assert entries[0]["prompt_tokens"] == len(prompt_ids(TURNS[:1], CHAT)) == 5  # <user> w1 w2 </s> <assistant>
+    assert entries[0]["prompt_tokens"] == len(prompt_ids({"prompt": TURNS[:1]}, CHAT)) == 5  # <user> w1 w2 </s> <assistant>
     with pytest.raises(ValueError, match=r"Row 0 has the columns \['input_ids'\]: for an answer .* needs prompt or messages"):
         written(tmp_path / "more.jsonl", [{"input_ids": [1, 2]}])
 
@@ -239,6 +239,6 @@ def test_a_dry_run_counts_answers_that_are_not_there_yet(recipe, no_weights, cap
 
 
 def test_a_question_is_what_comes_before_the_last_answer():
-    assert question({"messages": [*TURNS, TURNS[0]]}) == [*TURNS, TURNS[0]]
-    assert question({"messages": [*TURNS, *TURNS]}) == [*TURNS, TURNS[0]]
-    assert question({"prompt": "w1"}) == "w1"
+    assert question({"messages": [*TURNS, TURNS[0]]}) == {"prompt": [*TURNS, TURNS[0]]}
+    assert question({"messages": [*TURNS, *TURNS], "tools": None}) == {"prompt": [*TURNS, TURNS[0]]}
+    assert question({"prompt": "w1", "chat_template_kwargs": {"a": 1}}) == {"prompt": "w1", "chat_template_kwargs": {"a": 1}}

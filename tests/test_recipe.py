@@ -19,7 +19,7 @@ from hf_semalign import load_transfer
 from hf_semalign.cli import main
 from hf_semalign.compare import load_comparison
 from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import METHODS, load_recipe
+from hf_semalign.recipe import METHODS, load_recipe, load_run
 from hf_semalign.runs import results_table, run_recipe, run_signals
 from hf_semalign.source import Source
 from hf_semalign.symbols import resolve_model
@@ -130,7 +130,7 @@ def test_run_folder_is_complete(run):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith(("kd/", "_signals/"))}
     expected = {"adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors", "_lock"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "semantic_map.safetensors", "_lock", "_seconds.json"}
     expected |= {f"figures/{name}.{kind}" for name in ("layers", "losses", "comparison") for kind in ("png", "svg")}
     assert files == expected
     assert json.loads((folder / "results.json").read_text()) == results
@@ -310,3 +310,17 @@ def test_forgetting_is_measured_on_tasks_that_are_not_transferred(tmp_path):
 def test_a_forgetting_section_that_cannot_be_used(change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(QUICKSTART, [change])
+
+
+def test_seconds_are_those_of_all_starts_and_a_task_has_the_name_of_the_recipe(good, tmp_path):
+    recipe = load_recipe(good / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", "data.name=tides", "training.save_steps=1"])
+    first = run_recipe(recipe)["seconds"]
+    second = run_recipe(recipe)  # nothing is left to train
+    assert first["training"] <= second["seconds"]["training"] < first["training"] + 1
+    assert second["seconds"]["total"] > first["total"]
+    assert second["task"] == "tides" and "Task: tides." in (tmp_path / "run" / "README.md").read_text()
+    assert load_run(tmp_path / "run").data.task == "records"
+    anew = run_recipe(
+        load_recipe(good / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", "training.resume_from_checkpoint=false"])
+    )
+    assert anew["seconds"]["total"] < second["seconds"]["total"]

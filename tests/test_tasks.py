@@ -286,6 +286,7 @@ def test_records_pass_unchanged(suffix, tmp_path, monkeypatch):
         table = datasets.Dataset.from_list(rows[split])
         if suffix == ".csv":
             table.to_csv(path)
+            rows[split] = [{**row, "level": str(row["level"])} for row in rows[split]]
         elif suffix == ".parquet":
             table.to_parquet(path)
         elif suffix == ".json":

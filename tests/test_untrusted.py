@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
-import jinja2
 import pytest
 import torch
 from conftest import PAPER, random_rows, tiny_llama, word_tokenizer
@@ -223,7 +222,7 @@ def test_programs_of_a_data_set_do_not_run(tmp_path, marker):
 def test_a_chat_template_reaches_nothing(marker):
     tokenizer = word_tokenizer(["a"], "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(jinja2.exceptions.SecurityError):
+    with pytest.raises(ValueError, match="SecurityError"):
         encode([{"messages": messages}], tokenizer, split="align")
 
 

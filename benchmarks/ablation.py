@@ -153,6 +153,14 @@ def objectives() -> Grid:
     return grid(("KD", {}), ("joint", {}), *(("joint", {"method": name, "relation_weight": weight}) for name, weight in others))
 
 
+def contributions() -> Grid:
+    """Of these, what was best on the other pairs."""
+    best = ("contribution, own space", "contribution", "fisher")
+    weights = {"contribution, own space": (0.3, 1.0), "contribution": (1.0,), "fisher": (0.03,)}
+    cells = [("joint", {"method": name, "relation_weight": weight}) for name in best for weight in weights[name]]
+    return grid(("KD", {}), ("joint", {}), ("joint", {"relation_weight": 0.1}), *cells)
+
+
 def divergences() -> Grid:
     """What the output loss could ask instead, without a layer loss."""
     others = ("reverse KL", "JSD 0.5", "JSD 0.9", "KL and 0.3 answers", "KL and 1 answers")
@@ -160,7 +168,8 @@ def divergences() -> Grid:
 
 
 GRIDS = {
-    grid.__name__: grid for grid in (embedded, screening, factors, compute, long, rank, trials, maps, objectives, divergences)
+    grid.__name__: grid
+    for grid in (embedded, screening, factors, compute, long, rank, trials, maps, objectives, contributions, divergences)
 }
 
 

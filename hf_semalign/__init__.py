@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_semalign.config import SemAlignConfig
     from hf_semalign.frontier import FrontierCallback, FrontierSchedule
     from hf_semalign.hub import load_transfer, push_transfer
-    from hf_semalign.losses import output_kl, relation_loss, steering_loss
+    from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
     from hf_semalign.pairing import LayerPairing, pair_layers
     from hf_semalign.semantics import SemanticMap, semantic_bases
     from hf_semalign.signals import SourceSignals
@@ -29,6 +29,7 @@ __all__ = [
     "SemanticMap",
     "SourceSignals",
     "attribute_layers",
+    "fisher_loss",
     "load_transfer",
     "output_kl",
     "pair_layers",
@@ -42,7 +43,7 @@ _MODULES = {
     "config": ("SemAlignConfig",),
     "frontier": ("FrontierCallback", "FrontierSchedule"),
     "hub": ("load_transfer", "push_transfer"),
-    "losses": ("output_kl", "relation_loss", "steering_loss"),
+    "losses": ("fisher_loss", "output_kl", "relation_loss", "steering_loss"),
     "pairing": ("LayerPairing", "pair_layers"),
     "semantics": ("SemanticMap", "semantic_bases"),
     "signals": ("SourceSignals",),

@@ -30,6 +30,7 @@ FRONTIER_TEXTS = {
 }
 LOSS_TEXTS = {
     "relation": "relation loss (a layer's update of the residual stream takes on the geometry of its source layer's)",
+    "fisher": "Fisher loss (the logits of a layer's states take on those of its source layer's, to the second order)",
     "steering": "steering loss (a layer's states take on the direction of its source layer's)",
 }
 OUTPUT_TEXTS = {

@@ -37,13 +37,14 @@ from hf_semalign.guards import claimed
 from hf_semalign.loading import make_folder, read_json
 from hf_semalign.paired import paired_difference
 from hf_semalign.plan import Plan, plan_recipe
-from hf_semalign.recipe import METHODS, Recipe, check_names, load_recipe, read_yaml
+from hf_semalign.recipe import METHODS, Recipe, check_answers, check_names, load_recipe, read_yaml
 from hf_semalign.tables import latex, markdown
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
 RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
 LAST_LINES = 5
+OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
 PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
 
 
@@ -81,7 +82,8 @@ class Comparison:
         output_dir: gets a folder for each cell, the tables and the figure.
         tasks: recipe by the task's name; a path from the comparison's own folder.
         methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
-            that differ from the recipe's. The first one is what ``equal compute`` is measured by.
+            that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
+            ``equal compute`` is measured by.
         seeds: of training.
         budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
             method do.
@@ -162,8 +164,11 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         place = f"methods.{name} of the {where}"
         if not isinstance(changes, dict):
             raise ValueError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
-        check_names(changes, ["method", *(item.name for item in fields(SemAlignConfig))], place)
+        check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
+        if not isinstance(written := changes.get("data", {}), dict):
+            raise ValueError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
+        check_names(written, OF_ANSWERS, f"data of {place}")
     for section in ("tasks", "methods"):
         folders: dict[str, str] = {}
         for name in map(str, content[section]):
@@ -175,7 +180,10 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     theirs = [text for text in overrides if text not in ours]
     recipes = {}
     for task, file in content["tasks"].items():
-        recipes[str(task)] = load_recipe(Path(path).parent / str(file), theirs)
+        recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
+        for name, changes in content["methods"].items():
+            data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
+            check_answers(data, changes.get("method", Recipe.method), (), place)
     return Comparison(
         **{
             **content,
@@ -243,8 +251,9 @@ def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
     """A task's recipe by one of the methods. Its run is not published: under one name, the last of them would be left."""
     recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
     method = changes.pop("method", Recipe.method)
+    data = replace(recipe.data, **changes.pop("data", {}))
     training = {key: value for key, value in {**recipe.training, **changes}.items() if not key.startswith(PUBLISHING)}
-    return replace(recipe, method=method, training=training, baselines=())
+    return replace(recipe, method=method, data=data, training=training, baselines=())
 
 
 def _slug(name: str) -> str:

@@ -24,7 +24,7 @@ from hf_semalign.semantics import KINDS
 CHOICES = {
     "map_kind": KINDS,
     "scale": ("none", "match"),
-    "layer_loss": ("relation", "steering"),
+    "layer_loss": ("relation", "steering", "fisher"),
     "output_loss": ("kl", "cosine", "answers"),
     "stage_budget": BUDGETS,
     "frontier": FRONTIERS,
@@ -106,7 +106,8 @@ class SemAlignConfig(TrainingArguments):
     relation_weight: float = field(default=0.1, metadata={"help": "Weight of the layer loss."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the output loss."})
     layer_loss: str = field(
-        default="relation", metadata={"help": "relation (equations 4 to 7) or steering (version 1 of the paper)."}
+        default="relation",
+        metadata={"help": "relation (equations 4 to 7), steering (version 1 of the paper) or fisher (its published version)."},
     )
     output_loss: str = field(
         default="kl",

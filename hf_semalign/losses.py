@@ -134,6 +134,40 @@ def token_steering_losses(outputs: torch.Tensor, supervision: torch.Tensor) -> t
     return 1 - F.cosine_similarity(outputs.to(dtype), supervision.detach().to(dtype), dim=-1)
 
 
+def fisher_loss(
+    outputs: torch.Tensor, supervision: torch.Tensor, target_weight: torch.Tensor | Head, valid: torch.Tensor
+) -> torch.Tensor:
+    """Layer loss of the published version of the paper, as we read it: the KL between the logits of ``y~`` and of ``y``, to the
+    second order; mean over valid positions. See :func:`token_fisher_losses`.
+
+    Args:
+        outputs: ``y`` ``[B, T, D]``.
+        supervision: ``y~`` ``[B, T, D]``, the mapped output of the paired source layer; carries no gradient.
+        target_weight: head ``[V, D]``, or a :class:`hf_semalign.anatomy.Head`; frozen: gets no gradient.
+        valid: ``[B, T]`` bool.
+    """
+    return token_fisher_losses(outputs[valid], supervision[valid], target_weight).sum() / valid.sum().clamp_min(1)
+
+
+def token_fisher_losses(outputs: torch.Tensor, supervision: torch.Tensor, target_weight: torch.Tensor | Head) -> torch.Tensor:
+    """``1/2 (E_p[u^2] - E_p[u]^2)`` of each token, ``u = W (y - y~)`` and ``p`` the softmax of the head's logits of ``y~``.
+
+    The Fisher information of a softmax is the covariance under ``p``, and half of its quadratic form in ``u`` is the second
+    order of ``KL(p || softmax(z~ + u))``. The text of the published version (2026.findings-acl.1101) was not at hand: this is
+    our reading of "a Fisher-weighted quadratic surrogate on target-space aligned logits".
+
+    Args:
+        outputs: ``y`` ``[N, D]``.
+        supervision: ``y~`` ``[N, D]``; carries no gradient.
+        target_weight: head ``[V, D]`` or a :class:`hf_semalign.anatomy.Head`, whose bias and soft cap are in ``p`` alone.
+
+    Returns:
+        ``[N]``, in float32 or better; logits ``[N, V]`` are never built whole.
+    """
+    with torch.autocast(outputs.device.type, enabled=False):  # a caller's would multiply in half precision
+        return _ChunkedFisher.apply(outputs, supervision.detach(), _as_head(target_weight))
+
+
 def output_kl(
     target_hidden: torch.Tensor,
     target_weight: torch.Tensor | Head,
@@ -270,6 +304,38 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
+
+
+class _ChunkedFisher(torch.autograd.Function):
+    """The loss of each row and its gradient ``W^T (p * (u - E_p[u]))``, made in the forward pass, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx, outputs, supervision, head):
+        weight = head.weight
+        plain = Head(weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        loss = outputs.new_empty(len(outputs), dtype=dtype)
+        gradient = torch.empty_like(outputs, dtype=weight.dtype)
+        chunks = loss.new_empty(2, min(LOGIT_ROWS, len(loss)), len(weight))
+        for rows in _row_chunks(outputs):
+            shares, moved = chunks[:, : len(loss[rows])]
+            _logits(supervision[rows], head, moved)
+            torch.softmax(moved, -1, out=shares)
+            _logits(outputs[rows].to(dtype) - supervision[rows].to(dtype), plain, moved)
+            moved -= (shares * moved).sum(-1, keepdim=True)  # the variance of u, and its gradient, want it centred
+            loss[rows] = (shares * moved.square()).sum(-1) / 2
+            if ctx.needs_input_grad[0]:
+                torch.mm(shares.mul_(moved).to(weight.dtype), weight, out=gradient[rows])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gradient)
+            ctx.dtype = outputs.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None
 
 
 def _as_head(weight: torch.Tensor | Head) -> Head:

@@ -13,6 +13,7 @@ from hf_semalign.losses import (
     answer_cross_entropy,
     relation_sequences,
     sequence_relation_losses,
+    token_fisher_losses,
     token_kl,
     token_kl_and_cross_entropy,
     token_steering_losses,
@@ -27,7 +28,7 @@ class Objective:
     """``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9).
 
     Attributes:
-        layer_loss: ``relation`` or ``steering``.
+        layer_loss: ``relation``, ``steering`` or ``fisher``.
         output_loss: ``kl``, ``cosine`` or ``answers``.
         relation_weight: weight of the layer loss; at zero it is not computed.
         kl_weight: weight of the output loss, likewise.
@@ -93,6 +94,8 @@ class Objective:
         if state.input.requires_grad:
             # Of y = x + f(x) the loss is about f(x): through x it would train layers below for another one's residual.
             output = output + (state.input.detach() - state.input)
+        if self.layer_loss == "fisher":
+            return token_fisher_losses(output[valid], supervision[valid], self.target_head).sum() / tokens
         return sequence_relation_losses(state.input, output, supervision, valid).sum() / sequences.clamp_min(1)
 
     def _output_losses(

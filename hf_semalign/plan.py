@@ -256,6 +256,8 @@ def _step(
     above = target.layers - known.frontier.trained(stage)[0]
     layers = above + (above if prefix else target.layers)
     heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
+    if args.relation_weight and args.layer_loss == "fisher":
+        heads += 3 * target.head * len(known.frontier.supervised(stage))
     online = source.forward(tokens) if args.learns_from_source and args.signals == "online" else 0
     return target.forward(tokens, layers=layers) + valid * heads + online
 

@@ -254,7 +254,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     check_names([method], METHODS, f"method of {path}")
     check_names(baselines, METHODS, f"baselines of {path}")
     data = DataSettings(**content["data"])
-    _check_answers(data, method, baselines, path)
+    check_answers(data, method, baselines, path)
     others = content.get("forgetting") or {}
     if not isinstance(others, dict):
         raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
@@ -272,8 +272,12 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     return Recipe(**{**content, **known})
 
 
-def _check_answers(data: DataSettings, method: str, baselines: Sequence[str], path: str) -> None:
-    """Refuse what cannot be written or trained on."""
+def check_answers(data: DataSettings, method: str, baselines: Sequence[str], path: str) -> None:
+    """Refuse answers that cannot be written or trained on.
+
+    Raises:
+        ValueError: names the key.
+    """
     check_names([data.answers], WRITERS, f"answers of {path}")
     for name, least in (("rounds", 1), ("max_new_tokens", 1), ("temperature", 0)):
         if not least <= getattr(data, name) < math.inf:

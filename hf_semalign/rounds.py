@@ -201,7 +201,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     like: SemAlignTrainer | None = None,
 ) -> SemAlignTrainer:
-    """A method's trainer on the recipe's models; a baseline takes over the pairs of the main run (``like``)."""
+    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
     return METHODS[method](
         resolve_model(recipe.target),
         source,
@@ -211,4 +211,5 @@ def make_trainer(
         extract_dataset=data.extract,
         processing_class=tokenizer,
         pairing=None if like is None else like.pairing,
+        semantic_map=None if like is None else like.semantic_map,
     )

@@ -73,6 +73,7 @@ class SemanticMap(nn.Module):
         self.shared_tokens = shared_tokens
         self.condition_number = condition_number
         self.fingerprint = fingerprint
+        self._built = ""  # checksum of the matrix, in float32, that the heads of the fingerprint led to
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
@@ -83,15 +84,18 @@ class SemanticMap(nn.Module):
             return F.linear(states, self.matrix).to(hidden.dtype)
 
     def by_content(self) -> SemanticMap:
-        """A copy whose fingerprint is of the matrix: what is known of one that somebody made or changed by hand."""
+        """A copy; its fingerprint is of the matrix, where somebody made that by hand or changed it since it was built."""
         matrix = self.matrix.detach().clone()
-        return SemanticMap(
+        content = checksum(matrix.float())
+        copied = SemanticMap(
             matrix,
             kind=self.kind,
             shared_tokens=self.shared_tokens,
             condition_number=self.condition_number,
-            fingerprint=checksum(matrix.float()),
+            fingerprint=self.fingerprint if content == self._built else content,
         )
+        copied._built = self._built
+        return copied
 
     @classmethod
     def from_heads(
@@ -132,6 +136,7 @@ class SemanticMap(nn.Module):
             source, source_dual, _ = _pseudoinverse(source_weight)
             matrix = target_dual @ _cross_gram(target, source, source_dual if kind == "cosine" else None) @ source_dual.T
         built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
+        built._built = checksum(built.matrix.float())
         if cache is not None:
             built.save(cache)
         return built
@@ -166,7 +171,8 @@ class SemanticMap(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the map to a safetensors file; the file appears whole or not at all."""
-        record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number", "fingerprint")}
+        record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number")}
+        record["fingerprint"] = self.by_content().fingerprint
         record["checksum"] = _record_checksum(self.matrix, record)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +190,9 @@ class SemanticMap(nn.Module):
                 matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
             if record.pop("checksum") != _record_checksum(matrix, record):
                 raise ValueError("its checksum does not fit")
-            return cls(matrix, **record)
+            known = cls(matrix, **record)
+            known._built = checksum(matrix.float())
+            return known
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)
             return None

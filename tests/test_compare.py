@@ -305,3 +305,34 @@ def test_equal_compute_counts_the_stages_of_a_budget_for_each(written):
             wanted = planned[cell.task, "Distillation"].cost
             assert sum(known.cost.values()) == pytest.approx(sum(wanted.values()), rel=0.4)
         assert int(cell.folder.name.split("-")[-2]) == known.steps
+
+
+def test_methods_may_differ_in_who_writes_the_answers(written):
+    methods = {
+        "KD": {"method": "kd"},
+        "KD, source's answers": {"method": "kd", "data": {"answers": "source", "max_new_tokens": 30}},
+        "KD, on-policy": {"method": "kd", "data": {"answers": "target", "temperature": 1.0, "rounds": 3}},
+    }
+    comparison = load_comparison(written(methods=methods, seeds=[1], budgets=["equal data"]), SMALL)
+    planned = plans(comparison)
+    found = {cell.name: cell.recipe.data for cell in cells(comparison, planned)}
+    assert {name: (data.answers, data.rounds, data.max_new_tokens) for name, data in found.items()} == {
+        "KD": ("dataset", 1, 512), "KD, source's answers": ("source", 1, 30), "KD, on-policy": ("target", 3, 512),
+    }  # fmt: skip
+    cost = {name: planned["symbols", name].cost for name in methods}
+    assert "answers" not in cost["KD"] and cost["KD, source's answers"]["answers"] > 0
+    assert cost["KD, on-policy"]["signals"] == pytest.approx(3 * cost["KD"]["signals"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("{align: 3}", "Unknown key 'align' in the data of methods.KD"),
+        ("3", "data of methods.KD of the comparison .* is 3: expected keys and values"),
+        ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: only answers of the target change"),
+        ("{answers: teacher}", "Unknown key 'teacher' in the answers of methods.KD"),
+    ],
+)
+def test_answers_of_a_method_are_checked(written, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_comparison(written(), [f"methods={{KD: {{method: kd, data: {changes}}}}}"])

@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_semalign import losses
 from hf_semalign.anatomy import Head
 from hf_semalign.losses import (
+    fisher_loss,
     output_kl,
     relation_loss,
     relation_sequences,
     sequence_relation_losses,
     steering_loss,
     token_cross_entropy,
+    token_fisher_losses,
     token_kl,
     token_steering_losses,
 )
@@ -423,3 +425,63 @@ def test_kl_and_cross_entropy_of_evaluation_are_those_of_each_alone(shared, cap,
     torch.testing.assert_close(kl, token_kl(hidden, target_head, source_hidden, source_head))
     torch.testing.assert_close(cross_entropy, losses.token_cross_entropy(hidden, own, tokens))
     assert not kl.requires_grad and not cross_entropy.requires_grad
+
+
+def fisher_by_definition(outputs, supervision, head):
+    """Through the whole Fisher matrix of the softmax, ``diag(p) - p p^T``."""
+    losses = []
+    for y, y_tilde in zip(outputs, supervision, strict=True):
+        shares = head.logits(y_tilde[None]).softmax(-1)[0]
+        u = head.weight @ (y - y_tilde)
+        losses.append(u @ (torch.diag(shares) - torch.outer(shares, shares)) @ u / 2)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fisher_loss_is_its_definition_and_so_is_its_gradient(softcap, biased, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ROWS", 3)
+    generator = torch.Generator().manual_seed(1)
+    outputs, supervision = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(11, 5, generator=generator, dtype=torch.float64), torch.randn(11, generator=generator).double()
+    head = Head(weight, bias if biased else None, softcap)
+    outputs.requires_grad_()
+    found, expected = token_fisher_losses(outputs, supervision, head), fisher_by_definition(outputs, supervision, head)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(7, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad(loss, outputs, upstream)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradcheck(lambda y: token_fisher_losses(y, supervision, head), outputs)
+
+
+def test_fisher_loss_is_the_second_order_of_the_kl():
+    generator = torch.Generator().manual_seed(2)
+    y_tilde, step = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    for size, tolerance in ((1e-2, 0.1), (1e-4, 1e-3)):
+        y = y_tilde + size * step
+        kl = token_kl(y, weight, y_tilde, weight)
+        torch.testing.assert_close(token_fisher_losses(y, y_tilde, weight), kl, rtol=tolerance, atol=0)
+
+
+def test_fisher_loss_is_a_mean_over_valid_positions_and_sees_no_others():
+    _, y, y_tilde, valid = hidden_states((3, 7, 5))
+    weight = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = fisher_by_definition(y[valid], y_tilde[valid], Head(weight)).mean()
+    torch.testing.assert_close(fisher_loss(y, y_tilde, weight, valid), expected)
+    y[~valid] = y_tilde[~valid] = float("nan")
+    torch.testing.assert_close(fisher_loss(y, y_tilde, weight, valid), expected)
+    assert fisher_loss(y, y_tilde, weight, torch.zeros_like(valid)) == 0
+
+
+def test_a_callers_autocast_changes_no_loss():
+    x, y, y_tilde, valid = hidden_states((3, 7, 5), dtype=torch.float32)
+    weight = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+
+    def found():
+        kl = output_kl(y[valid], weight, y_tilde[valid], weight)
+        return torch.stack((relation_loss(x, y, y_tilde, valid), fisher_loss(y, y_tilde, weight, valid), kl))
+
+    plain = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found(), plain)

@@ -16,7 +16,7 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.frontier import whole
 from hf_semalign.guards import seal
 from hf_semalign.hooks import capture
-from hf_semalign.losses import output_kl, relation_loss, steering_loss
+from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
 from hf_semalign.pairing import pair_layers
 from hf_semalign.splits import valid_positions
 from hf_semalign.trainer import SemAlignTrainer
@@ -124,13 +124,15 @@ def expected_loss(trainer, batch, stage, layer_loss="relation"):
     supervision = trainer.semantic_map(source_state.output) * trainer.scales[stage]
     if layer_loss == "relation":
         layer_term = relation_loss(state.input, state.output, supervision, valid)
+    elif layer_loss == "fisher":
+        layer_term = fisher_loss(state.output, supervision, target.lm_head.weight, valid)
     else:
         layer_term = steering_loss(state.output, supervision, valid)
     weights = target.lm_head.weight, trainer.source_model.lm_head.weight
     return layer_term, output_kl(final.output[valid], weights[0], source_final.output[valid], weights[1])
 
 
-@pytest.mark.parametrize("layer_loss", ["relation", "steering"])
+@pytest.mark.parametrize("layer_loss", ["relation", "steering", "fisher"])
 @pytest.mark.parametrize("stage", range(TARGET_LAYERS))
 def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
     settings = {"relation_weight": 0.3, "kl_weight": 0.7, "layer_loss": layer_loss, "scale": "match", "pairing": "uniform"}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -56,7 +56,6 @@ PUBLISHED = [
 ]
 UNCLAIMED = {".gitattributes", ".gitignore", CARD}  # what a repository holds that somebody has only just made
 PROBE = 16  # token ids that are compared
-TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def push_transfer(
@@ -109,7 +108,9 @@ def push_transfer(
             api.create_branch(repo_id, branch=branch)
         head = api.model_info(repo_id, revision=branch, files_metadata=True)
     there = {file.rfilename: file for file in head.siblings or () if _is_published(file.rfilename)}
-    changed = [file for file, path in files.items() if file not in there or not _same(path, there[file])]
+    known = {name: path for name, path in files.items() if name in there}
+    same = _same_files(api, repo_id, str(head.sha), known, there)
+    changed = [file for file in files if file not in same]
     stale = sorted(there.keys() - files.keys())  # such as a chat template, which would be read with another tokenizer
     tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(name)
     if tag is not None and tagged and (changed or stale or tagged != head.sha):
@@ -127,9 +128,9 @@ def push_transfer(
         with hub_errors_explained(repo_id):
             api.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
     state = f"{len(changed)} of {len(files)} files sent" if changed or stale else "it was there already"
-    same = "the same bytes" if probe is None else "the same bytes, and the same logits on a probe"
+    found = "the same bytes" if probe is None else "the same bytes, and the same logits on a probe"
     url = f"{api.endpoint}/{repo_id}/commit/{commit}"
-    logger.info("%s: %s; downloaded again, %s; tag %s", url, state, same, name)
+    logger.info("%s: %s; downloaded again, %s; tag %s", url, state, found, name)
     return url
 
 
@@ -160,9 +161,15 @@ def open_repo(repo_id: str, *, token: str | None = None, private: bool | None = 
     api = HfApi(token=token, library_name="hf_semalign")
     with hub_errors_explained(repo_id):
         user = api.whoami()["name"]
-        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.auth_check(repo_id, write=True)
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    _create(api, repo_id, private)
+    with hub_errors_explained(repo_id):
+        try:
+            api.auth_check(repo_id, write=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404 or isinstance(error, RepositoryNotFoundError):
+                raise
+            logger.info("%s cannot say beforehand whether this token may write: the push is going to see.", api.endpoint)
         info = api.model_info(repo_id)
     if private is not None and info.private is not private:
         kind = "private" if info.private else "public"
@@ -171,6 +178,28 @@ def open_repo(repo_id: str, *, token: str | None = None, private: bool | None = 
     if RECORD_NAME not in files and (foreign := sorted(files - UNCLAIMED)):
         raise ValueError(f"{repo_id} exists and holds no transfer, but {brief(', '.join(foreign))}: name another repository.")
     return api, repo_id
+
+
+def _create(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Make a repository, if there is none; the client itself would take any conflict for one that exists.
+
+    Raises:
+        ValueError: the name cannot be had, by the server's words.
+    """
+    with hub_errors_explained(repo_id):
+        if api.repo_exists(repo_id):
+            return
+        try:
+            api.create_repo(repo_id, private=private)
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            conflict = error
+        if api.repo_exists(repo_id):  # made by somebody else meanwhile
+            return
+    told = brief(conflict.server_message or conflict)
+    raise ValueError(f"A repository {repo_id} cannot be made: {told}. Choose another name.") from conflict
 
 
 @contextmanager
@@ -197,11 +226,15 @@ def _explained(error: Exception, repo_id: str) -> Exception:
     if isinstance(cause, RepositoryNotFoundError):
         return ValueError(f"There is no repository {repo_id}, or this token may not see it: check both.")
     if isinstance(cause, HfHubHTTPError):
-        status, told = cause.response.status_code, brief(cause.server_message or "")
+        status, told = cause.response.status_code, brief(cause.server_message or cause)
+        place = f"{constants.ENDPOINT}/settings/tokens"
         if status == 401:
-            return ValueError(f"The Hub does not know this token: log in again with `hf auth login`, or make one at {TOKENS}.")
+            return ValueError(f"The Hub does not know this token: log in again with `hf auth login`, or make one at {place}.")
         if status == 403:
-            return ValueError(f"This token may not do that with {repo_id}: make one with write access at {TOKENS}. ({told})")
+            return ValueError(
+                f"This token may not do that with {repo_id}: make one with write access at {place}, of an account that may "
+                f"write to what {repo_id.partition('/')[0]} owns. ({told})"
+            )
         if status == 404:
             return ValueError(f"{repo_id} does not have what was asked for: check the revision. ({told})")
         if status in (409, 412):
@@ -271,12 +304,24 @@ def _is_published(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
 
 
-def _same(path: Path, file: RepoSibling) -> bool:
-    """Whether a file on the Hub has the content of a local one, by the checksum that the Hub keeps of it."""
-    if file.lfs is not None:
-        return sha256(path) == file.lfs.sha256
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id  # as git does
+def _same_files(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], there: dict[str, RepoSibling]) -> set[str]:
+    """Names of the files whose content a commit has: by the checksums that the Hub keeps, or else by a download."""
+    same, unknown = set(), []
+    for name, path in files.items():
+        file = there[name]
+        if file.lfs is not None:
+            same |= {name} if sha256(path) == file.lfs.sha256 else set()
+        elif file.blob_id is not None:
+            content = path.read_bytes()
+            sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git does
+            same |= {name} if sha1 == file.blob_id else set()
+        else:
+            unknown.append(name)
+    if unknown:
+        with tempfile.TemporaryDirectory() as cache, hub_errors_explained(repo_id):
+            kept = Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=unknown, cache_dir=cache))
+            same |= {name for name in unknown if filecmp.cmp(files[name], kept / name, shallow=False)}
+    return same
 
 
 def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] | None:
@@ -291,8 +336,8 @@ def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] |
     if target is not None or not Path(name).exists():  # a folder of that name may be anything
         try:
             base = load_weights(resolve_model(name), dtype="auto", local_files_only=True)
-        except (ImportError, ValueError) as error:
-            reason = brief(error)
+        except (ImportError, ValueError):
+            reason = "its weights are not on this machine, and are not downloaded for that"
     if base is None:
         logger.warning("No logits will be compared: the target %s is not at hand, name it by target=. (%s)", name, reason)
         return None

@@ -102,6 +102,7 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[str] = []
         self.faults: list[Fault] = []
+        self.plain = False  # a compatible server that knows less: nothing of access, and no checksums of small files
         self.damaged: set[str] = set()  # files that are given out with another last byte
         self.lock = threading.RLock()
 
@@ -110,7 +111,7 @@ class HubServer(ThreadingHTTPServer):
 
     def order(self, *faults: Fault) -> None:
         with self.lock:
-            self.faults, self.requests, self.damaged = list(faults), [], set()
+            self.faults, self.requests, self.damaged, self.plain = list(faults), [], set(), False
 
     def count(self, request: str) -> int:
         """Requests of a kind since the last order."""
@@ -275,6 +276,8 @@ class Handler(BaseHTTPRequestHandler):
         self.writer(owner)
         if asked["name"].lower() == "models":
             raise Refused(400, "This name is reserved")
+        if asked["name"] == "taken":
+            raise Refused(409, "conflicts with existing repository Taken")
         if repo_id in self.server.repos:
             raise Refused(409, "You already created this model repo", url=f"{self.server.endpoint}/{repo_id}")
         repo = self.server.repos[repo_id] = Repo(asked.get("visibility") == "private", {}, {})
@@ -356,7 +359,8 @@ class Handler(BaseHTTPRequestHandler):
         siblings = []
         for path, entry in commit.files.items():
             lfs = {"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": 130}} if entry.lfs else {}
-            siblings.append({"rfilename": path} | ({"blobId": entry.oid, "size": entry.size} | lfs if blobs else {}))
+            known = {"size": entry.size} if self.server.plain else {"blobId": entry.oid, "size": entry.size}
+            siblings.append({"rfilename": path} | (known | lfs if blobs else {}))
         return {"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": siblings}
 
     def tree(self, body: bytes, repo_id: str, revision: str) -> list:
@@ -387,6 +391,8 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def access(self, body: bytes, repo_id: str) -> dict:
+        if self.server.plain:
+            raise Refused(404, "no such request")
         self.repo(repo_id, write=True)
         return {}
 

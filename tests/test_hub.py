@@ -114,6 +114,22 @@ def test_what_is_there_is_not_sent_again(hub, run, push):
     assert len(hub.repos[push.repo].commits) == 2
 
 
+def test_a_compatible_server_that_knows_less_gets_no_more(hub, run, push):
+    hub.plain = True
+    first = push(run)
+    assert first["error"] is None and "cannot say beforehand whether this token may write" in first["log"]
+    hub.order()
+    hub.plain = True
+    again = push(run)
+    assert (again["error"], again["url"]) == (None, first["url"]) and "it was there already" in again["log"]
+    assert hub.count("preupload|commit/|PUT|batch") == 0
+    change(run)
+    hub.order()
+    hub.plain = True
+    told = push(run)
+    assert told["error"] is None and "1 of 13 files sent" in told["log"]
+
+
 def test_a_second_push_leaves_nothing_of_the_first_but_its_tag(hub, run, push, client, good):
     (run / "chat_template.jinja").write_text("{{ messages }}")
     assert push(run)["error"] is None
@@ -162,6 +178,7 @@ def test_logits_that_cannot_be_compared_are_told_of(run, push):
     told = push(run, target=None)
     assert told["error"] is None
     assert "No logits will be compared: the target target is not at hand, name it by target=" in told["log"]
+    assert "connect" not in told["log"]
     assert "downloaded again, the same bytes; tag" in told["log"]
 
 
@@ -176,6 +193,11 @@ def test_logits_that_cannot_be_compared_are_told_of(run, push):
     ("another's repository", {"repo_id": "max/model"}, "ValueError: This token may not do that with max/model"),
     ("no name", {"repo_id": "a/b/c"}, "ValueError: 'a/b/c' cannot be the name of a repository: expected owner/name"),
     ("a name that is not allowed", {"repo_id": "zoe/models"}, "ValueError: The Hub refused .*: This name is reserved"),
+    (
+        "a name that conflicts",
+        {"repo_id": "zoe/taken"},
+        "ValueError: A repository zoe/taken cannot be made: .*conflicts with existing repository Taken.* Choose another name",
+    ),
     ("a repository of something else", {"repo_id": "zoe/model"}, "ValueError: zoe/model exists and holds no transfer, but"),
     ("a public repository", {"repo_id": "zoe/model", "private": True}, "ValueError: zoe/model exists and is public: "),
     ("no network", {"constant": ("ENDPOINT", "http://127.0.0.1:9")}, "OSError: The Hub cannot be reached: .*refused"),

@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
 from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
-from hf_semalign.splits import OF_TEMPLATE, Record, check_text, form_of, prompt_ids, tokenize
+from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
 from hf_semalign.states import write_text
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
+ROWS = 32  # prompts at a time, where memory allows it: what is drawn depends on it
 Entry = dict[str, Any]
 
 
@@ -50,9 +51,7 @@ def question(record: Record, where: str = "A row") -> dict[str, Any]:
     if form == "ids":
         raise ValueError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
     check_text({name: value for name, value in record.items() if value is not None}, where)
-    prompt = record[form]
-    if form == "messages" and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
+    prompt = record["prompt"] if form == "prompt" else before_answer(record["messages"])
     given = {name: record[name] for name in OF_TEMPLATE if record.get(name) is not None}
     return {"prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt], **given}
 
@@ -109,7 +108,7 @@ def _write(
 ) -> dict[int, Entry]:
     """The entries of all batches that lack one, added to the file; the longest prompts come first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    size = rows_that_fit(model, sampling.max_new_tokens)
+    size = min(ROWS, rows_that_fit(model, sampling.max_new_tokens))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     missing = [rows for rows in batches if not known.keys() >= set(rows)]
     again = {row for rows in missing for row in rows}
@@ -120,7 +119,7 @@ def _write(
     with (
         generating(model),
         computing_in(model, fastest_dtype(model)),
-        torch.random.fork_rng(),
+        torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         path.open("a", encoding="utf-8") as file,
         tqdm(total=len(again), desc="answers", disable=not progress) as bar,
     ):
@@ -156,8 +155,12 @@ def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int]
     in_chat = not isinstance(asked["prompt"], str)
     row = {**asked, "completion": [{"role": "assistant", "content": text}] if in_chat else text}
     written = prompt + tokens[:length]
-    same = tokenize(row, tokenizer, "An answer")[0][: len(written)] == written
-    return {**row, "prompt_tokens": len(prompt), "tokens": length + ended, "ended": ended, "same_tokens": same}
+    counts = {"prompt_tokens": len(prompt), "tokens": length + ended, "ended": ended}
+    try:
+        same = tokenize(row, tokenizer, "An answer")[0][: len(written)] == written
+    except Exception as error:  # whatever a chat template refuses: such an answer is left out, and the others are kept
+        return {**row, **counts, "same_tokens": False, "fault": f"{type(error).__name__}: {error}"}
+    return {**row, **counts, "same_tokens": same}
 
 
 def _lines(entries: Iterable[Entry]) -> str:
@@ -182,13 +185,15 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
     """The rows to train on, and how many answers were not used for what reason.
 
     An answer is left out when it did not end, or is longer with its prompt than ``max_length`` (``cut``): nothing would teach
-    the target to end there. So is an ``empty`` one. ``retokenised`` counts answers that are used, and whose text the tokenizer
+    the target to end there. So is an ``empty`` one, and one that is ``unusable``, because the chat template refuses it.
+    ``retokenised`` counts answers that are used, and whose text the tokenizer
     cuts into other tokens than the model wrote.
 
     Raises:
         ValueError: no answer is left.
     """
-    rows, counts = [], {"rows": len(entries), "cut": 0, "empty": 0, "retokenised": 0}
+    rows, counts = [], {"rows": len(entries), "cut": 0, "empty": 0, "unusable": 0, "retokenised": 0}
+    fault = ""
     for entry in entries:
         length = entry["prompt_tokens"] + entry["tokens"]
         completion = entry["completion"]
@@ -197,18 +202,20 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
             counts["cut"] += 1
         elif not text.strip():
             counts["empty"] += 1
+        elif "fault" in entry:
+            counts["unusable"], fault = counts["unusable"] + 1, f" ({entry['fault']})"
         else:
             counts["retokenised"] += not entry["same_tokens"]
             rows.append({name: entry[name] for name in ("prompt", "completion", *OF_TEMPLATE) if name in entry})
+    reasons = (
+        f"{counts['cut']} did not end within the limit, {counts['empty']} are empty, {counts['unusable']} are refused by the "
+        f"chat template{fault}"
+    )
     if not rows:
         raise ValueError(
-            f"None of {len(entries)} answers can be used: {counts['cut']} did not end within the limit, {counts['empty']} are "
-            f"empty. Raise data.max_new_tokens and data.max_length (now {max_length}), or look whether the model knows how to "
-            "answer such prompts."
+            f"None of {len(entries)} answers can be used: {reasons}. Raise data.max_new_tokens and data.max_length (now "
+            f"{max_length}), or look whether the model knows how to answer such prompts."
         )
     if left := len(entries) - len(rows):
-        logger.warning(
-            "%d of %d written answers are left out: %d are longer than the limit, %d are empty.",
-            left, len(entries), counts["cut"], counts["empty"],
-        )  # fmt: skip
+        logger.warning("%d of %d written answers are left out: %s.", left, len(entries), reasons)
     return rows, counts

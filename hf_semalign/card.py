@@ -294,8 +294,8 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
         who = {"source": "the source", "target": "the target, as it was at the beginning of each round,"}[written["by"]]
         text += (
             f" The answers of the align split were written by {who} ({how}, at most {written['max_new_tokens']:,} tokens). Of "
-            f"{written['rows']:,} answers {written['cut']:,} did not end in time and {written['empty']:,} were empty; they "
-            "are left out."
+            f"{written['rows']:,} answers {written['cut']:,} did not end in time, {written['empty']:,} were empty and "
+            f"{written['unusable']:,} unusable; these are left out."
         )
     if shared := results.get("overlap"):
         text += (

@@ -37,7 +37,7 @@ from hf_semalign.guards import claimed
 from hf_semalign.loading import make_folder, read_json
 from hf_semalign.paired import paired_difference
 from hf_semalign.plan import Plan, plan_recipe
-from hf_semalign.recipe import METHODS, Recipe, check_answers, check_names, load_recipe, read_yaml
+from hf_semalign.recipe import METHODS, DataSettings, Recipe, check_answers, check_names, load_recipe, read_yaml
 from hf_semalign.tables import latex, markdown
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         if not isinstance(written := changes.get("data", {}), dict):
             raise ValueError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
         check_names(written, OF_ANSWERS, f"data of {place}")
+        check_numbers(written, DataSettings)
     for section in ("tasks", "methods"):
         folders: dict[str, str] = {}
         for name in map(str, content[section]):
@@ -332,7 +333,7 @@ def costs_table(comparison: Comparison) -> Group:
 def _check(cell: Cell) -> None:
     """Refuse a folder whose run had other settings."""
     path = cell.folder / RECIPE_NAME
-    if path.is_file() and path.read_text(encoding="utf-8") != _yaml(cell.recipe):
+    if path.is_file() and load_recipe(path) != cell.recipe:
         raise ValueError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
 
 

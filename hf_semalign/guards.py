@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -82,6 +83,17 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; -1 of a folder with another name."""
     step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(step) if step.isdecimal() else -1
+
+
+def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints over ``save_total_limit``, but never the newest and the best."""
+    found = checkpoints_of(folder)
+    if not limit or len(found) <= limit:
+        return
+    protected = {found[-1].resolve(), *([Path(best).resolve()] if best else [])}
+    spare = [path for path in found if path.resolve() not in protected]
+    for path in spare[: len(found) - max(limit, len(protected))]:
+        shutil.rmtree(path)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

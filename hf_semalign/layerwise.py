@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_seed
 
 from hf_semalign.anatomy import Anatomy, base_model
 from hf_semalign.config import SemAlignConfig
@@ -51,6 +51,7 @@ from hf_semalign.guards import (
     damage,
     disk_errors_explained,
     last_checkpoint,
+    rotate,
     seal,
     step_of,
 )
@@ -329,7 +330,7 @@ class LayerwiseTrainer(Trainer):
                     f"{path} has no optimizer, as save_only_model leaves it: training would not go on as it began. Start anew "
                     "with resume_from_checkpoint=False, and leave save_only_model out of a run that may be interrupted."
                 )
-        else:
+        if path is None or Path(path).resolve().parent != Path(folder).resolve():
             self._check_others()
         set_seed(self.args.seed)  # whatever was drawn meanwhile, and that depends on what was cached
         try:
@@ -387,7 +388,7 @@ class LayerwiseTrainer(Trainer):
             for other in checkpoints_of(folder):  # of a course that this run has left, by resuming or starting anew
                 if step_of(other) > self.state.global_step:
                     shutil.rmtree(other, ignore_errors=True)
-            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+            rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
         """The adapter as it is; under FSDP and DeepSpeed it alone is put together, not the base with it."""
@@ -437,13 +438,19 @@ class LayerwiseTrainer(Trainer):
         Raises:
             ValueError: names one, and what was otherwise.
         """
-        kept = [path for path in checkpoints_of(self.args.output_dir) if (path / RECORD_NAME).is_file()]
-        found = [(str(path), different) for path in kept if (different := self._differences(path))]
+        found: list[tuple[str, str]] = []
+        for path in checkpoints_of(self.args.output_dir) if self.is_world_process_zero() else ():
+            if not (path / TRAINER_STATE_NAME).is_file():
+                continue  # it was never finished
+            if not (path / RECORD_NAME).is_file():
+                found.append((str(path), "it has no semalign.json"))
+            elif damage(path) is None and (different := self._differences(path)):
+                found.append((str(path), f"other {', '.join(different)}"))
         (found,) = broadcast_object_list([found])
         if found:
             raise ValueError(
-                f"{self.args.output_dir} has checkpoints of another run, such as {found[0][0]} (other "
-                f"{', '.join(found[0][1])}), which this one would delete: choose another output_dir, or delete them first."
+                f"{self.args.output_dir} has checkpoints of another run, such as {found[0][0]} ({found[0][1]}), which this one "
+                "would delete: choose another output_dir, or delete them first."
             )
 
     def _differences(self, checkpoint: Path) -> list[str]:

@@ -30,7 +30,7 @@ from hf_semalign.losses import LOGIT_ROWS
 from hf_semalign.preparation import Counts, Preparation, prepare
 from hf_semalign.recipe import METHODS, DataSettings, Recipe, load_tokenizer
 from hf_semalign.rows import Row
-from hf_semalign.splits import IGNORED, prompt_ids
+from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
 from hf_semalign.states import Examples
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import TaskData
@@ -122,25 +122,43 @@ def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
     Raises:
         ValueError: whatever the run would be refused for before weights are loaded.
     """
-    args = recipe.config(Path(recipe.output_dir))
-    data, tokenizer = data or recipe.data.load(), load_tokenizer(recipe)
-    source, target = resolve_model(recipe.source), resolve_model(recipe.target)
-    align = data.align if recipe.data.answers == "dataset" else _as_if_answered(recipe.data, data.align, tokenizer)
-    known = prepare(target, source, args, align, data.eval, data.extract, tokenizer)
-    planned = plan(known, args, recipe.method, recipe.data.answers)
-    rounds = dict.fromkeys(("answers", "signals"), recipe.data.rounds)
-    planned = replace(planned, cost={phase: amount * rounds.get(phase, 1) for phase, amount in planned.cost.items()})
+    planned, dtype = plans_of(recipe, data or recipe.data.load())
     if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
         return planned
     # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
-    size, dtype = 2048, torch.bfloat16 if args.bf16 else known.target_dtype
+    size = 2048
     flops = CPU_SHARE * 2 * 64 * size**2 / product_seconds(dtype, size)
     return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
 
 
+def plans_of(recipe: Recipe, data: TaskData) -> tuple[Plan, torch.dtype]:
+    """The plan of all rounds of a recipe together, and the dtype that training computes in.
+
+    Raises:
+        ValueError: whatever the run would be refused for before weights are loaded.
+    """
+    args, tokenizer = recipe.config(Path(recipe.output_dir)), load_tokenizer(recipe)
+    source, target = resolve_model(recipe.source), resolve_model(recipe.target)
+    align = data.align
+    if recipe.data.answers != "dataset":
+        check_disjoint({"extract": data.extract, "align": align, "eval": data.eval})
+        align = _as_if_answered(recipe.data, align, tokenizer)
+    plans, cost, stages = [], dict[str, float](), [0]
+    for settings in recipe.rounds(args, len(data.align)):
+        known = prepare(target, source, settings, align, data.eval, data.extract, tokenizer)
+        plans.append(plan(known, settings, recipe.method, recipe.data.answers))
+        stages += [stages[-1] + boundary for boundary in plans[-1].stages[1:]]
+        for phase, amount in plans[-1].cost.items():
+            if phase != "attribution" or phase not in cost:  # its scores are kept
+                cost[phase] = cost.get(phase, 0.0) + amount
+    dtype = torch.bfloat16 if args.bf16 else known.target_dtype
+    disk = sum(one.disk_bytes for one in plans)
+    return replace(plans[0], cost=cost, stages=tuple(stages), disk_bytes=disk), dtype
+
+
 def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be."""
-    if all("completion" in row or row.get("messages", [{}])[-1].get("role") == "assistant" for row in rows):
+    if all(row.get("completion") or (row.get("messages") or [{}])[-1].get("role") == "assistant" for row in rows):
         logger.info("The %s has not written its answers yet: they are counted as long as the data set's.", settings.answers)
         return rows
     length = settings.max_new_tokens

@@ -98,7 +98,8 @@ def prepare(
     check_engine(args)
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
         raise ValueError("One model object is source and target: what trains the one would change the other. Load it twice.")
-    for role, origin in (("source", source_model), ("target", model)):
+    source_origin = source_model.origin if isinstance(source_model, Source) else source_model
+    for role, origin in (("source", source_origin), ("target", model)):
         if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
             raise ValueError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
     tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class

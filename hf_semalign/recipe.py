@@ -30,7 +30,7 @@ from hf_semalign.hub import read_record
 from hf_semalign.loading import find_config, find_tokenizer, read_json
 from hf_semalign.symbols import resolve_model
 from hf_semalign.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
-from hf_semalign.trainer import SETTINGS, SemAlignTrainer
+from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, type[SemAlignTrainer]] = {
@@ -171,6 +171,32 @@ class Recipe:
         args.push_to_hub = False  # no trainer publishes, but the recipe at its end
         return args
 
+    def rounds(self, args: SemAlignConfig, examples: int) -> list[SemAlignConfig]:
+        """The settings of each round: the last one's folder is the run's, and the steps of the run are dealt out to all.
+
+        Written answers that are left out cost no steps: those of a run are the steps that all of its prompts would make.
+
+        Args:
+            args: the settings of the run.
+            examples: rows of its align split.
+
+        Raises:
+            ValueError: fewer steps than rounds, or a checkpoint by name where there are several rounds.
+        """
+        count, total = self.data.rounds, args.planned_steps(examples)
+        if self.data.answers == "dataset":
+            return [args]
+        run = Path(str(args.output_dir))
+        if count > 1 and (args.stage_budget != "split" or isinstance(args.resume_from_checkpoint, str) or total < count):
+            raise ValueError(
+                f"data.rounds is {count}, of {total} steps in all: expected a step for each round, stage_budget 'split', and "
+                "resume_from_checkpoint true or false, since each round has checkpoints of its own."
+            )
+        places = [*(run / f"round-{number}" for number in range(1, count)), run]
+        steps = [total * (number + 1) // count - total * number // count for number in range(count)]
+        kept = str(signals_root(args))
+        return [self.config(place, max_steps=some, signals_dir=kept) for place, some in zip(places, steps, strict=True)]
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check every key.
@@ -210,7 +236,9 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
     results = read_json(folder / "results.json", "task")
     task = results.get("data_task", results["task"])
-    data = {"task": task, **{split: record["data"][split]["rows"] for split in ("extract", "align", "eval")}}
+    splits = {split: record["data"][split] for split in ("extract", "align", "eval")}
+    rows = {split: facts.get("answers", facts)["rows"] for split, facts in splits.items()}  # written answers may be left out
+    data = {"task": task, **rows}
     models = {"source": record["source"], "target": record["target"]}
     training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
     content = {**models, "output_dir": str(folder), "method": record["method"], "data": data, "training": training}

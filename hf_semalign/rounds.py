@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from hf_semalign.card import restriction
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.guards import damage, last_checkpoint
 from hf_semalign.loading import load_model
-from hf_semalign.plan import plan
+from hf_semalign.plan import plan, plans_of
 from hf_semalign.recipe import METHODS, Recipe
 from hf_semalign.source import Source
 from hf_semalign.states import digest, file_digest, writing_lock
@@ -55,7 +55,9 @@ def train_recipe(
     learnt: Path | None = None
     steps, history = 0, []
     cost: dict[str, float] = {}
-    for settings in _rounds(recipe, args, len(data.align)):
+    if recipe.data.answers != "dataset":
+        plans_of(recipe, data)  # whatever the run would be refused for, before hours of writing
+    for settings in recipe.rounds(args, len(data.align)):
         trainer = None  # before another target is loaded
         checkpoint = start_of(settings, args.resume_from_checkpoint)
         rows, written = with_answers(recipe, data, source, args, tokenizer, folder, seconds, learnt)
@@ -64,6 +66,8 @@ def train_recipe(
         if written is not None:
             trainer.data_record["align"]["answers"] = written
         if learnt is not None:
+            if settings.signals == "cached":
+                source.release()
             _begin_at(trainer, learnt)
         else:
             if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
@@ -76,9 +80,11 @@ def train_recipe(
             if trainer.is_world_process_zero():
                 (learnt / "results.json").unlink(missing_ok=True)  # of an earlier adapter, if one was here
             trainer.save_model()
+            trainer.accelerator.wait_for_everyone()  # the others are going to read it
         history += [{**entry, "step": entry["step"] + steps} for entry in trainer.state.log_history if "stage" in entry]
         steps += trainer.state.global_step
-        add(cost, plan(trainer.known, settings, recipe.method, recipe.data.answers).cost)
+        spent = plan(trainer.known, settings, recipe.method, recipe.data.answers).cost
+        add(cost, {phase: amount for phase, amount in spent.items() if phase != "attribution" or phase not in cost})
     return trainer, rows, {"steps": steps, "history": history, "cost": cost}
 
 
@@ -86,28 +92,6 @@ def add(sums: dict[str, float], values: dict[str, float]) -> None:
     """Add values to sums by name."""
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
-
-
-def _rounds(recipe: Recipe, args: SemAlignConfig, examples: int) -> Iterator[SemAlignConfig]:
-    """The settings of each round: the last one's folder is the run's, and the steps of the run are dealt out to all.
-
-    Raises:
-        ValueError: fewer steps than rounds, or a checkpoint by name where there are several rounds.
-    """
-    count, total = recipe.data.rounds, args.planned_steps(examples)
-    if count == 1:
-        yield args
-        return
-    if args.stage_budget != "split" or isinstance(args.resume_from_checkpoint, str) or total < count:
-        raise ValueError(
-            f"data.rounds is {count}, of {total} steps in all: expected a step for each round, stage_budget 'split', and "
-            "resume_from_checkpoint true or false, since each round has checkpoints of its own."
-        )
-    for number in range(count):
-        last = number == count - 1
-        place = Path(str(args.output_dir)) if last else Path(str(args.output_dir)) / f"round-{number + 1}"
-        steps = total * (number + 1) // count - total * number // count
-        yield recipe.config(place, max_steps=steps, signals_dir=str(signals_root(args)))
 
 
 def with_answers(
@@ -147,7 +131,8 @@ def with_answers(
         place, writer = source.folder(signals_root(args)), [source.identity]
         model: Callable[[], CausalLM] = partial(source.model, args.device)
     else:
-        place, writer = folder, [Source(resolve_model(recipe.target)).identity]
+        target = Source(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+        place, writer = folder, [target.identity]
         writer += [] if learnt is None else [file_digest(learnt / SAFETENSORS_WEIGHTS_NAME)]
         model = partial(_target, recipe, args, learnt)
         place.mkdir(parents=True, exist_ok=True)

@@ -75,15 +75,17 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if repo_id is not None:
         open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
-        # A run that goes on has been at work before.
-        goes_on = start_of(args, args.resume_from_checkpoint) and recall_record(folder / SECONDS)
-        seconds: dict[str, float] = goes_on or {}
+        # A run that is started again has been at work before, and takes up what it finished.
+        known = recall_record(folder / SECONDS) if args.resume_from_checkpoint is not False else None
+        settings = digest(asdict(recipe))
+        seconds: dict[str, float] = known["seconds"] if known and known["recipe"] == settings else {}
         started = time.perf_counter() - seconds.pop("total", 0.0)
         try:
             results = _run(recipe, folder, args, seconds, started)
         finally:
             if args.should_save:
-                keep_record(folder / SECONDS, {**seconds, "total": round(time.perf_counter() - started, 2)})
+                total = round(time.perf_counter() - started, 2)
+                keep_record(folder / SECONDS, {"recipe": settings, "seconds": {**seconds, "total": total}})
     if repo_id is not None:
         _publish(recipe, folder, repo_id, args)
     return results

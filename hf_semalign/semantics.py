@@ -73,7 +73,7 @@ class SemanticMap(nn.Module):
         self.shared_tokens = shared_tokens
         self.condition_number = condition_number
         self.fingerprint = fingerprint
-        self._built = ""  # checksum of the matrix, in float32, that the heads of the fingerprint led to
+        self._built = ""  # what the heads of the fingerprint led to, see _content
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
@@ -83,10 +83,13 @@ class SemanticMap(nn.Module):
                 states = F.normalize(states, dim=-1)
             return F.linear(states, self.matrix).to(hidden.dtype)
 
+    def _content(self) -> str:
+        return hashlib.sha256(f"{self.kind} {checksum(self.matrix.float())}".encode()).hexdigest()
+
     def by_content(self) -> SemanticMap:
         """A copy; its fingerprint is of the matrix, where somebody made that by hand or changed it since it was built."""
         matrix = self.matrix.detach().clone()
-        content = checksum(matrix.float())
+        content = self._content()
         copied = SemanticMap(
             matrix,
             kind=self.kind,
@@ -136,7 +139,7 @@ class SemanticMap(nn.Module):
             source, source_dual, _ = _pseudoinverse(source_weight)
             matrix = target_dual @ _cross_gram(target, source, source_dual if kind == "cosine" else None) @ source_dual.T
         built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
-        built._built = checksum(built.matrix.float())
+        built._built = built._content()
         if cache is not None:
             built.save(cache)
         return built
@@ -191,7 +194,7 @@ class SemanticMap(nn.Module):
             if record.pop("checksum") != _record_checksum(matrix, record):
                 raise ValueError("its checksum does not fit")
             known = cls(matrix, **record)
-            known._built = checksum(matrix.float())
+            known._built = known._content()
             return known
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)

@@ -38,7 +38,7 @@ REFUSED_COLUMNS = {
     **dict.fromkeys(("completion_mask", "assistant_masks"), "mark what is not supervised by -100 in labels"),
     **dict.fromkeys(("position_ids", "seq_lengths"), "the examples of a packed row would see each other; give a row for each"),
 }
-DATED = re.compile(r"strftime_now|date_string")
+DATED = re.compile("strftime_now")
 logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
@@ -62,8 +62,14 @@ def prompt_of(record: Record) -> str:
         ids, labels = _token_ids(record)
         prompt_ids = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORED, zip(ids, labels, strict=True))]
         return " ".join(map(str, prompt_ids or ids))
-    prompt = record["prompt"] if form == "prompt" else record["messages"][:-1]
+    prompt = record["prompt"] if form == "prompt" else before_answer(record["messages"])
     return normalise_prompt(prompt if isinstance(prompt, str) else "\n".join(turn.get("content") or "" for turn in prompt))
+
+
+def before_answer(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The turns before the last answer, which need not be there yet."""
+    turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return [dict(turn) for turn in turns]
 
 
 def form_of(record: Record) -> str:

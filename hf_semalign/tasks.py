@@ -36,7 +36,7 @@ from hf_semalign.rows import (
     read_json_lines,
     same_questions,
 )  # fmt: skip
-from hf_semalign.splits import check_text, prompt_of
+from hf_semalign.splits import check_text, form_of, prompt_of
 from hf_semalign.symbols import SKILLS, make_records
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def load_task(
         bare = {"align"} if prompts_only else set()
         if set(files) == {"train"}:
             _check_files(task, files, ("train",))
-            rows = _draw_records(Path(files["train"]), counts, seed, with_answers=not bare)
+            rows = _draw_records(Path(files["train"]), counts, seed)
             return TaskData(rows["extract"], rows["align"], rows["eval"])
         _check_files(task, files, tuple(counts))
         rows = {split: _read_records(Path(files[split]), split not in bare)[:count] for split, count in counts.items()}
@@ -180,9 +180,9 @@ def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -
     return TaskData(extract, align, evaluation)
 
 
-def _draw_records(path: Path, counts: Mapping[str, int], seed: int, *, with_answers: bool) -> dict[str, list[Row]]:
+def _draw_records(path: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Splits of one file, drawn by prompt: the first row of each."""
-    distinct = {prompt_of(row): row for row in reversed(_read_records(path, with_answers))}
+    distinct = {prompt_of(row): row for row in reversed(_read_records(path))}
     rows, wanted = list(reversed(distinct.values())), sum(counts.values())
     if len(rows) < wanted:
         raise ValueError(
@@ -279,21 +279,26 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
     for number, row in enumerate(rows):
         if "messages" not in row and not set(wanted) <= row.keys():
             raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
-        check_text(row, f"Row {number} of {path}")
+        given = row if with_answers else {name: value for name, value in row.items() if value is not None}
+        check_text(given, f"Row {number} of {path}")
+        turns = row["messages"] if form_of(row) == "messages" else ()
+        if with_answers and turns and all(turn["role"] != "assistant" for turn in turns):
+            raise ValueError(f"Row {number} of {path} has no turn of the assistant: give it an answer.")
     return rows
 
 
 def _read_csv(path: Path) -> list[Row]:
     """Rows of a table with a header; cells are texts, whatever they look like: pandas would read NA as nothing and 007 as 7."""
+    csv.field_size_limit(2**31 - 1)  # by default some 130,000 characters a cell
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines, strict=True))
+            rows: list[Row] = list(csv.DictReader(lines, strict=True))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as csv: {error}") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that hold a comma.")
-    return rows
+    return [{name: cell or None for name, cell in row.items()} for row in rows]  # an empty cell holds nothing
 
 
 def _chat(user: str, assistant: str) -> Row:

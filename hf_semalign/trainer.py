@@ -41,7 +41,7 @@ from hf_semalign.semantics import SemanticMap
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
 from hf_semalign.splits import Collator, Record, encode, fingerprint, valid_positions
-from hf_semalign.states import digest, file_digest, sha256
+from hf_semalign.states import digest, file_digest, sha256, write_text
 
 logger = logging.getLogger(__name__)
 PREFIX = "_prefix"  # in the run folder
@@ -538,7 +538,7 @@ class SemAlignTrainer(LayerwiseTrainer):
             self.processing_class.save_pretrained(folder)
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         sums = {"adapter_checksum": file_digest(weights), "adapter_sha256": sha256(weights)}  # the second one the Hub has too
-        (folder / RECORD_NAME).write_text(json.dumps({**self.record(), **sums}, indent=2))
+        write_text(folder / RECORD_NAME, json.dumps({**self.record(), **sums}, indent=2))
 
     # Publishing
 

@@ -15,7 +15,7 @@ from hf_semalign import answers
 from hf_semalign.answers import Sampling, answered, question, write_answers
 from hf_semalign.cli import main
 from hf_semalign.hub import read_record
-from hf_semalign.recipe import load_recipe
+from hf_semalign.recipe import load_recipe, load_run
 from hf_semalign.rounds import train_recipe
 from hf_semalign.runs import run_recipe
 from hf_semalign.splits import encode, prompt_ids
@@ -68,7 +68,13 @@ def test_what_is_trained_on_is_what_was_written_and_its_end(tmp_path):
     entries = written(tmp_path / "answers.jsonl")
     rows, counts = answered(entries, max_length=None)
     used = [entry for entry in entries if entry["ended"] and entry["completion"].strip()]
-    assert counts == {"rows": 10, "cut": sum(not entry["ended"] for entry in entries), "empty": 0, "retokenised": 0}
+    assert counts == {
+        "rows": 10,
+        "cut": sum(not entry["ended"] for entry in entries),
+        "empty": 0,
+        "unusable": 0,
+        "retokenised": 0,
+    }
     assert 0 < len(rows) == len(used) < 10
     for row, entry in zip(encode(rows, TOKENIZER, split="align"), used, strict=True):
         supervised = [label for label in row["labels"] if label != -100]
@@ -85,11 +91,12 @@ def entry(completion="w3", ended=True, tokens=4, same=True):
 def test_answers_that_teach_no_end_are_counted_and_left_out(caplog):
     turn = [{"role": "assistant", "content": " "}]
     rows, counts = answered(
-        [entry(), entry(ended=False), entry(tokens=9), entry(" "), entry(turn), entry(same=False)], max_length=10
+        [entry(), entry(ended=False), entry(tokens=9), entry(" "), entry(turn), entry(same=False), entry() | {"fault": "no"}],
+        max_length=10,
     )
     assert rows == [{"prompt": "w1", "completion": "w3"}] * 2
-    assert counts == {"rows": 6, "cut": 2, "empty": 2, "retokenised": 1}
-    assert "4 of 6 written answers are left out: 2 are longer than the limit, 2 are empty" in caplog.text
+    assert counts == {"rows": 7, "cut": 2, "empty": 2, "unusable": 1, "retokenised": 1}
+    assert "5 of 7 written answers are left out: 2 did not end within the limit, 2 are empty, 1 are refused" in caplog.text
     with pytest.raises(ValueError, match=r"None of 1 answers can be used: 1 did not end .* Raise data.max_new_tokens"):
         answered([entry(ended=False)], max_length=10)
 
@@ -121,6 +128,13 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert written(tmp_path / "other.jsonl", sampling=Sampling(40, 1.0, seed=7)) != expected
 
 
+def test_an_answer_that_the_template_refuses_ends_nothing(tmp_path):
+    refusing = CHAT_TEMPLATE + "{% if messages|length > 1 %}{{ raise_exception('too long') }}{% endif %}"
+    tokenizer = word_tokenizer([*WORDS, "<user>", "<assistant>"], refusing)
+    (entry,) = written(tmp_path / "answers.jsonl", [{"prompt": TURNS[:1]}], Sampling(5), tokenizer)
+    assert entry["fault"] == "TemplateError: too long" and not entry["same_tokens"]
+
+
 # Runs
 
 
@@ -149,6 +163,7 @@ def test_a_target_learns_from_what_the_source_writes(recipe, tmp_path, monkeypat
     assert results["seconds"]["answers"] > 0 and results["cost"]["answers"] > 0
     card = (tmp_path / "run" / "README.md").read_text()
     assert "written by the source (drawn at temperature 1, at most 40 tokens). Of 24 answers" in card
+    assert load_run(tmp_path / "run").data.align == 24  # as the splits were drawn
 
     # Another run with the same signals finds them, and one on a machine without the source, too.
     monkeypatch.setattr(answers, "continue_prompts", lambda *_, **__: pytest.fail("answers were written again"))
@@ -158,6 +173,11 @@ def test_a_target_learns_from_what_the_source_writes(recipe, tmp_path, monkeypat
         shutil.rmtree(tmp_path / "again", ignore_errors=True)
         run_recipe(load_recipe(recipe, [*again, *source]))
         assert read_record(tmp_path / "again")["data"]["align"] == facts
+
+
+def test_what_would_be_refused_is_refused_before_anything_is_written(refused, recipe, monkeypatch, good):
+    monkeypatch.setattr(answers, "continue_prompts", lambda *_, **__: pytest.fail("answers were written"))
+    refused("Overlapping splits", f"data.files.eval={good / 'align.jsonl'}", recipe=recipe)
 
 
 def test_signals_holds_the_answers_as_well(recipe, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
-from hf_semalign.guards import CheckpointOnSignal, claimed, damage, last_checkpoint, seal
+from hf_semalign.guards import CheckpointOnSignal, checkpoints_of, claimed, damage, last_checkpoint, rotate, seal
 
 HOLD = """
 import sys
@@ -212,3 +212,14 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
     seal(checkpoint)
     with pytest.raises(ValueError, match="made with other number of processes"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_rotation_counts_no_copies_and_spares_the_best(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-keep", "checkpoint-4", "checkpoint-6", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"checkpoint-{step}" for step in (2, 4, 6, 10)]
+    rotate(tmp_path, 2, str(tmp_path / "checkpoint-4"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2-keep", "checkpoint-4", "checkpoint-10"}
+    rotate(tmp_path, None, None)
+    rotate(tmp_path, 1, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2-keep", "checkpoint-10"}

@@ -86,13 +86,15 @@ def test_a_template_without_eos_is_told(caplog):
 
 
 def test_a_template_with_todays_date_is_told(caplog):
-    dated = "{% if date_string is not defined %}{% set date_string = 'w9' %}{% endif %}{{ date_string }} " + CHAT_TEMPLATE
-    tokenizer, row = chat(dated), {"messages": [USER, GOOD]}
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('w9') %}{% endif %}{{ date_string }} "
+    tokenizer, row = chat(dated + CHAT_TEMPLATE), {"messages": [USER, GOOD]}
     encode([row], tokenizer, split="align")
     assert "writes today's date. Tomorrow the same rows of the align split are other data" in caplog.text
     caplog.clear()
     (fixed,) = encode([{**row, "chat_template_kwargs": {"date_string": "w8"}}], tokenizer, split="align")
-    assert tokenizer.decode(fixed["input_ids"]).startswith("w8 <user>") and not caplog.text
+    assert tokenizer.decode(fixed["input_ids"]).startswith("w8 <user>")
+    encode([row], chat(dated.replace("strftime_now('w9')", "'w9'") + CHAT_TEMPLATE), split="align")  # a constant
+    assert not caplog.text
 
 
 def test_words_that_run_into_each_other_are_told(caplog):
@@ -160,14 +162,22 @@ def test_rows_beyond_learned_positions_are_refused(tmp_path, role):
 
 
 def test_cells_of_a_csv_file_are_texts(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,completion\nNA,007\nw1 1e3,null\n1,2\n")
+    (tmp_path / "rows.csv").write_text("prompt,completion,images\nNA,007,\nw1 1e3,null,\n1,2,\n")
     files = dict.fromkeys(("extract", "align", "eval"), str(tmp_path / "rows.csv"))
     rows = load_task("records", extract=3, align=3, eval=3, files=files).align
     assert rows == [
-        {"prompt": "NA", "completion": "007"},
-        {"prompt": "w1 1e3", "completion": "null"},
-        {"prompt": "1", "completion": "2"},
+        {"prompt": "NA", "completion": "007", "images": None},
+        {"prompt": "w1 1e3", "completion": "null", "images": None},
+        {"prompt": "1", "completion": "2", "images": None},
     ]
+
+
+def test_an_empty_cell_is_no_answer(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\nw1,w2\nw3,\n")
+    with pytest.raises(ValueError, match=r"Row 1 of .*rows.csv has .*'completion': None"):
+        load_task(
+            "records", extract=1, align=1, eval=1, files=dict.fromkeys(("extract", "align", "eval"), str(tmp_path / "rows.csv"))
+        )
 
 
 def test_one_file_is_drawn_from_for_all_splits(tmp_path):
@@ -179,5 +189,10 @@ def test_one_file_is_drawn_from_for_all_splits(tmp_path):
     assert [len(data.extract), len(data.align), len(data.eval)] == [2, 6, 4]
     assert sorted(drawn, key=str) == sorted(rows[:12], key=str)  # the first row of each prompt
     assert load_task("records", **counts, files=files) == data != load_task("records", **counts, files=files, seed=7)
+    unanswered = [{"messages": [{"role": "user", "content": f"w{i}"}]} for i in range(12)]
+    assert len({prompt_of(row) for row in unanswered}) == 12
+    (tmp_path / "asked.jsonl").write_text(json_lines(unanswered))
+    with pytest.raises(ValueError, match=r"Row 0 of .*asked.jsonl has no turn of the assistant"):
+        load_task("records", **counts, files={"train": str(tmp_path / "asked.jsonl")}, prompts_only=True)
     with pytest.raises(ValueError, match="has 12 rows of different prompts, but 13 were asked for"):
         load_task("records", **{**counts, "eval": 5}, files=files)

@@ -241,3 +241,25 @@ def test_a_float16_source_whose_mapped_states_are_large(tmp_path):
         return trainer.evaluate()["eval_relation"]
 
     assert evaluated(torch.float16) == pytest.approx(evaluated(torch.float32), rel=0.05)
+
+
+def test_a_new_run_deletes_no_checkpoints_of_another(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match=r"has checkpoints of another run, such as .*checkpoint-2 \(other seed\)"):
+        make_trainer(tmp_path, seed=7, **settings).train()
+    make_trainer(tmp_path, **settings).train()  # its own may go
+    for name in ("semalign.json", "checksums.json", "trainer_state.json"):  # one that was broken off goes as well
+        (tmp_path / "run" / "checkpoint-6" / name).unlink()
+    make_trainer(tmp_path, **settings).train()
+    foreign = tmp_path / "run" / "checkpoint-5000"
+    foreign.mkdir()
+    (foreign / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"checkpoint-5000 \(it has no semalign.json\)"):
+        make_trainer(tmp_path, **settings).train()
+    assert foreign.is_dir()
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_the_folder_of_a_model_is_no_output_folder(refused, good, role):
+    refused(f"output_dir is the folder of the {role}", f"output_dir={good / role}")

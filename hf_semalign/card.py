@@ -291,7 +291,7 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
     if written := record["data"].get("align", {}).get("answers"):
         how = f"drawn at temperature {written['temperature']:g}" if written["temperature"] else "greedy"
-        who = {"source": "the source", "target": "the target, as it was at the beginning of each round,"}[written["by"]]
+        who = {"source": "the source", "target": "the target as it was at the beginning of each round"}[written["by"]]
         text += (
             f" The answers of the align split were written by {who} ({how}, at most {written['max_new_tokens']:,} tokens). Of "
             f"{written['rows']:,} answers {written['cut']:,} did not end in time, {written['empty']:,} were empty and "

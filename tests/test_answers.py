@@ -205,7 +205,7 @@ def test_in_rounds_the_target_answers_as_it_has_become(recipe, tmp_path, monkeyp
         assert "lora_B" not in name or (not begun[0][name].any() and start.any())
     assert results["steps"] == 5 and [entry["step"] for entry in results["history"]] == [1, 2, 3, 4, 5]
     assert read_record(run / "round-1")["stages"] == [0, 2] and read_record(run)["stages"] == [0, 3]
-    assert "written by the target, as it was at the beginning of each round" in (run / "README.md").read_text()
+    assert "written by the target as it was at the beginning of each round" in (run / "README.md").read_text()
 
     # Two files, and the second was drawn from the target with the first round's adapter.
     files = {len(path.read_text()): path for path in run.glob("answers-*.jsonl")}

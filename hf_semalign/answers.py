@@ -186,8 +186,7 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
 
     An answer is left out when it did not end, or is longer with its prompt than ``max_length`` (``cut``): nothing would teach
     the target to end there. So is an ``empty`` one, and one that is ``unusable``, because the chat template refuses it.
-    ``retokenised`` counts answers that are used, and whose text the tokenizer
-    cuts into other tokens than the model wrote.
+    ``retokenised`` counts answers that are used, but whose text the tokenizer cuts into other tokens than the model wrote.
 
     Raises:
         ValueError: no answer is left.

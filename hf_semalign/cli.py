@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's affair, and none of a user's
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's call: a user cannot act on it
     if not sys.stderr.isatty():
         os.environ.update(dict.fromkeys(BARS, "1"))
     try:

@@ -81,7 +81,7 @@ def check_numbers(values: Mapping[str, Any], settings: type) -> None:
 class SemAlignConfig(TrainingArguments):
     """Everything of ``TrainingArguments``, and the settings of SemAlign.
 
-    The defaults are what did best in our measurements. The paper's own settings are ``frontier="single"``,
+    The defaults are within the spread of the best in our measurements. The paper's own settings are ``frontier="single"``,
     ``pairing="attribution"`` and ``relation_weight=1.0``; its other choices are the defaults.
 
     ``num_train_epochs`` or ``max_steps`` is the budget of the whole run, or of every stage under
@@ -186,13 +186,13 @@ class SemAlignConfig(TrainingArguments):
                 "come in one order, the partial one last, so that a run can be resumed within it."
             )
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "relation")):
-            self.greater_is_better = False  # transformers knows that of names that end in loss alone
+            self.greater_is_better = False  # transformers assumes this only of names that end in loss
         if self.ddp_find_unused_parameters is False and self.frontier != "joint":
             raise ValueError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
         if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
-            self.use_cpu = True  # transformers would have it said; there is nothing else to compute on
+            self.use_cpu = True  # transformers refuses bf16 here unless this is set, and there is no other device
         super().__post_init__()
         if self.hub_strategy not in ("every_save", "end"):
             raise ValueError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")

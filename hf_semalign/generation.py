@@ -26,7 +26,7 @@ PROMPT_TOKENS = 512  # a prompt's length that memory is planned for
 
 @contextmanager
 def generating(model: CausalLM) -> Iterator[None]:
-    """Inside the block, a model generates without dropout, by none of its own generation settings but its end tokens.
+    """Inside the block, a model generates without dropout, and its own generation settings are set aside, except end tokens.
 
     Some models come with a repetition penalty (Qwen2.5), and with that greedy decoding is not greedy.
     """
@@ -66,7 +66,7 @@ def continue_prompts(
     """Continue a batch of prompts, greedily or by sampling; call it inside :func:`generating`.
 
     After every ``SEGMENT`` tokens the sequences that have ended leave the batch and the cache, so that one long answer does not
-    make its whole batch as expensive as itself. Families with a recurrent state, as Mamba, generate the whole batch to its end.
+    make its whole batch as expensive as itself. Families with a recurrent state, such as Mamba, generate whole batches.
 
     Args:
         model: a causal LM, bare or inside a peft model.

@@ -77,7 +77,18 @@ def _centre_(vectors: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return vectors.masked_fill_(elsewhere, 0)
 
 
-class _RelationError(torch.autograd.Function):
+class _GradientInForward(torch.autograd.Function):
+    """A loss of each row whose forward pass also makes its gradient at the first argument, and keeps that and its dtype."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        scaled = upstream.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
+        return scaled.to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _RelationError(_GradientInForward):
     """``sum w (K - K*)^2 / sum w`` of each sequence and its gradient, both made in the forward pass, a block of rows at a time.
 
     The matrices are symmetric: the gradient at ``d_i`` is ``4 sum_j w_ij (K - K*)_ij d_j / sum w``. Directions that are zero,
@@ -109,12 +120,6 @@ class _RelationError(torch.autograd.Function):
             ctx.save_for_backward(_centre_(gradient, valid))
             ctx.dtype = outputs.dtype
         return error / weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (upstream[:, None, None] * gradient).to(ctx.dtype), None, None, None
 
 
 def steering_loss(outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -268,7 +273,7 @@ def answer_cross_entropy(hidden: torch.Tensor, head: Head, tokens: torch.Tensor)
     return torch.cat([checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs])
 
 
-class _ChunkedKL(torch.autograd.Function):
+class _ChunkedKL(_GradientInForward):
     """KL of each row and its gradient ``(p_tgt - p_src) W_tgt``, both made in the forward pass, a chunk of rows at a time.
 
     A soft cap ``c`` of the target puts its slope ``1 - (z / c)^2`` between the two factors, ``z`` the capped logits.
@@ -299,14 +304,8 @@ class _ChunkedKL(torch.autograd.Function):
             ctx.dtype = target_hidden.dtype
         return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
 
-
-class _ChunkedFisher(torch.autograd.Function):
+class _ChunkedFisher(_GradientInForward):
     """The loss of each row and its gradient ``W^T (p * (u - E_p[u]))``, made in the forward pass, a chunk of rows at a time."""
 
     @staticmethod
@@ -330,12 +329,6 @@ class _ChunkedFisher(torch.autograd.Function):
             ctx.save_for_backward(gradient)
             ctx.dtype = outputs.dtype
         return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (upstream.unsqueeze(-1) * gradient).to(ctx.dtype), None, None
 
 
 def _as_head(weight: torch.Tensor | Head) -> Head:

@@ -75,7 +75,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if repo_id is not None:
         open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
-        # A run that is started again has been at work before, and takes up what it finished.
+        # A run that is started again adds to the time of its earlier starts.
         known = recall_record(folder / SECONDS) if args.resume_from_checkpoint is not False else None
         settings = digest(asdict(recipe))
         seconds: dict[str, float] = known["seconds"] if known and known["recipe"] == settings else {}

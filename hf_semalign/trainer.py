@@ -285,6 +285,10 @@ class SemAlignTrainer(LayerwiseTrainer):
         finally:
             self.args.dataloader_drop_last = dropped
 
+    def get_test_dataloader(self, test_dataset):
+        """As of evaluation rows: ``predict`` measures what ``evaluate`` does."""
+        return self.get_eval_dataloader(test_dataset)
+
     def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
         """The signals of all splits on disk; the source runs over what is missing."""
         args = self.args

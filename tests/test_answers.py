@@ -232,7 +232,7 @@ def test_in_rounds_the_target_answers_as_it_has_become(recipe, tmp_path, monkeyp
 @table(
     "message, changes",
     [
-        ("no writer", "Unknown key 'teacher' in the answers of", ["data.answers=teacher"]),
+        ("no writer", "Unknown key 'oracle' in the answers of", ["data.answers=oracle"]),
         ("no rounds", "data.rounds .* is 0: expected a finite number of at least 1", ["data.rounds=0"]),
         ("colder than greedy", "data.temperature .* is -1: expected a finite number of at least 0", ["data.temperature=-1"]),
         ("rounds of the source", "data.rounds .* is 2: only answers of the target change", ["data.rounds=2"]),

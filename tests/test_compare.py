@@ -288,6 +288,26 @@ def test_methods_whose_runs_would_have_one_folder_are_refused(written):
         load_comparison(written(), ["methods={SemAlign: {}, SemAlign+: {frontier: single}}"])
 
 
+def test_a_cell_that_is_there_is_known_again_by_its_settings(written):
+    """Also where a newer version has settings that its recipe lacks."""
+    path = written(methods={"KD": {"method": "kd"}}, seeds=[1], budgets=["equal data"])
+
+    def checked(*changes):
+        comparison = load_comparison(path, [*SMALL, *changes])
+        (cell,) = cells(comparison, plans(comparison))
+        compare._check(cell)
+        return cell
+
+    cell = checked()
+    cell.folder.mkdir(parents=True)
+    content = yaml.safe_load(compare._yaml(cell.recipe))
+    content["data"] = {name: value for name, value in content["data"].items() if name not in compare.OF_ANSWERS}
+    (cell.folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    checked()
+    with pytest.raises(ValueError, match="was run with other settings"):
+        checked("training.weight_decay=0.1")
+
+
 def test_cells_are_not_published_and_hold_no_token(written):
     changes = ["training.push_to_hub=true", "training.hub_token=secret", "training.hub_model_id=a/b"]
     comparison = load_comparison(written(), [*SMALL, *changes])
@@ -330,7 +350,7 @@ def test_methods_may_differ_in_who_writes_the_answers(written):
         ("{align: 3}", "Unknown key 'align' in the data of methods.KD"),
         ("3", "data of methods.KD of the comparison .* is 3: expected keys and values"),
         ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: only answers of the target change"),
-        ("{answers: teacher}", "Unknown key 'teacher' in the answers of methods.KD"),
+        ("{answers: oracle}", "Unknown key 'oracle' in the answers of methods.KD"),
     ],
 )
 def test_answers_of_a_method_are_checked(written, changes, message):

@@ -150,6 +150,7 @@ def test_drop_last_is_about_training_rows_alone(tmp_path):
     expected = make_trainer(tmp_path, evaluation=ROWS[16:22], dataloader_drop_last=False).evaluate()["eval_loss"]
     dropping = make_trainer(tmp_path / "drop", evaluation=ROWS[16:22], dataloader_drop_last=True)
     assert dropping.evaluate()["eval_loss"] == expected
+    assert dropping.predict(dropping.eval_dataset).metrics["test_loss"] == expected
     assert dropping.args.dataloader_drop_last
     with pytest.raises(ValueError, match="drops all of 3 training rows, which are fewer than a batch of 4"):
         make_trainer(tmp_path / "few", train=ROWS[:3], dataloader_drop_last=True)

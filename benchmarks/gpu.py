@@ -2,12 +2,12 @@
 
     python benchmarks/gpu.py [--parts schedule gkd stream map kernels] [--budget 560] [--source-layers 40] [--smoke]
 
-``schedule``: a short schedule of all stages with cached signals. ``gkd``: TRL's GKD (lmbda 0) on the same batches, in the
-largest micro-batch that fits. ``stream``: memory with the source read from disk a layer at a time, with activation
-checkpointing and without. ``map``: the map between the heads, and ``torch.linalg.pinv`` of both in float32. ``kernels``:
-``loss_kernels.py``, in what is left of the budget. Every job has a process of its own; tables and numbers go to
-``benchmarks/results/gpu.{md,json}`` after each, and to ``$OUT`` where that is set. ``--smoke``: tiny models on any device, all
-in one process, into ``runs/gpu-smoke``.
+``schedule``: a short schedule of all stages with cached signals, and steps of ``joint`` on the same signals. ``gkd``: TRL's
+GKD (lmbda 0) on the same batches, in the largest micro-batch that fits. ``stream``: memory with the source read from disk a
+layer at a time, with activation checkpointing and without. ``map``: the map between the heads, and ``torch.linalg.pinv`` of
+both in float32. ``kernels``: ``loss_kernels.py``, in what is left of the budget. Every job has a process of its own; tables
+and numbers go to ``benchmarks/results/gpu.{md,json}`` after each, and to ``$OUT`` where that is set. ``--smoke``: tiny models
+on any device, all in one process, into ``runs/gpu-smoke``.
 
 Model FLOPs of a step: 2 a token and weight of the linear layers, and causal attention; forward of the frontier's layer and of
 those above it, backward there for activations alone, since base weights are frozen; LoRA of that layer; at the valid positions
@@ -69,8 +69,8 @@ SMOKE: Record = {
 }  # fmt: skip
 
 
-def flops(spec: Record) -> tuple[list[float], float, float]:
-    """Model FLOPs of a SemAlign step by stage, of a GKD step, and of the source's pass over one batch."""
+def flops(spec: Record) -> tuple[list[float], float, float, float]:
+    """Model FLOPs of a SemAlign step by stage and under ``joint``, of a GKD step, and of the source's pass over one batch."""
     (source, inner_source, deep_source), (width, inner, deep) = (list(spec[role].values())[:3] for role in ("source", "target"))
     tokens, valid = spec["batch"] * spec["length"], spec["batch"] * spec["valid"]
 
@@ -84,8 +84,9 @@ def flops(spec: Record) -> tuple[list[float], float, float]:
     logits = 2.0 * spec["vocab_size"] * (2 * width + source)
     stages = [above * (forward + backward) + own + valid * logits for above in reversed(range(deep))]
     of_source = deep_source * (linear(source, inner_source) + 2.0 * tokens * spec["length"] * source)
-    of_gkd = of_source + deep * (forward + backward + 3 * lora) + tokens * logits
-    return stages, of_gkd, of_source + 2.0 * valid * deep * source * width
+    of_target = deep * (forward + backward + 3 * lora)
+    of_gkd = of_source + of_target + tokens * logits
+    return stages, of_target + valid * logits, of_gkd, of_source + 2.0 * valid * deep * source * width
 
 
 def now() -> float:
@@ -204,6 +205,18 @@ def schedule(spec: Record, folder: Path, keep: Callable) -> None:
     transfer(spec, folder, keep, model(spec, "source"), spec["stage_steps"], spec["sequences"])
 
 
+def joint(spec: Record, folder: Path, keep: Callable) -> None:
+    """Steps of all layers at once, on the signals that the schedule has left; the first two do not count."""
+    source, clock = model(spec, "source"), Clock()
+    args = settings(spec, folder, max_steps=spec["gkd_steps"], frontier="joint", relation_weight=0.1)
+    trainer = SemAlignTrainer(model(spec, "target"), source, args, rows(spec, spec["sequences"]), callbacks=[clock])
+    keep(phases=trainer.seconds)
+    del source
+    clear()
+    trainer.train()
+    keep(steps=(clock.ends[-1] - clock.ends[1]) / (len(clock.ends) - 2), training=memory())
+
+
 def gkd(spec: Record, folder: Path, keep: Callable) -> None:
     """Steps of GKD in micro-batches; the first two do not count."""
     from rivals import gkd_trainer
@@ -263,7 +276,8 @@ def build_map(spec: Record, folder: Path, keep: Callable) -> None:
 
 
 JOBS: dict[str, Callable] = {  # a part's begin with its name
-    "schedule": schedule, "gkd": gkd, "stream": stream, "stream, whole activations": partial(stream, checkpointing=False),
+    "schedule": schedule, "schedule, joint": joint, "gkd": gkd,
+    "stream": stream, "stream, whole activations": partial(stream, checkpointing=False),
     "map": build_map,
 }  # fmt: skip
 
@@ -304,7 +318,7 @@ def call(command: list[str], limit: float, log: Path) -> Record:
 
 def compare(spec: Record, parts: Record, peak: float | None) -> Record:
     """Speed and utilisation of steps and pass, and seconds of 5 epochs over 1,000 sequences, as far as parts have been run."""
-    stages, of_gkd, of_pass = flops(spec)
+    stages, of_joint, of_gkd, of_pass = flops(spec)
     ours, theirs = (parts.get(name, {}) for name in ("schedule", "gkd"))
     speeds: Record = {}
 
@@ -318,6 +332,8 @@ def compare(spec: Record, parts: Record, peak: float | None) -> Record:
             add(f"SemAlign, stage {k}", ours, ours["steps"][k - 1], stages[k - 1])
         add("SemAlign, mean of all stages", ours, mean(ours["steps"]), mean(stages))
         add("the source's pass, a batch", ours, ours["signals"] * spec["batch"] / ours["sequences"], of_pass)
+    if "steps" in (all_at_once := parts.get("schedule, joint", {})):
+        add("SemAlign, joint", all_at_once, all_at_once["steps"], of_joint)
     if "steps" in theirs:
         add(f"GKD, micro-batches of {theirs['micro']}", theirs, theirs["steps"], of_gkd)
     if not ("steps" in ours and "steps" in theirs):

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -27,7 +28,7 @@ from hf_semalign import SemAlignConfig
 from hf_semalign.anatomy import dissect, lora_targets
 
 Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "prompts", "prompt_attention_mask")
 
 
 def gkd_trainer(
@@ -38,8 +39,9 @@ def gkd_trainer(
     args: SemAlignConfig,
     processing_class: PreTrainedTokenizerBase | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    max_new_tokens: int | None = None,
 ) -> GKDTrainer:
-    """TRL's GKD on the given rows alone: KL(source || target), mean over the valid positions of the global batch.
+    """TRL's GKD: KL(source || target), mean over the valid positions of the global batch.
 
     Args:
         target: gets LoRA.
@@ -49,10 +51,15 @@ def gkd_trainer(
         args: settings; those of SemAlign's own method are ignored.
         processing_class: the tokenizer; TRL insists on one, so that without it a stand-in is made.
         callbacks: further callbacks.
+        max_new_tokens: on-policy: the target answers each batch's prompts anew, at temperature 1, with so many tokens at most.
+            By default the rows' own answers are taught.
     """
     # beta 0 is F.kl_div(log p_target, log p_source), which is KL(source || target); 1 would be the reverse.
-    # lmbda 0: no batch is replaced by the target's own answers. temperature would only be that of sampling.
-    settings = GKDConfig(**_settings(args), lmbda=0.0, beta=0.0, seq_kd=False)
+    # lmbda: the share of batches that are replaced by the target's own answers. temperature is that of sampling alone.
+    on_policy = {"lmbda": 0.0} if max_new_tokens is None else {"lmbda": 1.0, "max_new_tokens": max_new_tokens}
+    settings = GKDConfig(**_settings(args), **on_policy, temperature=1.0, beta=0.0, seq_kd=False)
+    if max_new_tokens is not None:
+        collator = _with_prompts(collator)
     return GKDTrainer(teacher_model=source, args=settings, **_shared(target, rows, collator, args, processing_class, callbacks))
 
 
@@ -111,6 +118,21 @@ def _model_inputs(collator: Collate) -> Collate:
 
     def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         batch = collator(rows)
-        return {name: batch[name] for name in MODEL_INPUTS}
+        return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+    return collate
+
+
+def _with_prompts(collator: Collate) -> Collate:
+    """The collator's batches with what stands before each answer, padded on the left."""
+
+    def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        begin = [int((torch.as_tensor(row["labels"]) != -100).int().argmax()) for row in rows]
+        prompts = [torch.as_tensor(row["input_ids"])[:length] for row, length in zip(rows, begin, strict=True)]
+        masks = [torch.ones_like(prompt) for prompt in prompts]
+        batch["prompts"] = pad_sequence(prompts, batch_first=True, padding_side="left")
+        batch["prompt_attention_mask"] = pad_sequence(masks, batch_first=True, padding_side="left")
+        return batch
 
     return collate

@@ -21,7 +21,8 @@ from hf_semalign.states import write_text
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
-ROWS = 32  # prompts at a time, where memory allows it: what is drawn depends on it
+ROWS = {"cpu": 32}  # prompts at a time, where memory allows it: what is drawn depends on it
+ROWS_ELSEWHERE = 256
 Entry = dict[str, Any]
 
 
@@ -108,7 +109,8 @@ def _write(
 ) -> dict[int, Entry]:
     """The entries of all batches that lack one, added to the file; the longest prompts come first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    size = min(ROWS, rows_that_fit(model, sampling.max_new_tokens))
+    most = ROWS.get(model.device.type, ROWS_ELSEWHERE)
+    size = min(most, rows_that_fit(model, sampling.max_new_tokens))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     missing = [rows for rows in batches if not known.keys() >= set(rows)]
     again = {row for rows in missing for row in rows}

@@ -20,7 +20,8 @@ from hf_semalign.loading import HALVES, is_quantised, product_seconds
 
 logger = logging.getLogger(__name__)
 SEGMENT = 8  # tokens between two looks at what has ended
-MOST_ROWS = 64  # prompts at a time: more are no faster on two CPU cores
+MOST_ROWS = {"cpu": 64}  # prompts at a time: more are no faster on two CPU cores
+MOST_ROWS_ELSEWHERE = 256  # on a GPU a step takes as long for 16 prompts as for 256: it waits for Python
 PROMPT_TOKENS = 512  # a prompt's length that memory is planned for
 
 
@@ -120,13 +121,14 @@ def _is_of_keys(cache: Any) -> bool:
 
 
 def rows_that_fit(model: CausalLM, new_tokens: int) -> int:
-    """Prompts at a time for which the keys and values take at most half of the memory that is free, ``MOST_ROWS`` at most."""
+    """Prompts at a time for which the keys and values take at most half of the memory that is free, up to a limit by device."""
     config: Any = base_model(model).config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     channels = (getattr(config, "num_key_value_heads", None) or heads) * width
     row = 2 * config.num_hidden_layers * channels * model.dtype.itemsize * (PROMPT_TOKENS + new_tokens)
-    return max(1, min(MOST_ROWS, _free_memory(model.device) // 2 // row))
+    most = MOST_ROWS.get(model.device.type, MOST_ROWS_ELSEWHERE)
+    return max(1, min(most, _free_memory(model.device) // 2 // row))
 
 
 def _free_memory(device: torch.device) -> int:

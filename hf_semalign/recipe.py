@@ -270,6 +270,9 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
         if isinstance(training[name], str):
             with suppress(ValueError):
                 training[name] = float(training[name])  # YAML reads 1e-4, without a dot, as text
+    for name in training:
+        if name.endswith("_strategy") and training[name] is False:
+            training[name] = "no"  # which YAML reads as false
     check_numbers(content["data"], DataSettings)
     for name in ("source", "target", "output_dir"):
         if not isinstance(content[name], str):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from hf_semalign.anatomy import dissect
 from hf_semalign.evaluation import answer_loss, final_states
 from hf_semalign.harness import run_benchmark
+from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.loading import load_model
 from hf_semalign.losses import token_kl
 from hf_semalign.recipe import load_recipe, load_tokenizer
@@ -46,7 +47,8 @@ def main() -> None:
     new_tokens = recipe.data.max_new_tokens if options.on_policy else None
     trainer = gkd_trainer(models[0], models[1], align, collator, args, processing_class=tokenizer, max_new_tokens=new_tokens)
     started = time.perf_counter()
-    trainer.train()
+    with without_cudnn_attention():
+        trainer.train()
     seconds = {"training": time.perf_counter() - started}
     trainer.save_model(str(options.folder))
     model: Any = trainer.model

@@ -17,7 +17,7 @@ from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import dissect
-from hf_semalign.hooks import checkpointed
+from hf_semalign.hooks import checkpointed, without_cudnn_attention
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.splits import valid_positions
 
@@ -67,6 +67,7 @@ class LayerScores:
         return cls(**{**record, "values": tuple(record["values"]), "deviations": tuple(record["deviations"])})
 
 
+@without_cudnn_attention()
 def attribute_layers(
     source: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, aggregate: Aggregate = "dot"
 ) -> LayerScores:

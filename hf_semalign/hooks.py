@@ -1,4 +1,4 @@
-"""Forward hooks that exist only inside a ``with`` block."""
+"""Forward hooks, and a setting of torch, that hold only inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -126,6 +126,21 @@ def contiguous_input(head: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Inside the block, or in a function that it decorates, attention is computed by any of torch's backends but cuDNN's.
+
+    Its backward pass gives NaN on H100 and H200 for padded batches of 64, 192, 320, ... tokens (torch 2.11 to 2.13,
+    https://github.com/pytorch/pytorch/issues/196678). Nothing else changes: the other backends are as fast for such batches.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ from hf_semalign.guards import (
     seal,
     step_of,
 )
+from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.loading import RECORD_NAME, is_quantised
 from hf_semalign.semantics import checksum
 from hf_semalign.sharding import autocast_under_zero, check_sharded, check_shards, part_by_layer
@@ -337,6 +338,7 @@ class LayerwiseTrainer(Trainer):
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
                 self._signals_taken.watching(),
+                without_cudnn_attention(),
                 disk_errors_explained(folder),
             ):
                 output = super().train(path, *args, **kwargs)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_semalign.attribution import LayerScores, attribute_layers, example_scores, summarise
-from hf_semalign.hooks import bypass, capture, stop_after
+from hf_semalign.hooks import bypass, capture, stop_after, without_cudnn_attention
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.source import Source
 from hf_semalign.splits import fingerprint, valid_positions
@@ -63,6 +63,7 @@ def layer_scores(
     return scores
 
 
+@without_cudnn_attention()
 def attribute_streamed(
     source: Source,
     extract: Dataset,

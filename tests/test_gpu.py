@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from hf_semalign.attribution import attribute_layers
 from hf_semalign.baselines.kd import KDTrainer
 from hf_semalign.cli import main
+from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.semantics import SemanticMap
 from hf_semalign.splits import Collator, encode
 
@@ -199,3 +200,16 @@ def test_one_process_under_nccl(tmp_path, on_gpu, engine):
     command = accelerate(engine, "--num_processes", "1", folder=tmp_path)
     run([*command, *ON_GPU, "training.per_device_train_batch_size=32"])
     same_adapters(on_gpu, tmp_path)
+
+
+def test_attention_has_finite_gradients_at_lengths_where_those_of_cudnn_are_not():
+    """The case of https://github.com/pytorch/pytorch/issues/196678: 704 tokens, a mask, and queries that like no key."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 704, 64, device="cuda", dtype=torch.bfloat16)
+    query, key = 0.1 * query, 0.1 * key
+    query[..., 0], key[..., 0] = 1.0, -960.0
+    mask = torch.ones(704, 704, dtype=torch.bool, device="cuda").tril()[None, None]
+    query.requires_grad_()
+    with without_cudnn_attention():
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    assert query.grad.isfinite().all()

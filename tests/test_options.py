@@ -5,11 +5,12 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import random_rows, table, tiny_llama
+from conftest import batches_of, random_rows, table, tiny_llama
 from test_trainer import ROWS, SOURCE_LAYERS, TARGET_LAYERS, WIDTH, adapter, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
+from hf_semalign.attribution import attribute_layers
 from hf_semalign.source import Source
 
 # What the Trainer does with them does not depend on losses, layers or caches.
@@ -198,6 +199,26 @@ def test_a_callback_that_switches_adapters_off_and_on_moves_no_other_layer(tmp_p
     looked_at = make_trainer(tmp_path / "looked at", callbacks=[LooksAtTheBase()])
     looked_at.train()
     assert torch.equal(adapter(looked_at), adapter(plain))
+
+
+def test_no_gradient_is_taken_through_attention_of_cudnn(tmp_path):
+    """Whose backward pass gives NaN for padded batches of some lengths, on the GPUs that this library is for."""
+    seen = []
+
+    def batches(rows):
+        for batch in batches_of(rows, 2):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            yield batch
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    rows = random_rows([(3, 3)] * 4)
+    attribute_layers(tiny_llama(2, 16), batches(rows))
+    make_trainer(tmp_path, callbacks=[Look()], gradient_accumulation_steps=2, max_steps=3).train()
+    assert len(seen) > 2 and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # as everybody else finds it
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import Anatomy, dissect, lora_candidates, lora_targets
+from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.pairing import pair_layers
 from hf_semalign.projections import ROLES, Projection, oriented, projections
@@ -23,6 +24,7 @@ from hf_semalign.splits import fingerprint, valid_positions
 from hf_semalign.states import Collate, digest, load_tensor, save_tensor
 
 
+@without_cudnn_attention()
 def sensitivities(
     source: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], wanted: Sequence[Iterable[str]]
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:

@@ -48,6 +48,7 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.evaluation import answer_loss
 from hf_semalign.frontier import FrontierSchedule, train_only
 from hf_semalign.guards import claimed, disk_errors_explained
+from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.loading import is_quantised, is_set
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.preparation import Counts, Preparation
@@ -509,6 +510,7 @@ class LaTenTrainer(SemAlignTrainer):
             schedule.step()
         return networks, history
 
+    @without_cudnn_attention()
     def _backward(self, carrier: Carrier, target: Located, deltas: dict[str, torch.Tensor], batch: Sequence[Record]) -> float:
         """Gradients of the hypernetworks, summed over examples, each with its penalty; the mean answer loss.
 

@@ -132,13 +132,49 @@ def test_gpu(tmp_path):
     content = written("gpu", tmp_path)
     speeds = {"seconds", "tokens_per_s", "tflop", "utilisation"}
     check(content["compared"], {*speeds, "pass", "prefix", "steps", "SemAlign", "GKD", "times_gkd"})
-    assert content["parts"].keys() == {"schedule", "gkd", "stream", "stream, whole activations", "map"}
+    assert content["parts"].keys() == {"schedule", "schedule, joint", "gkd", "stream", "stream, whole activations", "map"}
     check(content["parts"], {"signals", "steps", "prefix", "first_step", "peak_gb", "source_gb", "seconds", "reached_tflops"})
     for name in ("schedule", "stream", "stream, whole activations"):
         part = content["parts"][name]
         assert (len(part["steps"]), len(part["prefix"])) == (4, 3)  # of four stages, and below three of them
     assert content["parts"]["map"]["difference"] < 1e-3
     assert not list((tmp_path / "runs").glob("gpu-*/source"))  # temporary files are gone
+
+
+def script(name: str, folder: Path, *arguments: str) -> str:
+    """Standard output of a script in a folder."""
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_prompts_of_the_standard_library(tmp_path):
+    """No body of a function, and no function that a test row asks for."""
+    row = {**mbpp_row(11), "code": "def fmean(data):\n    return 1", "test_list": ["assert fmean([1]) == 1"]}
+    (tmp_path / "mbpp.jsonl").write_text(json_lines([row]))
+    said = script("stdlib_prompts.py", tmp_path, "prompts.jsonl", "--mbpp", "mbpp.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    (prompt,) = (row["prompt"][0]["content"] for row in rows if "def median_low(" in row["prompt"][0]["content"])
+    assert "Return the low median of numeric data." in prompt and "sorted(" not in prompt
+    assert "def fmean(" not in str(rows)
+    assert f"{len(rows)} prompts" in said and "13 words in a row with one of 1 test rows" in said
+
+
+def test_table_of_the_real_pair(tmp_path):
+    """Both benchmarks count together, problem by problem; a run without its end stands below."""
+    ends = {
+        "source": {"kl": 0.0, "loss": 0.5, "outcomes": {"mbpp": "1111", "humaneval": "1111"}},
+        "target": {"kl": 0.5, "loss": 1.0, "outcomes": {"mbpp": "0011", "humaneval": "0000"}},
+    }
+    half = {"kl": 0.25, "loss": 0.75, "outcomes": {"mbpp": "0111", "humaneval": "1000"}, "ends": ends}
+    cells = [{"name": "stopped", "seed": 1, "kl": 0.125, "outcomes": {}}, {"name": "half", "seed": 1, "steps": 8, **half}]
+    (tmp_path / "cells.json").write_text(json.dumps({"cells": cells}))
+    said = script("real_pair_table.py", tmp_path, "cells.json").splitlines()
+    assert said[2].startswith("| **source** |  |  | 100.0 | 100.0 | +75.0 (")
+    assert said[4].startswith("| half | 1 | 8 | 75.0 | 25.0 | +25.0 (+0.0 to +62.5) | 0.250 | 0.750 | - |")
+    assert said[5] == "| stopped | 1 |  | - | - | - | 0.125 | - | - |"
+    assert (tmp_path / "cells.md").read_text().splitlines() == said[:6]
 
 
 @pytest.mark.slow
@@ -150,9 +186,20 @@ def test_real_pair(tmp_path):
         byte_tokenizer(template).save_pretrained(tmp_path / name)
     rows = [mbpp_row(number) for number in (*range(511, 525), *range(601, 620))]
     (tmp_path / "mbpp.jsonl").write_text(json_lines(rows))
-    command = [sys.executable, str(BENCHMARKS / "real_pair.py"), "source", "target", "mbpp.jsonl"]
-    done = subprocess.run([*command, "--rows", "4", "--batch", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    table, _, found = done.stdout.strip().rpartition("\n")
+    said = script("real_pair.py", tmp_path, "source", "target", "mbpp.jsonl", "--rows", "4", "--batch", "2")
+    table, _, found = said.strip().rpartition("\n")
     assert "| training, s a row |" in table and json.loads(found)["dtype"] == "float32"
     check(json.loads(found), {"peak memory, MB"})
+
+    recipe = """
+source: source
+target: target
+output_dir: unused
+data: {task: mbpp, files: {train: mbpp.jsonl}, extract: 2, align: 4, eval: 2, max_new_tokens: 4}
+training: {use_cpu: true, max_steps: 1, per_device_train_batch_size: 2, report_to: none}
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    for flags in ([], ["--on-policy"]):
+        found = json.loads(script("real_pair_gkd.py", tmp_path, "recipe.yaml", "gkd", *flags).splitlines()[-1])
+        results = json.loads((tmp_path / "gkd" / "results.json").read_text())
+        assert results["steps"] == 1 and results["metrics"]["gkd"]["kl"] == found["kl"] > 0

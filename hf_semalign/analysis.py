@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_semalign.anatomy import CausalLM, base_model, dissect
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import capture
 from hf_semalign.semantics import KINDS, SemanticMap, semantic_bases
 from hf_semalign.splits import valid_positions
@@ -150,7 +151,7 @@ class LinearCKA:
             ValueError: fewer than four positions, of which there is no unbiased estimate.
         """
         if self._moments is None or self._moments[1][0, -1, -1] < 4:
-            raise ValueError("The debiased CKA needs at least four valid positions: give more rows, or longer answers.")
+            raise InputError("The debiased CKA needs at least four valid positions: give more rows, or longer answers.")
         cross, left, right = self._moments
         rows = torch.stack([hsic(pairs.transpose(0, 1)) for pairs in cross])  # one source layer's temporaries at a time
         return rows / (hsic(left)[:, None] * hsic(right)).sqrt()

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_semalign.errors import InputError
+
 logger = logging.getLogger(__name__)
 CausalLM = PreTrainedModel | PeftModel
 Parts = Mapping[str, str] | str | None  # module paths by part, as JSON from a command line
@@ -230,9 +232,9 @@ def name_parts(config: PretrainedConfig, parts: Parts) -> None:
     try:
         parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
+        raise InputError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"Unknown parts {unknown} of a model: name some of {PARTS} by their module paths.")
+        raise InputError(f"Unknown parts {unknown} of a model: name some of {PARTS} by their module paths.")
     config.semalign_parts = parts
 
 
@@ -251,13 +253,13 @@ def dissect(model: CausalLM) -> Anatomy:
     named = {part: _module(model, part, path) for part, path in (getattr(model.config, "semalign_parts", None) or {}).items()}
     head = named.get("head") or model.get_output_embeddings()
     if head is None:
-        raise ValueError(
+        raise InputError(
             f"{name} has no output embeddings: SemAlign needs a causal LM (AutoModelForCausalLM), or the path of its head "
             "(settings source_parts and target_parts)."
         )
     decoder = named.get("decoder") or model.get_decoder()
     if decoder is model:
-        raise ValueError(
+        raise InputError(
             f"The decoder of {name} is not found: name the path of the part that ends with its final norm, and that of its "
             "layers, by hand (settings source_parts and target_parts)."
         )
@@ -267,7 +269,7 @@ def dissect(model: CausalLM) -> Anatomy:
     softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     width = getattr(head, "in_features", None) or head.get_parameter("weight").shape[1]  # packed weights have other shapes
     if width != config.hidden_size:
-        raise ValueError(
+        raise InputError(
             f"{name} has layers of {config.hidden_size} channels and a head of {width}: the map between spaces needs the same."
         )
     return Anatomy(name, decoder, cast(nn.ModuleList, layers), head, scale, softcap)
@@ -283,7 +285,7 @@ def _module(model: nn.Module, part: str, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         known = [place for place, _ in model.named_modules() if place and place.count(".") < 2]
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no module {path!r}, which was named as its {part}. It has {known}."
         ) from None
 
@@ -292,7 +294,7 @@ def _layers(decoder: nn.Module, name: str, expected: int | None) -> nn.ModuleLis
     lists = {path: child for path, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
     found = [child for child in lists.values() if len(child) == expected]
     if len(found) != 1:
-        raise ValueError(
+        raise InputError(
             f"Hidden layers of {name} not found: looked in {type(decoder).__name__} for one ModuleList of {expected} "
             f"layers (config.num_hidden_layers) and found { ({path: len(child) for path, child in lists.items()}) }. Name "
             "the path of its layers by hand (settings source_parts and target_parts)."
@@ -329,12 +331,12 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
         model.train(was_training)
     states, final = (output if isinstance(output, torch.Tensor) else output[0] for output in (finals[0], finals[-1]))
     if states.shape != (*mask.shape, model.config.get_text_config().hidden_size):
-        raise ValueError(
+        raise InputError(
             f"The layers of {anatomy.name} give states of shape {tuple(states.shape)} for {tuple(mask.shape)} tokens: expected "
             "one stream of hidden_size channels."
         )
     if not theirs.isfinite().all():
-        raise ValueError(
+        raise InputError(
             f"The logits of {anatomy.name} {model.name_or_path!r} are not finite: its weights hold nan or inf, or overflow in "
             f"{model.dtype}. Copy or download them again, or load them in another dtype."
         )
@@ -342,7 +344,7 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
     off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()
     full = anatomy.head.get_parameter("weight").dtype in (torch.float32, torch.float64)
     if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
-        raise ValueError(
+        raise InputError(
             f"The logits of {anatomy.name} are not those of its head on its decoder's output (relative difference {off:.2g}): "
             "the family scales, shifts or caps them in a way that is not known here, and the KL would be wrong."
         )
@@ -371,7 +373,7 @@ def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[Neur
                 NeuronParts(value, output, up, down, _value_rows(anatomy.name, heads, value, output))
                 for (value,), (output,), (up,), (down,) in found
             ]
-    raise ValueError(
+    raise InputError(
         f"The neurons of {anatomy.name} are not known: expected layers with one each of "
         f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
     )
@@ -386,7 +388,7 @@ def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
         return (3 * head + 2) * size + place
     if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
         return head // (channels // rows) * size + place
-    raise ValueError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")
+    raise InputError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")
 
 
 def final_norm(anatomy: Anatomy) -> nn.Module:
@@ -399,7 +401,7 @@ def final_norm(anatomy: Anatomy) -> nn.Module:
     shapes = {part: getattr(getattr(part, "weight", None), "shape", None) for part in anatomy.decoder.children()}
     norms = [part for part, shape in shapes.items() if shape == (width,)]
     if not norms:
-        raise ValueError(f"The final norm of {anatomy.name} is not found: expected a part of its decoder of {width} weights.")
+        raise InputError(f"The final norm of {anatomy.name} is not found: expected a part of its decoder of {width} weights.")
     return norms[-1]
 
 
@@ -426,7 +428,7 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
     missing = sorted(set(wanted or ()) - everywhere)
     if missing or bare:
         what = f"{missing} occur in no layer" if missing else f"none of {wanted or 'the known names'} in layers {bare}"
-        raise ValueError(
+        raise InputError(
             f"LoRA modules not found: {what}. Candidates: {sorted(everywhere)}. Set lora_targets to some of them, at "
             "least one for every layer."
         )
@@ -479,7 +481,7 @@ def add_lora(
     adapted = get_peft_model(target, config)
     carriers = {path for path, module in target.named_modules() if isinstance(module, LoraLayer)}
     if carriers != (wanted := {path for path, module in named.items() if id(module) in allowed}):
-        raise ValueError(
+        raise InputError(
             f"peft put LoRA on other modules than those named in the decoder layers: on {sorted(carriers - wanted)[:5]} as "
             f"well, and not on {sorted(wanted - carriers)[:5]}. Set lora_targets to other names."
         )

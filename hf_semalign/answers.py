@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
+from hf_semalign.errors import InputError
 from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
 from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
 from hf_semalign.states import write_text
@@ -50,7 +51,7 @@ def question(record: Record, where: str = "A row") -> dict[str, Any]:
     """
     form = form_of(record)
     if form == "ids":
-        raise ValueError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
+        raise InputError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
     check_text({name: value for name, value in record.items() if value is not None}, where)
     prompt = record["prompt"] if form == "prompt" else before_answer(record["messages"])
     given = {name: record[name] for name in OF_TEMPLATE if record.get(name) is not None}
@@ -88,7 +89,7 @@ def write_answers(
         ValueError: a row without a prompt in text, or a tokenizer without EOS.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
+        raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
     known = {entry["row"]: entry for entry in _read(path)}
@@ -213,7 +214,7 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
         f"chat template{fault}"
     )
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"None of {len(entries)} answers can be used: {reasons}. Raise data.max_new_tokens and data.max_length (now "
             f"{max_length}), or look whether the model knows how to answer such prompts."
         )

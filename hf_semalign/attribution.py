@@ -17,6 +17,7 @@ from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import dissect
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import checkpointed, without_cudnn_attention
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.splits import valid_positions
@@ -89,7 +90,7 @@ def attribute_layers(
         ValueError: an unknown aggregate, no batches, or an example without a valid position.
     """
     if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
+        raise InputError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
     anatomy = dissect(source)
     device, head = anatomy.device, anatomy.output_head()
 
@@ -110,7 +111,7 @@ def attribute_layers(
             mask, labels = batch["attention_mask"].to(device), batch["labels"].to(device)
             valid = valid_positions(labels)
             if not valid.any(1).all():
-                raise ValueError("No valid positions in an example of the extract split: every example needs an answer.")
+                raise InputError("No valid positions in an example of the extract split: every example needs an answer.")
             embeds = embed(batch["input_ids"].to(device)).detach().requires_grad_()
             with checkpointed(anatomy.layers):
                 products = captum.attribute(embeds, additional_forward_args=(mask, labels))
@@ -121,7 +122,7 @@ def attribute_layers(
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
             parameter.requires_grad_(needed)
     if not rows:
-        raise ValueError("Layer attribution got no batches: the extract split is empty.")
+        raise InputError("Layer attribution got no batches: the extract split is empty.")
     return summarise(torch.cat(rows), aggregate)
 
 

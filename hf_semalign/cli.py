@@ -9,12 +9,13 @@ import argparse
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_semalign.errors import SemAlignError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], None]
 QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
 CODES = (
-    "Exit codes: 0 done; 1 a bug, with its traceback; 2 input that cannot be used; 130 Ctrl-C and 143 SIGTERM, in training "
-    "after a checkpoint, from which the same command goes on."
+    "Exit codes: 0 done; 1 a bug, with its traceback; 2 an error whose message says what to do; 130 Ctrl-C and 143 SIGTERM, in "
+    "training after a checkpoint, from which the same command goes on."
 )
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # of the Hub and transformers, and of datasets
 WIDE = 1000  # columns of what is no terminal: nothing in a pipe is cut or broken
@@ -48,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("Interrupted: the same command goes on from what is finished.")
         return 130
-    except (ValueError, OSError) as error:
-        if not _refused(error):
-            raise
+    except SemAlignError as error:
         logger.error("error: %s", error)
         return 2
     return 0
@@ -179,12 +178,6 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", metavar="BRANCH", help="branch, by default main; made if it does not exist")
     command.add_argument("--tag", help="name of the commit, by default of this package's version and the files")
     command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, where the record has a bare name")
-
-
-def _refused(error: Exception) -> bool:
-    """Whether a ``raise`` of this package made an error, which says what to do: any other is a bug, and keeps its traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and str(last.line).startswith("raise ")
 
 
 def _console() -> Console:

@@ -32,6 +32,7 @@ from rich.text import Text
 
 from hf_semalign.card import benchmark_scores
 from hf_semalign.config import SemAlignConfig, check_numbers
+from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.figures import draw_gaps
 from hf_semalign.guards import claimed
 from hf_semalign.loading import make_folder, read_json
@@ -141,11 +142,11 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         ValueError: keys or values that cannot be used.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
+        raise MissingFileError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
     where = f"comparison {path}"
     content = read_yaml(Path(path).read_bytes(), f"The {where}")
     if not isinstance(content, dict):
-        raise ValueError(f"The {where} holds a {type(content).__name__}, not keys and values.")
+        raise InputError(f"The {where} holds a {type(content).__name__}, not keys and values.")
     known = [item.name for item in fields(Comparison) if item.name != "recipes"]
     ours = [text for text in overrides if text.partition("=")[0] in known]
     for text in ours:
@@ -153,28 +154,28 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         content[key] = read_yaml(value, f"The override {text!r}")
     check_names(content, known, where)
     if missing := {"output_dir", "tasks", "methods", "seeds"} - content.keys():
-        raise ValueError(f"The {where} lacks {sorted(missing)}.")
+        raise InputError(f"The {where} lacks {sorted(missing)}.")
     for name, kind in (("tasks", dict), ("methods", dict), ("seeds", list), ("budgets", list)):
         if name in content and not (isinstance(content[name], kind) and content[name]):
-            raise ValueError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
+            raise InputError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
     check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
     for seed in content["seeds"]:
         check_numbers({"seed": seed}, SemAlignConfig)
     for name, changes in content["methods"].items():
         place = f"methods.{name} of the {where}"
         if not isinstance(changes, dict):
-            raise ValueError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
+            raise InputError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
         check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
         if not isinstance(written := changes.get("data", {}), dict):
-            raise ValueError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
+            raise InputError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
         check_names(written, OF_ANSWERS, f"data of {place}")
         check_numbers(written, DataSettings)
     for section in ("tasks", "methods"):
         folders: dict[str, str] = {}
         for name in map(str, content[section]):
             if (other := folders.setdefault(_slug(name), name)) != name:
-                raise ValueError(
+                raise InputError(
                     f"{section} of the {where} has {other!r} and {name!r}, whose runs would have one folder, {_slug(name)!r}: "
                     "rename one of them, so that they differ in letters or digits."
                 )
@@ -200,7 +201,7 @@ def _section(kind: Any, content: Any, where: str) -> Any:
         return None
     names = [item.name for item in fields(kind)]
     if not isinstance(content, dict) or set(content) != set(names):
-        raise ValueError(f"The section {where} is {content!r}: expected {names}.")
+        raise InputError(f"The section {where} is {content!r}: expected {names}.")
     check_numbers(content, kind)
     return kind(**content)
 
@@ -276,7 +277,7 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         ChildProcessError: cells that failed; those that are whole are in the tables.
     """
     if jobs < 1:
-        raise ValueError(f"jobs is {jobs}: expected at least 1.")
+        raise InputError(f"jobs is {jobs}: expected at least 1.")
     folder = Path(comparison.output_dir)
     make_folder("output_dir", folder)
     with claimed(folder):
@@ -294,7 +295,7 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         record = summary(comparison, planned, [cell for cell in wanted if cell not in failed])
         write(record, folder)
     if failed:
-        raise ChildProcessError(
+        raise FailedRunsError(
             f"{len(failed)} of {len(wanted)} cells failed ({'; '.join(cell.label for cell in failed[:3])}): see log.txt in "
             f"their folders under {folder}. The same command again runs them alone."
         )
@@ -334,7 +335,7 @@ def _check(cell: Cell) -> None:
     """Refuse a folder whose run had other settings."""
     path = cell.folder / RECIPE_NAME
     if path.is_file() and load_recipe(path) != cell.recipe:
-        raise ValueError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
+        raise InputError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
 
 
 def _is_whole(cell: Cell) -> bool:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 
+from hf_semalign.errors import InputError
 from hf_semalign.frontier import BUDGETS, FRONTIERS
 from hf_semalign.pairing import STRATEGIES
 from hf_semalign.semantics import KINDS
@@ -74,7 +75,7 @@ def check_numbers(values: Mapping[str, Any], settings: type) -> None:
             continue
         accepted, words = NUMBERS[kind]
         if not isinstance(values[name], accepted) or isinstance(values[name], bool) != (kind is bool):
-            raise ValueError(f"{name} is {values[name]!r}: expected {words}.")
+            raise InputError(f"{name} is {values[name]!r}: expected {words}.")
 
 
 @dataclass
@@ -149,62 +150,62 @@ class SemAlignConfig(TrainingArguments):
         """Check the values and complete the Trainer's."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
         check_numbers(vars(self), SemAlignConfig)
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name} is {value}: expected a finite number of at least {least}.")
+                raise InputError(f"{name} is {value}: expected a finite number of at least {least}.")
         if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps is {self.max_steps}: expected at least 1, or -1 for num_train_epochs.")
+            raise InputError(f"max_steps is {self.max_steps}: expected at least 1, or -1 for num_train_epochs.")
         if self.relation_weight + self.kl_weight == 0:
-            raise ValueError("relation_weight and kl_weight are both 0: expected at least one loss to train on.")
+            raise InputError("relation_weight and kl_weight are both 0: expected at least one loss to train on.")
         with suppress(TypeError, json.JSONDecodeError):
             self.pairing = json.loads(self.pairing)  # a list from a command line
         pairing: Any = self.pairing
         listed = isinstance(pairing, (list, tuple)) and all(isinstance(layer, Integral) for layer in pairing)
         if not listed and pairing not in STRATEGIES:
-            raise ValueError(f"pairing is {pairing!r}: expected one of {STRATEGIES} or a list of source layers, as numbers.")
+            raise InputError(f"pairing is {pairing!r}: expected one of {STRATEGIES} or a list of source layers, as numbers.")
         if isinstance(self.lora_targets, str):
-            raise ValueError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
+            raise InputError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
         if not isinstance(self.signals_dir, (str, PathLike, NoneType)):
-            raise ValueError(f"signals_dir is {self.signals_dir!r}: expected a path.")
+            raise InputError(f"signals_dir is {self.signals_dir!r}: expected a path.")
         if self.signals_dir is not None:
             self.signals_dir = str(Path(self.signals_dir).expanduser())
         if self.source_memory == "stream" and self.signals == "online":
-            raise ValueError("source_memory 'stream' makes cached signals: with signals='online' the source must be resident.")
+            raise InputError("source_memory 'stream' makes cached signals: with signals='online' the source must be resident.")
         if self.label_smoothing_factor != 0:
-            raise ValueError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
+            raise InputError("label_smoothing_factor must be 0: the output loss is a KL to the source and takes no labels.")
         for name, reason in REFUSED.items():
             if getattr(self, name):
-                raise ValueError(f"{name} is not supported: {reason}.")
+                raise InputError(f"{name} is not supported: {reason}.")
         if self.label_names not in (None, ["labels"]):
-            raise ValueError(f"label_names is {self.label_names!r}: the rows that training makes have labels, and no others.")
+            raise InputError(f"label_names is {self.label_names!r}: the rows that training makes have labels, and no others.")
         if self.train_sampling_strategy == "batch_rebalance" or not self.dataloader_in_order:
-            raise ValueError(
+            raise InputError(
                 "train_sampling_strategy must not be 'batch_rebalance', nor dataloader_in_order False: the batches of an epoch "
                 "come in one order, the partial one last, so that a run can be resumed within it."
             )
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "relation")):
             self.greater_is_better = False  # transformers assumes this only of names that end in loss
         if self.ddp_find_unused_parameters is False and self.frontier != "joint":
-            raise ValueError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
+            raise InputError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")
         if not self.average_tokens_across_devices:
-            raise ValueError("average_tokens_across_devices must be True: losses are means over the global batch.")
+            raise InputError("average_tokens_across_devices must be True: losses are means over the global batch.")
         if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True  # transformers refuses bf16 here unless this is set, and there is no other device
         super().__post_init__()
         if self.hub_strategy not in ("every_save", "end"):
-            raise ValueError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")
+            raise InputError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")
         loading: Any = self.accelerator_config
         if not loading.even_batches or loading.split_batches or loading.dispatch_batches:
-            raise ValueError(
+            raise InputError(
                 "accelerator_config must leave even_batches True, and split_batches and dispatch_batches False: the rows that "
                 "fill an epoch's last batch would be learnt from, or ranks wait for one that has a batch less."
             )
         kwargs: Any = self.activation_checkpointing_kwargs or {}
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
-            raise ValueError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")
+            raise InputError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")
 
     @property
     def learns_from_source(self) -> bool:
@@ -220,7 +221,7 @@ class SemAlignConfig(TrainingArguments):
         rounded = math.floor if self.dataloader_drop_last else math.ceil
         batches = rounded(num_examples / (self.train_batch_size * self.world_size))
         if batches == 0:
-            raise ValueError(
+            raise InputError(
                 f"dataloader_drop_last drops all of {num_examples} training rows, which are fewer than a batch of "
                 f"{self.train_batch_size * self.world_size}: leave it out, or lower per_device_train_batch_size."
             )

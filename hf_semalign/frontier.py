@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, get_scheduler
 
+from hf_semalign.errors import InputError
+
 logger = logging.getLogger(__name__)
 FRONTIERS = ("single", "cumulative", "joint")
 BUDGETS = ("split", "per_stage")
@@ -35,7 +37,7 @@ class Frontier:
 
     def __post_init__(self) -> None:
         if self.kind not in FRONTIERS:
-            raise ValueError(f"frontier is {self.kind!r}: expected one of {FRONTIERS}.")
+            raise InputError(f"frontier is {self.kind!r}: expected one of {FRONTIERS}.")
 
     @property
     def num_stages(self) -> int:
@@ -66,11 +68,11 @@ class FrontierSchedule:
 
     def __init__(self, num_stages: int, total_steps: int, budget: str = "split") -> None:
         if budget not in BUDGETS:
-            raise ValueError(f"stage_budget is {budget!r}: expected one of {BUDGETS}.")
+            raise InputError(f"stage_budget is {budget!r}: expected one of {BUDGETS}.")
         self.total_steps = total_steps * num_stages if budget == "per_stage" else total_steps
         if num_stages < 1 or self.total_steps < num_stages:
             smallest = 1 if budget == "per_stage" else num_stages
-            raise ValueError(
+            raise InputError(
                 f"{self.total_steps} optimizer steps for {num_stages} stages: every stage needs at least one. The smallest "
                 f"budget is {smallest} steps: raise num_train_epochs or max_steps, or lower the batch size."
             )
@@ -111,7 +113,7 @@ def stage_learning_rate(
         throwaway = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
         if not isinstance(within, torch.optim.lr_scheduler.LambdaLR):
-            raise ValueError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")
+            raise InputError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")
         factors[length] = within.lr_lambdas[0]
 
     def factor(step: int) -> float:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_semalign.errors import InputError, StorageError
 from hf_semalign.states import file_digest, write_text
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def claimed(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise ValueError(
+        raise InputError(
             f"Another run is at work in {folder}: wait for its end, or choose another output_dir. Both would write there."
         ) from None
     try:
@@ -122,7 +123,7 @@ def disk_errors_explained(folder: str | Path) -> Iterator[None]:
         )
         if not (written or full):
             raise
-        raise OSError(
+        raise StorageError(
             f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
             "set signals_dir to another disk, and start the same command again; it goes on from there."
         ) from error

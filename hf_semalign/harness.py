@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
+from hf_semalign.errors import InputError
 from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
 from hf_semalign.hub import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
@@ -137,7 +138,7 @@ def evaluate_run(
     """
     adapter = _find_adapter(origin)
     if output is None and (adapter is None or not Path(origin).is_dir()):
-        raise ValueError(f"{origin!r} is no run folder, so that there is no place for {RESULTS_NAME}: name one by output.")
+        raise InputError(f"{origin!r} is no run folder, so that there is no place for {RESULTS_NAME}: name one by output.")
     folder = Path(output or origin)
     make_folder("output", folder)
     ready = {}
@@ -154,7 +155,7 @@ def evaluate_run(
     place = folder / RESULTS_NAME
     earlier = read_json(place, *content) if place.is_file() else content
     if not all(entry.keys() >= SETTINGS for entry in earlier["benchmarks"]):
-        raise ValueError(f"{place} is not what this command writes: move it away, or name another output.")
+        raise InputError(f"{place} is not what this command writes: move it away, or name another output.")
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
@@ -199,14 +200,14 @@ def check_benchmark(
     """
     for what, given, known in (("task", task, TASKS), ("backend", backend, BACKENDS)):
         if given not in known:
-            raise ValueError(f"Unknown {what} {given!r}: expected one of {', '.join(known)}.")
+            raise InputError(f"Unknown {what} {given!r}: expected one of {', '.join(known)}.")
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}: expected 1 or more.")
+            raise InputError(f"{name} is {number}: expected 1 or more.")
     if find_spec("lm_eval") is None:
-        raise ValueError("The benchmarks need the lm-evaluation-harness: pip install 'hf_semalign[eval]'.")
+        raise InputError("The benchmarks need the lm-evaluation-harness: pip install 'hf_semalign[eval]'.")
     if backend == "vllm" and find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed: pip install vllm on a machine that it supports, or use the backend hf.")
+        raise InputError("vLLM is not installed: pip install vllm on a machine that it supports, or use the backend hf.")
     path = None if files is None else find_rows(task, Path(files))
     if task in CODE:
         run_program("")  # no opt-in, or no sandbox here: better now than after all answers are there
@@ -247,7 +248,7 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
             self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any
         ) -> torch.Tensor:
             if settings.get("do_sample") or settings.get("temperature"):
-                raise ValueError(f"Answers are greedy here, and the task asks for {settings}.")
+                raise InputError(f"Answers are greedy here, and the task asks for {settings}.")
             new = continue_prompts(
                 model,
                 context,
@@ -278,20 +279,20 @@ def _opened(
         return
     if backend == "vllm":
         if not named or tokenizer is not None:
-            raise ValueError("vLLM loads model and tokenizer itself: give the name of a run folder or model, and no tokenizer.")
+            raise InputError("vLLM loads model and tokenizer itself: give the name of a run folder or model, and no tokenizer.")
         yield _Opened(_open_vllm(str(model), target), backend)
         return
     if named:
         model, own = _load_named(str(model), target)
         tokenizer = tokenizer or own
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"The model is a {type(model).__name__}: expected a causal LM, a name, or an lm_eval LM.")
+        raise InputError(f"The model is a {type(model).__name__}: expected a causal LM, a name, or an lm_eval LM.")
     if tokenizer is None:
-        raise ValueError("No tokenizer was given, and none lies with the model: pass its tokenizer.")
+        raise InputError("No tokenizer was given, and none lies with the model: pass its tokenizer.")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = copy.deepcopy(tokenizer)  # the harness changes it
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
+        raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
@@ -339,7 +340,7 @@ def _open_vllm(name: str, target: str | None) -> Any:
     rank = max(config["r"], *config.get("rank_pattern", {}).values(), 0)
     largest = next((known for known in VLLM_RANKS if known >= rank), None)
     if largest is None:
-        raise ValueError(f"vLLM has LoRA of rank {VLLM_RANKS[-1]} at most, and this adapter {rank}: use the backend hf.")
+        raise InputError(f"vLLM has LoRA of rank {VLLM_RANKS[-1]} at most, and this adapter {rank}: use the backend hf.")
     base = find_target(read_record(adapter), target)
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
@@ -356,7 +357,7 @@ def _measure(
         answer = kwargs.get("max_gen_toks", opened.lm.max_gen_toks) if kwargs else 0
         room = opened.lm.max_length - answer
         if room < 1:
-            raise ValueError(f"The model reads {opened.lm.max_length} tokens, and {task} wants {answer} for an answer alone.")
+            raise InputError(f"The model reads {opened.lm.max_length} tokens, and {task} wants {answer} for an answer alone.")
         bos = _check_bos(opened.lm, chat_template)
     # Not simple_evaluate, which besides seeds all generators and lists the installed packages by starting pip.
     results: Any = lm_eval.evaluate(
@@ -407,14 +408,14 @@ def _check_bos(lm: Any, chat_template: bool) -> str | None:
     """The token that prompts begin with, once; ``None`` of a tokenizer that has none."""
     tokenizer = lm.tokenizer
     if chat_template and tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template: set one, or leave chat_template off.")
+        raise InputError("The tokenizer has no chat template: set one, or leave chat_template off.")
     text = lm.apply_chat_template([{"role": "user", "content": "a"}]) if chat_template else "a"
     ids = lm.tok_encode(text)
     if not chat_template and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
-        raise ValueError("The tokenizer puts EOS behind a prompt, which then is over: set its add_eos_token to False.")
+        raise InputError("The tokenizer puts EOS behind a prompt, which then is over: set its add_eos_token to False.")
     count = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
     if count > 1:
-        raise ValueError(f"Prompts begin with {count} BOS tokens: take bos_token out of the chat template's text.")
+        raise InputError(f"Prompts begin with {count} BOS tokens: take bos_token out of the chat template's text.")
     if count == 0 and tokenizer.bos_token is not None:
-        raise ValueError(f"The tokenizer does not put its BOS token {tokenizer.bos_token!r} before a prompt: make it do so.")
+        raise InputError(f"The tokenizer does not put its BOS token {tokenizer.bos_token!r} before a prompt: make it do so.")
     return tokenizer.bos_token

@@ -35,6 +35,7 @@ from yaml import YAMLError
 
 from hf_semalign.card import TAGS
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, MissingFileError, StorageError
 from hf_semalign.loading import ADAPTER, RECORD_NAME, brief, check_adapter, load_weights, read_json
 from hf_semalign.states import digest, file_digest, sha256
 from hf_semalign.symbols import EMBEDDED, is_hub_id, resolve_model
@@ -98,7 +99,7 @@ def push_transfer(
     facts = {file: file_digest(path) for file, path in files.items()}
     name = tag or f"v{read_record(folder)['versions']['hf_semalign']}-{digest(facts)[:8]}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"The tag {name!r} cannot be used: expected letters, digits, dots, dashes and underscores.")
+        raise InputError(f"The tag {name!r} cannot be used: expected letters, digits, dots, dashes and underscores.")
     probe = _probe(folder, target)
     api, repo_id = open_repo(repo_id, token=token, private=private)
     with hub_errors_explained(repo_id):
@@ -114,7 +115,7 @@ def push_transfer(
     stale = sorted(there.keys() - files.keys())  # such as a chat template, which would be read with another tokenizer
     tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(name)
     if tag is not None and tagged and (changed or stale or tagged != head.sha):
-        raise ValueError(f"{repo_id} has a tag {tag!r} already, of commit {tagged[:8]}: choose another one.")
+        raise InputError(f"{repo_id} has a tag {tag!r} already, of commit {tagged[:8]}: choose another one.")
     commit = str(head.sha)
     if changed or stale:
         deletions = [CommitOperationDelete(file) for file in stale]
@@ -157,7 +158,7 @@ def open_repo(repo_id: str, *, token: str | None = None, private: bool | None = 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be the name of a repository: expected owner/name. ({brief(error)})") from error
+        raise InputError(f"{repo_id!r} cannot be the name of a repository: expected owner/name. ({brief(error)})") from error
     api = HfApi(token=token, library_name="hf_semalign")
     with hub_errors_explained(repo_id):
         user = api.whoami()["name"]
@@ -173,10 +174,10 @@ def open_repo(repo_id: str, *, token: str | None = None, private: bool | None = 
         info = api.model_info(repo_id)
     if private is not None and info.private is not private:
         kind = "private" if info.private else "public"
-        raise ValueError(f"{repo_id} exists and is {kind}: name another repository, or leave out the choice of private.")
+        raise InputError(f"{repo_id} exists and is {kind}: name another repository, or leave out the choice of private.")
     files = {file.rfilename for file in info.siblings or ()}
     if RECORD_NAME not in files and (foreign := sorted(files - UNCLAIMED)):
-        raise ValueError(f"{repo_id} exists and holds no transfer, but {brief(', '.join(foreign))}: name another repository.")
+        raise InputError(f"{repo_id} exists and holds no transfer, but {brief(', '.join(foreign))}: name another repository.")
     return api, repo_id
 
 
@@ -199,7 +200,7 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> None:
         if api.repo_exists(repo_id):  # made by somebody else meanwhile
             return
     told = brief(conflict.server_message or conflict)
-    raise ValueError(f"A repository {repo_id} cannot be made: {told}. Choose another name.") from conflict
+    raise InputError(f"A repository {repo_id} cannot be made: {told}. Choose another name.") from conflict
 
 
 @contextmanager
@@ -213,9 +214,9 @@ def hub_errors_explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise ValueError("There is no Hub token: log in with `hf auth login`, set HF_TOKEN, or pass token=.") from error
+        raise InputError("There is no Hub token: log in with `hf auth login`, set HF_TOKEN, or pass token=.") from error
     except OfflineModeIsEnabled as error:
-        raise OSError("HF_HUB_OFFLINE is set, so that the Hub is not asked: unset it, and try again.") from error
+        raise StorageError("HF_HUB_OFFLINE is set, so that the Hub is not asked: unset it, and try again.") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise _explained(error, repo_id) from error
 
@@ -224,27 +225,27 @@ def _explained(error: Exception, repo_id: str) -> Exception:
     wraps = isinstance(error, (RuntimeError, LocalEntryNotFoundError))  # an upload's thread, a download without a cache
     cause: BaseException = error.__cause__ if wraps and error.__cause__ else error
     if isinstance(cause, RepositoryNotFoundError):
-        return ValueError(f"There is no repository {repo_id}, or this token may not see it: check both.")
+        return InputError(f"There is no repository {repo_id}, or this token may not see it: check both.")
     if isinstance(cause, HfHubHTTPError):
         status, told = cause.response.status_code, brief(cause.server_message or cause)
         place = f"{constants.ENDPOINT}/settings/tokens"
         if status == 401:
-            return ValueError(f"The Hub does not know this token: log in again with `hf auth login`, or make one at {place}.")
+            return InputError(f"The Hub does not know this token: log in again with `hf auth login`, or make one at {place}.")
         if status == 403:
-            return ValueError(
+            return InputError(
                 f"This token may not do that with {repo_id}: make one with write access at {place}, of an account that may "
                 f"write to what {repo_id.partition('/')[0]} owns. ({told})"
             )
         if status == 404:
-            return ValueError(f"{repo_id} does not have what was asked for: check the revision. ({told})")
+            return InputError(f"{repo_id} does not have what was asked for: check the revision. ({told})")
         if status in (409, 412):
-            return ValueError(f"{repo_id} was changed by somebody else meanwhile: try again. ({told})")
+            return InputError(f"{repo_id} was changed by somebody else meanwhile: try again. ({told})")
         if status < 500 and status not in (408, 429):
-            return ValueError(f"The Hub refused what was asked of {repo_id}: {told or f'status {status}'}")
-        return OSError(f"The Hub failed (status {status}): try again; what it has already is not sent twice.")
+            return InputError(f"The Hub refused what was asked of {repo_id}: {told or f'status {status}'}")
+        return StorageError(f"The Hub failed (status {status}): try again; what it has already is not sent twice.")
     if isinstance(cause, ValueError):
-        return ValueError(f"The Hub refused what was asked of {repo_id}: {brief(cause)}")
-    return OSError(f"The Hub cannot be reached: try again; what it has already is not sent twice. ({brief(cause)})")
+        return InputError(f"The Hub refused what was asked of {repo_id}: {brief(cause)}")
+    return StorageError(f"The Hub cannot be reached: try again; what it has already is not sent twice. ({brief(cause)})")
 
 
 def published_files(folder: Path) -> dict[str, Path]:
@@ -255,21 +256,21 @@ def published_files(folder: Path) -> dict[str, Path]:
         ValueError: links to what lies elsewhere, damaged files, an adapter or a card that are not this run's, or a local path.
     """
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
+        raise MissingFileError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
     found = [path for pattern in PUBLISHED for path in sorted(folder.glob(pattern)) if path.is_file()]
     if outside := [path.name for path in found if not path.resolve().is_relative_to(folder.resolve())]:
-        raise ValueError(f"{outside} are links out of the folder {folder}: put the files themselves there.")
+        raise InputError(f"{outside} are links out of the folder {folder}: put the files themselves there.")
     check_adapter(folder)
     record = read_record(folder)
     check_recorded(folder, record)
     base = read_json(folder / ADAPTER[1], "base_model_name_or_path")["base_model_name_or_path"]
     if base != record["target"] or not (str(base).startswith(EMBEDDED) or is_hub_id(str(base))):
-        raise ValueError(
+        raise InputError(
             f"{ADAPTER[1]} of {folder} names the base {base!r}, and {RECORD_NAME} {record['target']!r}: expected the same Hub "
             "id or name, and no path."
         )
     if fault := card_fault(folder / CARD):
-        raise ValueError(f"{folder / CARD} {fault}")
+        raise InputError(f"{folder / CARD} {fault}")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found, key=lambda path: path.name == CARD)}
 
 
@@ -280,10 +281,10 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> None:
         ValueError: the checksums differ, or it is a checkpoint of Seeking, whose matrices belong to a changed target.
     """
     if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
-        raise ValueError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
+        raise InputError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
     rank = record.get("seeking", {}).get("adapter_rank")
     if rank is not None and read_json(folder / ADAPTER[1], "r")["r"] != rank:
-        raise ValueError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
+        raise InputError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
 
 
 def card_fault(path: Path) -> str | None:
@@ -344,10 +345,10 @@ def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] |
     try:
         model = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"The adapter of {folder} does not fit {name}: {brief(error)}") from error
+        raise InputError(f"The adapter of {folder} does not fit {name}: {brief(error)}") from error
     logits = _logits(model)
     if not logits.isfinite().all():
-        raise ValueError(f"The logits of the adapter of {folder} are not finite: it is of no use, train it again.")
+        raise InputError(f"The logits of the adapter of {folder} are not finite: it is of no use, train it again.")
     return model, logits
 
 
@@ -382,7 +383,7 @@ def _compare(
             if not torch.equal(_logits(model), logits):
                 wrong = ["logits"]
     if wrong:
-        raise OSError(f"Commit {commit[:8]} of {repo_id} is not what was sent, by its {wrong}: push it again.")
+        raise StorageError(f"Commit {commit[:8]} of {repo_id} is not what was sent, by its {wrong}: push it again.")
 
 
 def load_transfer(
@@ -410,7 +411,7 @@ def load_transfer(
     try:
         base = load_weights(name, dtype="auto")
     except ValueError as error:
-        raise ValueError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
+        raise InputError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
     return PeftModel.from_pretrained(base, folder), record
 
 
@@ -425,7 +426,7 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
         local = Path(given).is_dir()
         return Path(given if local else snapshot_download(given, revision=revision, allow_patterns=list(LOADED)))
     except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
+        raise MissingFileError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
 
 
 def find_target(record: dict[str, Any], target: str | None = None) -> str:
@@ -440,7 +441,7 @@ def find_target(record: dict[str, Any], target: str | None = None) -> str:
     """
     name = target or record["target"]
     if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
-        raise ValueError(f"The target {name!r} of the record is no Hub id: name it by target=.")
+        raise InputError(f"The target {name!r} of the record is no Hub id: name it by target=.")
     return resolve_model(name)
 
 
@@ -453,6 +454,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RECORD_NAME).is_file():
         if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
-            raise FileNotFoundError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
-        raise FileNotFoundError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
+            raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
+        raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
     return read_json(folder / RECORD_NAME, *KEYS)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import safe_open
 
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.hub import hub_errors_explained, read_record
 from hf_semalign.loading import ADAPTER, RECORD_NAME, brief, check_adapter, read_json
 from hf_semalign.states import file_digest, sha256
@@ -54,7 +55,7 @@ class Inspection:
             ValueError: a checksum differs.
         """
         if wrong := [name for name, same in self.checksums.items() if same is False]:
-            raise ValueError(
+            raise InputError(
                 f"{ADAPTER[0]} is not the one that {RECORD_NAME} is about, by {', '.join(wrong)}: copy or download both again."
             )
 
@@ -73,10 +74,10 @@ def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Ins
     """
     if Path(repo_id_or_folder).is_dir():
         if revision is not None:
-            raise ValueError(f"{repo_id_or_folder} is a folder, without a revision {revision!r}: name a Hub id, or none.")
+            raise InputError(f"{repo_id_or_folder} is a folder, without a revision {revision!r}: name a Hub id, or none.")
         return _inspect_folder(Path(repo_id_or_folder))
     if not is_hub_id(repo_id_or_folder):
-        raise ValueError(f"{repo_id_or_folder!r} is no folder and no Hub id: name a run folder, or owner/name.")
+        raise InputError(f"{repo_id_or_folder!r} is no folder and no Hub id: name a run folder, or owner/name.")
     return _inspect_repo(repo_id_or_folder, revision)
 
 
@@ -95,15 +96,15 @@ def _inspect_repo(repo_id: str, revision: str | None) -> Inspection:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     files, commit = {file.rfilename: file for file in info.siblings or ()}, info.sha
     if missing := [name for name in (*names, ADAPTER[0]) if name not in files]:
-        raise FileNotFoundError(f"{repo_id} lacks {missing}: it holds no transfer of hf_semalign.")
+        raise MissingFileError(f"{repo_id} lacks {missing}: it holds no transfer of hf_semalign.")
     if large := [name for name in names if (files[name].size or 0) > MOST]:
-        raise ValueError(f"{large} of {repo_id} have more than {MOST >> 20} MB: they are not read.")
+        raise InputError(f"{large} of {repo_id} have more than {MOST >> 20} MB: they are not read.")
     with hub_errors_explained(repo_id):
         path, config = (Path(api.hf_hub_download(repo_id, name, revision=commit)) for name in names)
         try:
             header = api.parse_safetensors_file_metadata(repo_id, ADAPTER[0], revision=commit)
         except SafetensorsParsingError as error:
-            raise ValueError(f"{ADAPTER[0]} of {repo_id} is damaged: push it again. ({brief(error)})") from error
+            raise InputError(f"{ADAPTER[0]} of {repo_id} is damaged: push it again. ({brief(error)})") from error
     record, weights = read_record(path.parent), files[ADAPTER[0]]
     shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
     checksums = _compare(record, {"adapter_sha256": weights.lfs.sha256} if weights.lfs is not None else {})
@@ -123,7 +124,7 @@ def inspection_table(name: str, facts: Inspection) -> Table:
     try:
         rows = _rows(facts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{RECORD_NAME} or {ADAPTER[1]} of {name} is damaged ({error!r}): copy both again.") from error
+        raise InputError(f"{RECORD_NAME} or {ADAPTER[1]} of {name} is damaged ({error!r}): copy both again.") from error
     table = Table(title=Text(printable(name)), show_header=False)
     for heading, value in rows.items():
         table.add_row(Text(heading, style="bold"), Text(printable(value)))

@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_s
 
 from hf_semalign.anatomy import Anatomy, base_model
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, NotFiniteError
 from hf_semalign.frontier import (
     Frontier,
     FrontierCallback,
@@ -111,7 +112,7 @@ class LayerwiseTrainer(Trainer):
         quantised = is_quantised(cast(Any, base_model(model)).config)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and quantised:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(f"The target is quantised, which {engine} is not known to work with: use DDP.")
+            raise InputError(f"The target is quantised, which {engine} is not known to work with: use DDP.")
         if self.is_fsdp_enabled:
             check_shards(anatomy.layers, args.world_size)
         if self.is_deepspeed_enabled:
@@ -182,7 +183,7 @@ class LayerwiseTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """A learning rate whose warmup and decay restart with each stage."""
         if num_training_steps != self.schedule.total_steps:
-            raise ValueError(
+            raise InputError(
                 f"The run has {num_training_steps} steps, but its stages were planned for {self.schedule.total_steps}: set the "
                 "budget before the trainer is made."
             )
@@ -272,7 +273,7 @@ class LayerwiseTrainer(Trainer):
                 self._broken.append(f"the gradient of the examples {ids} is, of a finite loss ({self._terms()})")
             step = self.state.global_step
             where = f"step {step + 1} of {self.schedule.total_steps} (stage {self.schedule.stage(step) + 1})"
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Not finite at {where}: {'; '.join(gather_object(self._broken))}. Nothing was learnt from this step; the last "
                 f"checkpoint: {last_checkpoint(str(self.args.output_dir)) or 'none was written'}. Lower the learning rate, or "
                 "look at these examples."
@@ -327,7 +328,7 @@ class LayerwiseTrainer(Trainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(path) / OPTIMIZER_NAME).is_file()):
-                raise ValueError(
+                raise InputError(
                     f"{path} has no optimizer, as save_only_model leaves it: training would not go on as it began. Start anew "
                     "with resume_from_checkpoint=False, and leave save_only_model out of a run that may be interrupted."
                 )
@@ -355,7 +356,7 @@ class LayerwiseTrainer(Trainer):
             return None
         best = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if found := damage(best):
-            raise ValueError(f"load_best_model_at_end wants the weights of {best}: {found}. Start anew, or set it to False.")
+            raise InputError(f"load_best_model_at_end wants the weights of {best}: {found}. Start anew, or set it to False.")
         return str(best)
 
     def _checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -366,7 +367,7 @@ class LayerwiseTrainer(Trainer):
             return None
         found = f"none in {self.args.output_dir} is whole" if path is None else damage(Path(path))
         if found:
-            raise ValueError(
+            raise InputError(
                 f"The run cannot go on from {path or 'a checkpoint'}: {found}. Name another one, or start anew with "
                 "resume_from_checkpoint=False. Machines without a common disk need save_on_each_node."
             )
@@ -424,12 +425,12 @@ class LayerwiseTrainer(Trainer):
         for engine, mark in marks.items():
             if (Path(resume_from_checkpoint) / mark).is_file() != enabled[engine]:
                 way = f"without {engine}, or with save_only_model" if enabled[engine] else f"under {engine}"
-                raise ValueError(
+                raise InputError(
                     f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
                     "start anew in another output_dir."
                 )
         if different := self._differences(Path(resume_from_checkpoint)):
-            raise ValueError(
+            raise InputError(
                 f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
                 "models, data and settings, or start anew in another output_dir."
             )
@@ -450,7 +451,7 @@ class LayerwiseTrainer(Trainer):
                 found.append((str(path), f"other {', '.join(different)}"))
         (found,) = broadcast_object_list([found])
         if found:
-            raise ValueError(
+            raise InputError(
                 f"{self.args.output_dir} has checkpoints of another run, such as {found[0][0]} ({found[0][1]}), which this one "
                 "would delete: choose another output_dir, or delete them first."
             )

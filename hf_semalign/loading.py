@@ -32,6 +32,7 @@ from yaml import YAMLError
 
 from hf_semalign.anatomy import Parts, name_parts
 from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.sharding import check_sharding, check_zero
 from hf_semalign.symbols import public_name, resolve_model
 
@@ -52,16 +53,16 @@ def check_engine(args: SemAlignConfig) -> None:
     folders that cannot be written to.
     """
     if not isinstance(args, SemAlignConfig):
-        raise ValueError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
+        raise InputError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     available = get_available_reporting_integrations()
     named = args.report_to or ()  # a list, after the Trainer's own checks
     if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
-        raise ValueError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
+        raise InputError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
     if args.n_gpu > 1:
-        raise ValueError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
+        raise InputError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
     if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
         name = "torch_compile"
-        raise ValueError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
+        raise InputError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         check_zero(args)
     if is_set("ACCELERATE_USE_FSDP"):
@@ -86,7 +87,7 @@ def make_folder(name: str, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
+        raise InputError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -98,11 +99,11 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
+        raise InputError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
+        raise InputError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
     if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
+        raise InputError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
     return content
 
 
@@ -138,7 +139,7 @@ def check_adapter(folder: Path) -> None:
         ValueError: a file is damaged.
     """
     if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
+        raise MissingFileError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
     weights, config = ADAPTER
     _check_header(folder / weights)
     read_json(folder / config)
@@ -149,7 +150,7 @@ def _check_header(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
 
 
 @contextmanager
@@ -158,7 +159,7 @@ def _readable(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
-        raise ValueError(
+        raise InputError(
             f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
             f"whole causal language model. ({brief(error)})"
         ) from error
@@ -191,7 +192,7 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
             return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         reason = "it was made in memory"
     except json.JSONDecodeError as error:
-        raise ValueError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
+        raise InputError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0].replace(name_or_path, name)
     logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
@@ -242,7 +243,7 @@ def is_quantised(config: PretrainedConfig) -> bool:
         return False
     facts = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     if facts.get("quant_method") != "bitsandbytes":
-        raise ValueError(
+        raise InputError(
             f"Weights quantised by {facts.get('quant_method')} are not supported: use bitsandbytes, or plain weights."
         )
     return True
@@ -276,7 +277,7 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
     if weights and Path(name_or_path).is_dir():
         files = list(Path(name_or_path).glob("model*.safetensors"))
         if not files:
-            raise ValueError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
+            raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         for file in files:
             _check_header(file)
     with torch.device("meta"), _readable(name_or_path):
@@ -299,7 +300,7 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
     model, report = loaded
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
-        raise ValueError(
+        raise InputError(
             f"The weights of {name_or_path} do not fit its config.json: {len(unfit)} of them are missing or of another shape, "
             f"such as {unfit[:3]}. Copy or download both again."
         )
@@ -322,7 +323,7 @@ def load_model(model: PreTrainedModel | str, *, precision: str | None = None, pa
     if isinstance(model, str):
         model = load_weights(model, dtype=load_dtype(model, precision))
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
+        raise InputError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)
     keep_layout(model)
     name_parts(model.config, parts)
@@ -339,5 +340,5 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedMod
     """
     pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
     if pad is None:
-        raise ValueError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
+        raise InputError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
     return pad if pad < rows else 0

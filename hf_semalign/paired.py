@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hf_semalign.errors import InputError
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
@@ -27,7 +29,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
         ValueError: two numbers of problems, or none.
     """
     if len(ours) != len(theirs) or not len(ours):
-        raise ValueError(
+        raise InputError(
             f"Outcomes of {len(ours)} and {len(theirs)} problems: expected those of the same problems, at least one."
         )
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hf_semalign.attribution import LayerScores
+from hf_semalign.errors import InputError
 
 STRATEGIES = ("attribution", "proportional", "uniform", "last", "banded")
 NEEDS_SCORES = ("attribution", "banded")
@@ -90,15 +91,15 @@ def pair_layers(
     values = () if isinstance(scores, int) else tuple(scores.values if isinstance(scores, LayerScores) else scores)
     depth, width = scores if isinstance(scores, int) else len(values), num_target_layers
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"The layer scores {values} are not all finite numbers (nan or inf): attribute in a wider dtype.")
+        raise InputError(f"The layer scores {values} are not all finite numbers (nan or inf): attribute in a wider dtype.")
     if not isinstance(strategy, str):
         return LayerPairing(_explicit(strategy, depth, width), depth, "explicit", values or None)
     if strategy not in STRATEGIES:
-        raise ValueError(f"Pairing strategy {strategy!r} is unknown: use one of {STRATEGIES} or a list of source layers.")
+        raise InputError(f"Pairing strategy {strategy!r} is unknown: use one of {STRATEGIES} or a list of source layers.")
     if strategy in NEEDS_SCORES and not values:
-        raise ValueError(f"Pairing strategy {strategy!r} needs the scores of attribute_layers, got only a layer count.")
+        raise InputError(f"Pairing strategy {strategy!r} needs the scores of attribute_layers, got only a layer count.")
     if depth < width and strategy != "proportional":
-        raise ValueError(
+        raise InputError(
             f"The source has {depth} layers and the target {width}: {strategy!r} pairing needs a source at least as deep as "
             "the target. Use 'proportional', which may repeat a source layer, or an explicit list."
         )
@@ -119,7 +120,7 @@ def pair_layers(
 def _explicit(layers: Sequence[int], depth: int, width: int) -> tuple[int, ...]:
     chosen = tuple(int(layer) for layer in layers)
     if len(chosen) != width:
-        raise ValueError(f"The pairing lists {len(chosen)} source layers, but the target has {width} layers: give one each.")
+        raise InputError(f"The pairing lists {len(chosen)} source layers, but the target has {width} layers: give one each.")
     if list(chosen) != sorted(chosen) or not all(0 <= layer < depth for layer in chosen):
-        raise ValueError(f"The pairing {list(chosen)} must be ascending 0-based source layers between 0 and {depth - 1}.")
+        raise InputError(f"The pairing {list(chosen)} must be ascending 0-based source layers between 0 and {depth - 1}.")
     return chosen

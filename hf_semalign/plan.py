@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.anatomy import Size, dissect
 from hf_semalign.answers import question
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.loading import product_seconds
 from hf_semalign.losses import LOGIT_ROWS
 from hf_semalign.preparation import Counts, Preparation, prepare
@@ -101,7 +102,7 @@ class Plan:
         fixed = sum(self.cost.values()) - self.cost["training"]
         steps = round((budget - fixed) * self.steps / self.cost["training"])
         if steps < len(self.stages) - 1:
-            raise ValueError(
+            raise InputError(
                 f"{self.method} costs {fixed:.0f} target forwards before training, and {budget:.0f} are to be spent in all, "
                 f"which leaves {steps} steps for {len(self.stages) - 1} stages: raise the budget."
             )

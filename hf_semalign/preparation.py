@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import Anatomy, dissect, embedding_rows, lora_targets, position_limit
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.frontier import Frontier, FrontierSchedule, stage_learning_rate
 from hf_semalign.loading import check_engine, find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
@@ -97,14 +98,14 @@ def prepare(
     """
     check_engine(args)
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
-        raise ValueError("One model object is source and target: what trains the one would change the other. Load it twice.")
+        raise InputError("One model object is source and target: what trains the one would change the other. Load it twice.")
     source_origin = source_model.origin if isinstance(source_model, Source) else source_model
     for role, origin in (("source", source_origin), ("target", model)):
         if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
-            raise ValueError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
+            raise InputError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
     tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
     if tokenizer is not None and tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise InputError(
             "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
         )
     needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
@@ -119,18 +120,18 @@ def prepare(
     source = source_model if isinstance(source_model, Source) else _source(source_model, args)
     for role, shape in (("source", source.shape), ("target", model)):
         if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
-            raise ValueError(
+            raise InputError(
                 f"The {role} was loaded with parts of it offloaded (device_map {shape.hf_device_map}): give its name or folder "
                 "instead, with source_memory 'stream' where it is too large to be held whole."
             )
     if args.source_memory == "stream" and source.quantised:
-        raise ValueError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
+        raise InputError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
     shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
     target = dissect(shape)
     depths = source.num_layers, len(target.layers)
     rows, width = target.head_weight().shape
     if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, source.width):
-        raise ValueError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, source.width)}.")
+        raise InputError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, source.width)}.")
     token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, rows)
     if len(token_ids) < max(source.head_rows, rows):
         logger.warning(
@@ -172,7 +173,7 @@ def _check_lengths(splits: dict[str, Dataset], models: dict[str, PreTrainedModel
         for role, model in models.items():
             limit = position_limit(model)
             if limit is not None and longest > limit:
-                raise ValueError(
+                raise InputError(
                     f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
                     f"max_length to {limit} or less, in a recipe data.max_length."
                 )
@@ -189,7 +190,7 @@ def _pairing(given: LayerPairing | None, wanted: Any, depths: tuple[int, int]) -
             return pair_layers(*depths, wanted)
         pair_layers([0.0] * depths[0], depths[1], wanted)
     elif (given.num_source_layers, len(given.source_layers)) != depths:
-        raise ValueError(
+        raise InputError(
             f"The pairing is for {given.num_source_layers} source and {len(given.source_layers)} target layers; these "
             f"models have {depths[0]} and {depths[1]}."
         )

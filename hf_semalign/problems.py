@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.rows import TESTS, Row
 from hf_semalign.sandbox import run_program
 
@@ -59,7 +60,7 @@ def find_rows(task: str, given: Path) -> Path:
             for found in sorted(folder.glob(pattern)):
                 return found.parent if task == "mmlu" else found
     places = " or ".join(PLACES[task])
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"No test rows of {task} at {given}: name the file, or a folder with {places}, or with {task}/ that has."
     )
 
@@ -80,7 +81,7 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
 
     rows = None if path is None else TESTS[task].load("test", path)
     if rows is not None and not rows:
-        raise ValueError(f"{path} has no test rows of {task}.")
+        raise InputError(f"{path} has no test rows of {task}.")
     with quiet():
         if task != "mmlu":
             config = _stock()[task] if task == "gsm8k" else _own_config(task, chat_template)
@@ -112,7 +113,7 @@ def _by_subject(rows: list[Row], subjects: list[str], path: Path | None) -> dict
         found.setdefault(row["subject"], []).append(row)
     missing, unknown = [name for name in subjects if not found[name]], sorted(found.keys() - set(subjects))
     if missing or unknown:
-        raise ValueError(
+        raise InputError(
             f"MMLU has {len(subjects)} subjects, one <subject>_test.csv each, and {path} "
             f"{f'lacks {missing}' if missing else f'has {unknown} besides'}: copy the whole folder, and that alone."
         )

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_semalign.anatomy import lora_candidates
+from hf_semalign.errors import InputError
 
 # By the end of a module's path. An FFN without a gate has its first matrix for "up".
 ROLES = {
@@ -85,7 +86,7 @@ def projections(layer: nn.Module, config: PretrainedConfig) -> dict[str, Project
     for path, module in lora_candidates(layer).items():
         for one in _roles(path, module, config):
             if one.role in found:
-                raise ValueError(
+                raise InputError(
                     f"{config.model_type} has two {one.role} projections in a layer, {found[one.role].path} and {path}: which "
                     "of them corresponds to another model's is not known."
                 )

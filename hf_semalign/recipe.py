@@ -26,6 +26,7 @@ from hf_semalign.baselines.laten import LaTenTrainer
 from hf_semalign.baselines.seeking import SeekingTrainer
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig, check_numbers
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.hub import read_record
 from hf_semalign.loading import find_config, find_tokenizer, read_json
 from hf_semalign.symbols import resolve_model
@@ -167,7 +168,7 @@ class Recipe:
         try:
             args = SemAlignConfig(output_dir=str(folder), **settings)
         except ValueError as error:
-            raise ValueError(f"The recipe's training section cannot be used: {error}") from error
+            raise InputError(f"The recipe's training section cannot be used: {error}") from error
         args.push_to_hub = False  # no trainer publishes, but the recipe at its end
         return args
 
@@ -188,7 +189,7 @@ class Recipe:
             return [args]
         run = Path(str(args.output_dir))
         if count > 1 and (args.stage_budget != "split" or isinstance(args.resume_from_checkpoint, str) or total < count):
-            raise ValueError(
+            raise InputError(
                 f"data.rounds is {count}, of {total} steps in all: expected a step for each round, stage_budget 'split', and "
                 "resume_from_checkpoint true or false, since each round has checkpoints of its own."
             )
@@ -211,10 +212,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             type or a malformed override.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
+        raise MissingFileError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
     content = read_yaml(Path(path).read_bytes(), f"The recipe {path}")
     if not isinstance(content, dict):
-        raise ValueError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
+        raise InputError(f"The recipe {path} holds a {type(content).__name__}, not keys and values.")
     return _checked(content, overrides, str(path))
 
 
@@ -233,7 +234,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     record = read_record(folder)
     if not (folder / "results.json").is_file():
-        raise FileNotFoundError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
+        raise MissingFileError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
     results = read_json(folder / "results.json", "task")
     task = results.get("data_task", results["task"])
     splits = {split: record["data"][split] for split in ("extract", "align", "eval")}
@@ -250,13 +251,13 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"The override {override!r} is not of the form key=value, such as training.seed=2.")
+            raise InputError(f"The override {override!r} is not of the form key=value, such as training.seed=2.")
         *sections, name = key.removeprefix("--").split(".")
         section = content
         for depth, part in enumerate(sections, start=1):
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ValueError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
+                raise InputError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
         section[name] = read_yaml(value, f"The override {override!r}")
     _check_keys(content, Recipe, f"recipe {path}")
     _check_keys(content["data"], DataSettings, f"data section of {path}")
@@ -264,7 +265,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     _check_keys(training, SemAlignConfig, f"training section of {path}")
     for name, home in (("output_dir", "output_dir"), ("max_length", "data.max_length")):
         if name in training:
-            raise ValueError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
+            raise InputError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
     numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
     for name in numbers & training.keys():
         if isinstance(training[name], str):
@@ -276,11 +277,11 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     check_numbers(content["data"], DataSettings)
     for name in ("source", "target", "output_dir"):
         if not isinstance(content[name], str):
-            raise ValueError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
+            raise InputError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
     check_names([content["data"]["task"]], TASKS, f"data section of {path}")
     baselines = content.get("baselines") or ()
     if not isinstance(baselines, (list, tuple)):
-        raise ValueError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
+        raise InputError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
     method = content.setdefault("method", Recipe.method)
     check_names([method], METHODS, f"method of {path}")
     check_names(baselines, METHODS, f"baselines of {path}")
@@ -288,7 +289,7 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     check_answers(data, method, baselines, path)
     others = content.get("forgetting") or {}
     if not isinstance(others, dict):
-        raise ValueError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
+        raise InputError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
     forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
     benchmark = None
     if (scoring := content.get("benchmark")) is not None:
@@ -312,13 +313,13 @@ def check_answers(data: DataSettings, method: str, baselines: Sequence[str], pat
     check_names([data.answers], WRITERS, f"answers of {path}")
     for name, least in (("rounds", 1), ("max_new_tokens", 1), ("temperature", 0)):
         if not least <= getattr(data, name) < math.inf:
-            raise ValueError(f"data.{name} of {path} is {getattr(data, name)}: expected a finite number of at least {least}.")
+            raise InputError(f"data.{name} of {path} is {getattr(data, name)}: expected a finite number of at least {least}.")
     if data.rounds == 1:
         return
     if data.answers != "target":
-        raise ValueError(f"data.rounds of {path} is {data.rounds}: only answers of the target change from round to round.")
+        raise InputError(f"data.rounds of {path} is {data.rounds}: only answers of the target change from round to round.")
     if method not in IN_ROUNDS or baselines:
-        raise ValueError(
+        raise InputError(
             f"data.rounds of {path} is {data.rounds}: in rounds train {', '.join(IN_ROUNDS)}, without baselines beside them; "
             "`semalign compare` runs several methods."
         )
@@ -332,7 +333,7 @@ def _benchmark(section: Any, task: str, path: str) -> BenchmarkSettings:
     check_numbers(section, BenchmarkSettings)
     tasks = section["tasks"]
     if not isinstance(tasks, list) or not tasks:
-        raise ValueError(
+        raise InputError(
             f"tasks in the {where} is {tasks!r}: expected a list of benchmarks, such as [{', '.join(BENCHMARKS)}]."
         )
     check_names(tasks, BENCHMARKS, where)
@@ -356,18 +357,18 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_keys(section: Any, settings: type, where: str) -> None:
     if not isinstance(section, dict):
-        raise ValueError(f"The {where} must hold keys and values, got {section!r}.")
+        raise InputError(f"The {where} must hold keys and values, got {section!r}.")
     check_names(section, [item.name for item in fields(settings)], where)
     if settings is SemAlignConfig:
         return
     required = {item.name for item in fields(settings) if item.default is item.default_factory}
     if missing := required - section.keys():
-        raise ValueError(f"The {where} lacks {sorted(missing)}.")
+        raise InputError(f"The {where} lacks {sorted(missing)}.")
 
 
 def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -382,7 +383,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             listed = "see its documentation" if len(known) > LISTED else f"known: {sorted(known)}"
             hint = f"did you mean {near[0]!r}?" if near else f"{listed}."
-            raise ValueError(f"Unknown key {name!r} in the {where}: {hint}")
+            raise InputError(f"Unknown key {name!r} in the {where}: {hint}")
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -395,10 +396,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     find_config(name)  # a model that is not there is not one without a tokenizer
     tokenizer = find_tokenizer(name)
     if tokenizer is None:
-        raise ValueError(f"The target {recipe.target!r} has no tokenizer: save it beside its weights, with save_pretrained.")
+        raise InputError(f"The target {recipe.target!r} has no tokenizer: save it beside its weights, with save_pretrained.")
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
-            raise ValueError(
+            raise InputError(
                 f"pad_token {recipe.pad_token!r} is not in the tokenizer of {recipe.target}: name one of its tokens."
             )
         tokenizer.pad_token = recipe.pad_token

@@ -17,6 +17,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from hf_semalign.card import escaped, pipe_table, render_card
+from hf_semalign.errors import InputError
 from hf_semalign.hub import read_record
 from hf_semalign.loading import RECORD_NAME, make_folder, read_json
 from hf_semalign.states import write_text
@@ -94,11 +95,11 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     folder = Path(folder)
     path = Path(output) if output is not None else folder / "report.html"
     if path.is_dir():
-        raise ValueError(f"output {path} is a folder: name a file, such as {path / 'report.html'}.")
+        raise InputError(f"output {path} is a folder: name a file, such as {path / 'report.html'}.")
     try:
         page = _of_comparison(folder) if (folder / "compare.json").is_file() else _of_run(folder)
     except (AttributeError, KeyError, TypeError) as error:  # of content that is JSON, and something else than we write
-        raise ValueError(f"What lies in {folder} is not what this package writes ({error!r}): make the folder anew.") from error
+        raise InputError(f"What lies in {folder} is not what this package writes ({error!r}): make the folder anew.") from error
     make_folder("output", path.parent)
     write_text(path, page)
     return path

@@ -21,6 +21,7 @@ from hf_semalign.anatomy import CausalLM
 from hf_semalign.answers import answered, question, write_answers
 from hf_semalign.card import restriction
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.guards import damage, last_checkpoint
 from hf_semalign.loading import load_model
 from hf_semalign.plan import plan, plans_of
@@ -127,7 +128,7 @@ def with_answers(
         return data, None
     if settings.answers == "source":
         if args.source_memory == "stream":
-            raise ValueError("data.answers is source, which has to be held whole to write: source_memory must be 'resident'.")
+            raise InputError("data.answers is source, which has to be held whole to write: source_memory must be 'resident'.")
         place, writer = source.folder(signals_root(args)), [source.identity]
         model: Callable[[], CausalLM] = partial(source.model, args.device)
     else:
@@ -161,7 +162,7 @@ def _begin_at(trainer: SemAlignTrainer, learnt: Path) -> None:
     """Have training begin at an adapter of the same modules and rank."""
     found: Any = set_peft_model_state_dict(trainer.model, load_file(learnt / SAFETENSORS_WEIGHTS_NAME))
     if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
-        raise ValueError(f"The adapter in {learnt} is not of this run's modules and rank: delete the folder, and start anew.")
+        raise InputError(f"The adapter in {learnt} is not of this run's modules and rank: delete the folder, and start anew.")
 
 
 def start_of(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
@@ -173,7 +174,7 @@ def start_of(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | No
     if wanted is None or wanted is True:
         return last_checkpoint(str(args.output_dir))
     if wanted and (found := damage(Path(wanted))):
-        raise ValueError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
+        raise InputError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
     return wanted
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 
+from hf_semalign.errors import InputError
 from hf_semalign.splits import normalise_prompt
 
 LETTERS = "ABCD"
@@ -36,13 +37,13 @@ def read_json_lines(path: Path) -> list[Row]:
             "utf-8-sig"
         )  # some have a byte order mark
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object a line.") from error
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object a line.") from error
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(dict(json.loads(line)))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.") from error
+            raise InputError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.") from error
     return rows
 
 
@@ -58,12 +59,12 @@ def read_mmlu_folder(folder: Path) -> list[Row]:
         with table.open(encoding="utf-8", newline="") as lines:
             for number, cells in enumerate(csv.reader(lines), start=1):
                 if len(cells) != 6 or cells[5] not in tuple(LETTERS):
-                    raise ValueError(f"{table}, row {number} is {cells}: expected question, A, B, C, D, answer letter.")
+                    raise InputError(f"{table}, row {number} is {cells}: expected question, A, B, C, D, answer letter.")
                 question, *choices, letter = cells
                 answer = LETTERS.index(letter)
                 rows.append({"question": question, "subject": subject, "choices": choices, "answer": answer})
     if not rows:
-        raise ValueError(f"No rows in {folder}: expected a folder of <subject>_<split>.csv files.")
+        raise InputError(f"No rows in {folder}: expected a folder of <subject>_<split>.csv files.")
     return rows
 
 
@@ -104,13 +105,13 @@ class Table:
             try:
                 rows = datasets.load_dataset(self.hub_id, self.config, split=split).to_list()
             except OSError as error:
-                raise ValueError(f"{origin} cannot be read ({error}): name local files by data.files instead.") from error
+                raise InputError(f"{origin} cannot be read ({error}): name local files by data.files instead.") from error
         else:
             rows = self.read(Path(path))
         for number, row in enumerate(rows):
             missing = [column for column in self.columns if column not in row]
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"Row {number} of {origin} lacks the columns {missing}: it has {sorted(row)}. Rename them, or use task"
                     " 'records' with prompts of your own."
                 )
@@ -210,7 +211,7 @@ def overlap(items: Sequence[Item], tests: Sequence[Item]) -> Overlap:
         ValueError: one of them is empty.
     """
     if not items or not tests:
-        raise ValueError(f"There are {len(items)} rows and {len(tests)} test rows: expected at least one of each.")
+        raise InputError(f"There are {len(items)} rows and {len(tests)} test rows: expected at least one of each.")
     grams = [set(item.grams()) for item in items]
     wanted = set().union(*grams)
     seen: dict[tuple[str, ...], int] = {}

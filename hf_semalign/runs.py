@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.anatomy import CausalLM
 from hf_semalign.card import benchmark_entries, benchmark_scores, render_card
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, StorageError
 from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
 from hf_semalign.guards import claimed, disk_errors_explained
@@ -96,7 +97,7 @@ def _check_benchmark(recipe: Recipe) -> None:
     if recipe.benchmark is None:
         return
     if is_set("ACCELERATE_USE_FSDP"):
-        raise ValueError(
+        raise InputError(
             "Under FSDP nothing is scored by lm-eval: leave benchmark out, and run `semalign evaluate` afterwards."
         )
     settings = recipe.benchmark
@@ -115,7 +116,9 @@ def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -
             target=resolve_model(recipe.target),
         )
     except (OSError, ValueError) as error:
-        raise OSError(f"{folder} is finished, but not published: {error} Then: semalign push {folder} {repo_id}") from error
+        raise StorageError(
+            f"{folder} is finished, but not published: {error} Then: semalign push {folder} {repo_id}"
+        ) from error
 
 
 def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, float], started: float) -> dict[str, Any]:
@@ -176,11 +179,11 @@ def run_signals(recipe: Recipe) -> Path:
     args = recipe.config(Path(recipe.output_dir))
     check_engine(args)
     if args.signals != "cached":
-        raise ValueError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
+        raise InputError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
     source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
     if recipe.data.answers == "target":
-        raise ValueError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
+        raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
     trainer = make_trainer(recipe, recipe.method, source, args, rows, tokenizer)
     trainer.prepare_signals()

@@ -80,15 +80,17 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         ValueError: without the opt-in, on a system other than Linux, or with a timeout that is not positive.
         RuntimeError: the sandbox could not be set up; the program did not run.
     """
+    from hf_semalign.errors import InputError  # here, because the file is also run as a script that knows the library alone
+
     if os.environ.get(OPT_IN) != "1":
-        raise ValueError(
+        raise InputError(
             "This would run programs that a model has written, which may do harm. They are contained as well as the system "
             f"allows, see hf_semalign/sandbox.py for what that leaves open. If you accept that, set {OPT_IN}=1."
         )
     if sys.platform != "linux":
-        raise ValueError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
+        raise InputError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
     if timeout <= 0:
-        raise ValueError(f"timeout is {timeout}: expected seconds above 0.")
+        raise InputError(f"timeout is {timeout}: expected seconds above 0.")
     token = secrets.token_hex(TOKEN // 2).encode()
     with tempfile.TemporaryDirectory(prefix="semalign-") as folder, tempfile.TemporaryFile() as given:
         given.write(program.encode("utf-8", "surrogatepass") + token)

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM, dissect
+from hf_semalign.errors import InputError
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
@@ -121,9 +122,9 @@ class SemanticMap(nn.Module):
             ValueError: an unknown kind, or heads with different numbers of rows.
         """
         if kind not in KINDS:
-            raise ValueError(f"map_kind is {kind!r}: expected one of {KINDS}.")
+            raise InputError(f"map_kind is {kind!r}: expected one of {KINDS}.")
         if len(source_weight) != len(target_weight):
-            raise ValueError(
+            raise InputError(
                 f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
                 "SemanticMap.from_models with both tokenizers."
             )
@@ -192,7 +193,7 @@ class SemanticMap(nn.Module):
             with safe_open(path, framework="pt") as file:
                 matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
             if record.pop("checksum") != _record_checksum(matrix, record):
-                raise ValueError("its checksum does not fit")
+                raise InputError("its checksum does not fit")
             known = cls(matrix, **record)
             known._built = known._content()
             return known
@@ -229,7 +230,7 @@ def shared_token_ids(
     """
     if source_tokenizer is None or target_tokenizer is None:
         if source_rows != target_rows:
-            raise ValueError(
+            raise InputError(
                 f"The heads have {source_rows} (source) and {target_rows} (target) rows: pass both tokenizers, so that the "
                 "shared tokens can be matched."
             )
@@ -240,7 +241,7 @@ def shared_token_ids(
     smaller = min(len(source_vocabulary), len(target_vocabulary))
     parting = _first_difference(source_tokenizer, target_tokenizer, SAMPLE)
     if len(shared) < MIN_SHARED * smaller or moved or parting:
-        raise ValueError(
+        raise InputError(
             f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
             f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}: source and "
             "target need one tokenizer (up to added tokens and padded rows). Choose a pair from one model family."

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.optim import Optimizer
 
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 
 
 def check_sharding(args: SemAlignConfig) -> None:
@@ -25,7 +26,7 @@ def check_sharding(args: SemAlignConfig) -> None:
     """
     plugin = FullyShardedDataParallelPlugin()  # of the environment that `accelerate launch` has made
     if plugin.fsdp_version != 2:
-        raise ValueError(
+        raise InputError(
             "FSDP1 is not supported: it wants one requires_grad for all that it flattens together, and the frontier freezes "
             "layer by layer. Set fsdp_version: 2 in the accelerate config, as in recipes/accelerate/fsdp2.yaml."
         )
@@ -55,9 +56,9 @@ def check_sharding(args: SemAlignConfig) -> None:
         (args.signals == "online", "signals 'online' would hold a whole source in every process: use 'cached'"),
     ]
     if wrong := [reason for is_so, reason in refused if is_so]:
-        raise ValueError(f"Not supported with FSDP: {'; '.join(wrong)}.")
+        raise InputError(f"Not supported with FSDP: {'; '.join(wrong)}.")
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ValueError(
+        raise InputError(
             "The accelerate config asks for FSDP, which accelerate leaves out on CPUs and in a single process: use several "
             "GPUs, or another accelerate config."
         )
@@ -72,7 +73,7 @@ def check_zero(args: SemAlignConfig) -> None:
     plugin = DeepSpeedPlugin()  # of the environment that `accelerate launch` has made
     config = plugin.deepspeed_config
     if plugin.zero_stage not in (1, 2):
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed is supported with zero_stage 1 and 2, not {plugin.zero_stage}: under ZeRO-3 processes wait for each "
             "other where one runs layers of the target alone. Take recipes/accelerate/fsdp2.yaml for a target that no GPU "
             "holds, zero2.yaml or ddp.yaml for others."
@@ -97,9 +98,9 @@ def check_zero(args: SemAlignConfig) -> None:
         (args.fp16, "fp16 was never tried with it: use bf16"),
     ]
     if wrong := [reason for is_so, reason in refused if is_so]:
-        raise ValueError(f"Not supported with DeepSpeed: {'; '.join(wrong)}.")
+        raise InputError(f"Not supported with DeepSpeed: {'; '.join(wrong)}.")
     if args.distributed_state.backend is None:
-        raise ValueError("DeepSpeed wants processes that accelerate counts: use GPUs, or on CPUs ddp_backend gloo.")
+        raise InputError("DeepSpeed wants processes that accelerate counts: use GPUs, or on CPUs ddp_backend gloo.")
 
 
 def autocast_under_zero(config: dict[str, Any]) -> None:
@@ -144,7 +145,7 @@ def check_shards(layers: nn.ModuleList, processes: int) -> None:
     """
     rows = {len(p) for name, p in layers.named_parameters() if "lora_" in name}
     if scarce := sorted(count for count in rows if len(torch.empty(count, 0).chunk(processes)) < processes):
-        raise ValueError(
+        raise InputError(
             f"FSDP deals out LoRA by rows, and {processes} processes cannot each have one of {scarce[0]}: choose lora_r as a "
             "multiple of the number of processes, or use fewer processes."
         )
@@ -157,7 +158,7 @@ def check_sharded(layers: nn.ModuleList) -> None:
         ValueError: names the others.
     """
     if bare := [k for k, layer in enumerate(layers) if not isinstance(layer, FSDPModule)]:
-        raise ValueError(
+        raise InputError(
             f"FSDP has not wrapped the decoder layers {bare}: name their class ({type(layers[bare[0]]).__name__}) as "
             "fsdp_transformer_layer_cls_to_wrap in the accelerate config."
         )

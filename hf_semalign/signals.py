@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import Anatomy, CausalLM, dissect
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import capture
 from hf_semalign.pairing import LayerPairing
 from hf_semalign.semantics import SemanticMap
@@ -336,7 +337,7 @@ class CachedSignals:
                     return one(target_layers)
                 except FileNotFoundError as error:  # the training split has what training reads, and no more
                     lacking = error
-            raise ValueError(
+            raise InputError(
                 f"No source signals for example {example}: they cover the evaluation data that the trainer was made with, and "
                 "of the training data what training reads. Make it with these data as eval_dataset, or set signals='online'."
             ) from lacking
@@ -440,5 +441,5 @@ def match_scales(
             norms[1, k] += mapped[valid].norm(dim=-1).sum().cpu()
     target.train(was_training)
     if not norms[1].all():
-        raise ValueError(f"scale 'match' needs mapped states to measure, got mean norms {norms[1].tolist()}.")
+        raise InputError(f"scale 'match' needs mapped states to measure, got mean norms {norms[1].tolist()}.")
     return tuple((norms[0] / norms[1]).tolist())

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from hf_semalign.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import bypass, gives_tuples
 from hf_semalign.loading import (
     find_config,
@@ -339,7 +340,7 @@ class Source:
 
     def _need_weights(self) -> None:
         if self._facts is not None:
-            raise ValueError(
+            raise InputError(
                 f"{self._given} holds what {self.name} said about some data, and not its weights, and something more is "
                 "needed of it. Run `semalign signals` with the same recipe where the source is, or name the source itself."
             )
@@ -357,7 +358,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     if not damaged:
         damaged = [name for name, known in facts["files"].items() if not _is(folder / name, known)]
     if damaged:
-        raise ValueError(f"In {folder.name}, damaged or missing: {', '.join(damaged)}. Copy the folder again.")
+        raise InputError(f"In {folder.name}, damaged or missing: {', '.join(damaged)}. Copy the folder again.")
     return facts
 
 

@@ -27,6 +27,8 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.errors import InputError
+
 IGNORED = -100
 HELD_OUT = 20  # the size that LaTen's extract splits have
 ROWS = 100  # of a data set in memory at a time
@@ -86,19 +88,19 @@ def form_of(record: Record) -> str:
 def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[int]]:
     """``input_ids`` and ``labels`` of a row as plain integers, without the padding that an ``attention_mask`` marks."""
     if not {"input_ids", "labels"} <= record.keys():
-        raise ValueError(
+        raise InputError(
             f"{where} has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
         )
     try:
         ids, labels = ([index(value) for value in record[column]] for column in ("input_ids", "labels"))
     except TypeError as error:
-        raise ValueError(f"{where} has input_ids or labels that are no list of whole numbers: {error}.") from error
+        raise InputError(f"{where} has input_ids or labels that are no list of whole numbers: {error}.") from error
     kept = [True] * len(ids) if record.get("attention_mask") is None else [bool(value) for value in record["attention_mask"]]
     if not len(ids) == len(labels) == len(kept):
         masked = "" if len(kept) == len(ids) else f" and an attention_mask of {len(kept)}"
-        raise ValueError(f"{where} has {len(ids)} input_ids but {len(labels)} labels{masked}; they must be as many.")
+        raise InputError(f"{where} has {len(ids)} input_ids but {len(labels)} labels{masked}; they must be as many.")
     if negative := [value for value in (*ids, *(label for label in labels if label != IGNORED)) if value < 0]:
-        raise ValueError(f"{where} has the token id {negative[0]}: expected ids from 0 on, and {IGNORED} for labels to ignore.")
+        raise InputError(f"{where} has the token id {negative[0]}: expected ids from 0 on, and {IGNORED} for labels to ignore.")
     return list(compress(ids, kept)), list(compress(labels, kept))
 
 
@@ -115,7 +117,7 @@ def check_text(record: Record, where: str) -> None:
     names = ("prompt", "completion", "messages")
     found = {name: record[name] for name in names if record.get(name) is not None}
     if len(found) == len(names):
-        raise ValueError(f"{where} has {', '.join(names)}: expected prompt and completion, or messages. Leave one of them out.")
+        raise InputError(f"{where} has {', '.join(names)}: expected prompt and completion, or messages. Leave one of them out.")
     _check_columns(record, where)
     if "messages" in found:
         fine = _are_messages(found["messages"])
@@ -124,7 +126,7 @@ def check_text(record: Record, where: str) -> None:
         fine &= "prompt" not in found or record.get("completion", "") is not None
     if not fine:
         shown = str({name: record[name] for name in names if name in record})[:120]
-        raise ValueError(
+        raise InputError(
             f"{where} has {shown}: expected texts as prompt and completion, or lists of messages with role and content. "
             "Correct this row, or take it out."
         )
@@ -133,7 +135,7 @@ def check_text(record: Record, where: str) -> None:
 def _check_columns(record: Record, where: str) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if record.get(name) is not None and not _are_plain_positions(name, record[name]):
-            raise ValueError(f"{where} has the column {name!r}: {reason}. Take it out of the rows if it does not matter here.")
+            raise InputError(f"{where} has the column {name!r}: {reason}. Take it out of the rows if it does not matter here.")
 
 
 def _are_plain_positions(name: str, value: Any) -> bool:
@@ -174,7 +176,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Record] | Dataset]) -> None:
     ]
     if clashes:
         shown = "\n  ".join(clashes[:5])
-        raise ValueError(
+        raise InputError(
             f"Overlapping splits: {len(clashes)} prompts stand in more than one of {list(splits)}, which must be disjoint:\n"
             f"  {shown}\nRemove these rows from all splits but one."
         )
@@ -206,7 +208,7 @@ def encode(
     """
     _check_sized(records, split)
     if len(records) == 0:
-        raise ValueError(f"The {split} split has no rows.")
+        raise InputError(f"The {split} split has no rows.")
     empty: list[int] = []
     cut = seams = endless = dated = 0
 
@@ -245,7 +247,7 @@ def encode(
             "where the template takes it.", tokenizer.name_or_path, split,
         )  # fmt: skip
     if empty:
-        raise ValueError(
+        raise InputError(
             f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
             f"token is left to supervise. Give these rows an answer, or raise max_length (now {max_length})."
         )
@@ -274,7 +276,7 @@ def column_chunks(rows: Dataset, name: str) -> Iterator[pa.Array]:
 
 def _check_sized(rows: Any, split: str) -> None:
     if not hasattr(rows, "__len__"):
-        raise ValueError(f"The {split} split is a {type(rows).__name__} without a length: pass a Dataset or a list of rows.")
+        raise InputError(f"The {split} split is a {type(rows).__name__} without a length: pass a Dataset or a list of rows.")
 
 
 def _digest(content: Any) -> int:
@@ -289,7 +291,7 @@ def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase | None, where:
         if isinstance(error, ValueError) and str(error).startswith(where):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"{where} cannot be encoded ({type(error).__name__}: {reason}). Correct this row, or take it out."
         ) from error
 
@@ -313,7 +315,7 @@ def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: s
         return _token_ids(record, where)
     check_text(record, where)
     if tokenizer is None:
-        raise ValueError(f"{where} holds text: pass its tokenizer as processing_class.")
+        raise InputError(f"{where} holds text: pass its tokenizer as processing_class.")
     if form == "messages":
         return _tokenize_chat(record["messages"], 0, tokenizer, where, _for_template(record, where))
     prompt, completion = record["prompt"], record["completion"]
@@ -338,7 +340,7 @@ def _for_template(record: Record, where: str) -> dict[str, Any]:
     if isinstance(tools, str):
         tools = json.loads(tools)
     if not isinstance(kwargs, Mapping | None):
-        raise ValueError(f"{where} has chat_template_kwargs {kwargs!r}: expected names and values.")
+        raise InputError(f"{where} has chat_template_kwargs {kwargs!r}: expected names and values.")
     return {**({} if tools is None else {"tools": tools}), **(kwargs or {})}
 
 
@@ -368,7 +370,7 @@ def _render(
 ) -> list[int]:
     """Token ids of turns in the chat template; ``opening``: and of what opens the next answer."""
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise InputError(
             f"{where}: the tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
             "columns of plain text, or a tokenizer with a template."
         )
@@ -400,13 +402,13 @@ def _tokenize_chat(
         start, end = shared(opened), shared(render(messages[: turn + 1], opening=False))
         if start is None and turn and shared(render(messages[:turn], opening=False)) is not None:
             opening = tokenizer.decode(opened[_mask_prompt(opened, ids).count(IGNORED) :])
-            raise ValueError(
+            raise InputError(
                 f"{where}: the chat template opens an answer with {opening!r}, which this one does not begin with. Begin the "
                 "answer with it, as the model is going to, or give the row chat_template_kwargs that leave it out, such as "
                 "{'enable_thinking': False}."
             )
         if start is None or end is None:
-            raise ValueError(
+            raise InputError(
                 f"{where}: the chat template writes earlier turns differently once later ones follow, so that its answers "
                 "cannot be told from the rest. Give single-turn messages, or prompt and completion."
             )
@@ -432,7 +434,7 @@ def check_token_ids(
         for model, count in embedded.items():
             if largest >= count:
                 token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
-                raise ValueError(
+                raise InputError(
                     f"Token id {largest}{token} in the {split} split: the {model} has embeddings for {count} tokens. Both "
                     "models read every token of the data: take this one out of the prompts, or choose another pair."
                 )
@@ -455,7 +457,7 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], 
         check_text(record, f"align[{row}]")
     count = min(HELD_OUT, len(rows) // 5)
     if count == 0:
-        raise ValueError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
+        raise InputError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
     held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
     is_held = np.fromiter((prompt_of(record) in held for record in rows), bool, len(rows))
     train, extract = (
@@ -463,7 +465,7 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], 
         for chosen in (np.flatnonzero(~is_held), np.flatnonzero(is_held))
     )
     if not len(train):
-        raise ValueError(f"All {len(rows)} training rows share the prompts of the last {count}: pass extract_dataset.")
+        raise InputError(f"All {len(rows)} training rows share the prompts of the last {count}: pass extract_dataset.")
     logger.warning("No extract_dataset: %d of %d training rows are held out for layer attribution.", len(extract), len(rows))
     return train, extract
 

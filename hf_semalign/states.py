@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from hf_semalign.anatomy import Anatomy
+from hf_semalign.errors import InputError, StorageError
 from hf_semalign.hooks import bypass, capture, stop_after
 from hf_semalign.semantics import checksum
 from hf_semalign.splits import IGNORED, column_chunks, valid_positions
@@ -212,7 +213,7 @@ class StateFolder:
         """
         logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, Path(*self.path.parts[-2:]), self.free / 1e6)
         if needed + reserve > self.free:
-            raise OSError(
+            raise StorageError(
                 f"The states need {needed / 1e9:.1f} GB in {self.path}, and {reserve / 1e9:.1f} GB are kept for the run; "
                 f"{self.free / 1e9:.1f} GB are free: {advice}."
             )
@@ -408,7 +409,7 @@ def layer_pass(
                     full = final if output.layer is None else captures[output.layer].output
                     chosen = full[mask if output.column.everywhere else valid]
                     if entering is not None and not chosen.isfinite().all():
-                        raise ValueError(
+                        raise InputError(
                             f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
                             "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
                         )

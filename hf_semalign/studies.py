@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_semalign.analysis import layer_cka, recomposition_cosines
 from hf_semalign.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.attribution import LayerScores
+from hf_semalign.errors import InputError
 from hf_semalign.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.hub import load_transfer, read_record
 from hf_semalign.loading import brief, find_config, load_model, make_folder, skeleton
@@ -62,7 +63,7 @@ def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), outp
     run = Path(origin) if Path(origin).is_dir() else None
     if run is not None and analysis == "pairing":
         if overrides:
-            raise ValueError(f"The pairing of {origin} is in its record, which {list(overrides)} cannot change: pass a recipe.")
+            raise InputError(f"The pairing of {origin} is in its record, which {list(overrides)} cannot change: pass a recipe.")
         recipe, home = None, run
     else:
         recipe = load_recipe(origin, overrides) if run is None else load_run(run, overrides)
@@ -171,7 +172,7 @@ def _find(recipe: Recipe, role: str) -> str:
     try:
         find_config(name)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
             f"that a model from a folder must be named again. ({brief(error.__cause__)})"
         ) from error

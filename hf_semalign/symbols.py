@@ -17,6 +17,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hf_semalign.errors import InputError
+
 # Caseless, because splits compare prompts without case.
 SYMBOLS: tuple[str, ...] = tuple(string.digits + string.ascii_lowercase + "αβγδεζηθικλμνξοπ")
 LENGTHS: tuple[int, ...] = (4, 5, 6)
@@ -41,7 +43,7 @@ def resolve_model(name: str) -> str:
     if prefix or not role:
         return name
     if role not in ("source", "target"):
-        raise ValueError(f"No embedded model {name!r}: use embedded:source or embedded:target.")
+        raise InputError(f"No embedded model {name!r}: use embedded:source or embedded:target.")
     return str(PAIR_FOLDER / role)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.rows import (
     GSM8K,
     LETTERS,
@@ -142,7 +143,7 @@ def load_held_out(
     path = None if files is None else files["train"]
     rows = list(_usable_rows(task, split, path, _load_tests(task, files)).values())
     if len(rows) < eval:
-        raise ValueError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were asked for: lower the count.")
+        raise InputError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were asked for: lower the count.")
     random.Random(seed).shuffle(rows)
     return [BENCHMARKS[task].render(row) for row in rows[:eval]]
 
@@ -150,11 +151,11 @@ def load_held_out(
 def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | None) -> None:
     if task not in TASKS:
         nearest = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(task, TASKS, n=1))
-        raise ValueError(f"Unknown task {task!r}: expected one of {', '.join(TASKS)}.{nearest}")
+        raise InputError(f"Unknown task {task!r}: expected one of {', '.join(TASKS)}.{nearest}")
     if min(counts.values()) < 1:
-        raise ValueError(f"Every split needs at least one row, got {dict(counts)}: raise the counts below 1.")
+        raise InputError(f"Every split needs at least one row, got {dict(counts)}: raise the counts below 1.")
     if skills is not None and (task != "symbols" or isinstance(skills, str) or not skills or set(skills) - set(SKILLS)):
-        raise ValueError(
+        raise InputError(
             f"skills of task {task!r} are {skills!r}: only symbols has any, and they are a list of {list(SKILLS)}."
         )
 
@@ -164,10 +165,10 @@ def _check_files(task: str, files: Files | None, roles: Sequence[str], optional:
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
         wanted += "".join(f", and {role} if you have it" for role in optional)
         given = sorted(files) if isinstance(files, Mapping) else files
-        raise ValueError(f"Task {task!r} got files for {given}; the roles that it reads are {wanted}.")
+        raise InputError(f"Task {task!r} got files for {given}; the roles that it reads are {wanted}.")
     for role, path in (files or {}).items():
         if not Path(str(path)).exists():
-            raise FileNotFoundError(f"Task {task!r}: {path} does not exist; correct the path of the {role!r} files.")
+            raise MissingFileError(f"Task {task!r}: {path} does not exist; correct the path of the {role!r} files.")
 
 
 def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -> TaskData:
@@ -185,7 +186,7 @@ def _draw_records(path: Path, counts: Mapping[str, int], seed: int) -> dict[str,
     distinct = {prompt_of(row): row for row in reversed(_read_records(path))}
     rows, wanted = list(reversed(distinct.values())), sum(counts.values())
     if len(rows) < wanted:
-        raise ValueError(
+        raise InputError(
             f"{path} has {len(rows)} rows of different prompts, but {wanted} were asked for ({dict(counts)}): lower the counts."
         )
     random.Random(seed).shuffle(rows)
@@ -208,7 +209,7 @@ def _draw_benchmark(task: str, counts: Mapping[str, int], files: Files | None, s
         pools = [("extract and align", train, last), ("eval", own, counts["eval"])]
     for names, rows, wanted in pools:
         if len(rows) < wanted:
-            raise ValueError(
+            raise InputError(
                 f"Task {task!r} has {len(rows)} rows for {names}, but {wanted} were asked for (repeated prompts, and those that"
                 " are also in eval or among the benchmark's test rows, do not count): lower the counts, or name larger files."
             )
@@ -270,20 +271,20 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
         try:
             rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
         except (OSError, ValueError, DatasetGenerationError) as error:
-            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
+            raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
     else:
-        raise ValueError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv, .parquet.")
+        raise InputError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv, .parquet.")
     if not rows:
-        raise ValueError(f"{path} has no rows: every split needs at least one.")
+        raise InputError(f"{path} has no rows: every split needs at least one.")
     wanted = ("prompt", "completion") if with_answers else ("prompt",)
     for number, row in enumerate(rows):
         if "messages" not in row and not set(wanted) <= row.keys():
-            raise ValueError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
+            raise InputError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
         given = row if with_answers else {name: value for name, value in row.items() if value is not None}
         check_text(given, f"Row {number} of {path}")
         turns = row["messages"] if form_of(row) == "messages" else ()
         if with_answers and turns and all(turn["role"] != "assistant" for turn in turns):
-            raise ValueError(f"Row {number} of {path} has no turn of the assistant: give it an answer.")
+            raise InputError(f"Row {number} of {path} has no turn of the assistant: give it an answer.")
     return rows
 
 
@@ -294,10 +295,10 @@ def _read_csv(path: Path) -> list[Row]:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows: list[Row] = list(csv.DictReader(lines, strict=True))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as csv: {error}") from error
+        raise InputError(f"{path} cannot be read as csv: {error}") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise ValueError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that hold a comma.")
+            raise InputError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that hold a comma.")
     return [{name: cell or None for name, cell in row.items()} for row in rows]  # an empty cell holds nothing
 
 
@@ -313,7 +314,7 @@ def _fence(code: str) -> str:
 def _render_gsm8k(row: Row) -> Row:
     rationale, mark, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     if not mark:
-        raise ValueError(f"Expected a GSM8K answer that ends in a line '#### N', got {row['answer']!r}.")
+        raise InputError(f"Expected a GSM8K answer that ends in a line '#### N', got {row['answer']!r}.")
     rationale = rationale.strip().replace("\n", " ")
     stop = "" if rationale.endswith((".", "!", "?")) else "."
     user = f"Answer the following question.\n\nQuestion: {row['question']}"
@@ -338,12 +339,12 @@ def _header(code: str, tests: Sequence[str]) -> str:
         body = ast.parse(code).body
         nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     except SyntaxError as error:
-        raise ValueError(f"Expected Python code and tests, got {error} in {code!r} or in its tests.") from error
+        raise InputError(f"Expected Python code and tests, got {error} in {code!r} or in its tests.") from error
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     name = next((name for name in called if name in functions), None)
     if name is None:
-        raise ValueError(f"Expected tests of one of the functions {list(functions)}, but they call {called}: {code!r}.")
+        raise InputError(f"Expected tests of one of the functions {list(functions)}, but they call {called}: {code!r}.")
     imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     return "\n".join([*imports, f"def {name}({ast.unparse(functions[name].args)})"])
 

@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
 from hf_semalign.card import render_card
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.guards import disk_errors_explained
 from hf_semalign.hooks import capture, without_logits
 from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
@@ -142,7 +143,7 @@ class SemAlignTrainer(LayerwiseTrainer):
         )
         if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
             name = type(self).__name__
-            raise ValueError(
+            raise InputError(
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
         self.check(known, args)
@@ -588,7 +589,7 @@ class SemAlignTrainer(LayerwiseTrainer):
         """
         if kwargs or not blocking:
             given = sorted(kwargs) if blocking else ["blocking=False"]
-            raise ValueError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
+            raise InputError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
         folder, base = Path(str(self.args.output_dir)), str(base_model(cast(Any, self.model)).name_or_path)
         self._write(None, checkpoint=False)
         if not self.is_world_process_zero():

@@ -17,6 +17,7 @@ import pytest
 import hf_semalign
 from hf_semalign import cli
 from hf_semalign.cli import QUICKSTART, main, make_parser
+from hf_semalign.errors import NotFiniteError
 from hf_semalign.recipe import load_recipe
 from hf_semalign.scores import layer_scores
 
@@ -66,15 +67,19 @@ def test_public_names():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (RuntimeError("a bug"), "a bug")]
-)
-def test_exit_codes_of_what_is_no_refusal(monkeypatch, error, code):
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130), (NotFiniteError("Lower it."), 2), (SystemExit(143), 143), (RuntimeError("a bug"), "a bug"),
+        (ValueError("a bug"), "a bug"), (OSError("a bug"), "a bug"),
+    ],
+)  # fmt: skip
+def test_exit_codes(monkeypatch, error, code):
     def fail(options):
         raise error
 
     monkeypatch.setattr(cli, "_train", fail)
-    if code == 130:
-        assert main(["train", "--config", "x.yaml"]) == 130
+    if code in (2, 130):
+        assert main(["train", "--config", "x.yaml"]) == code
     else:
         with pytest.raises(type(error), match=str(code)):
             main(["train", "--config", "x.yaml"])

@@ -186,22 +186,22 @@ def test_logits_that_cannot_be_compared_are_told_of(run, push):
 
 
 @table("options, message", [
-    ("no token", {"token": None}, "ValueError: There is no Hub token: log in with `hf auth login`, set HF_TOKEN"),
-    ("a wrong token", {"token": "hf_wrong"}, "ValueError: The Hub does not know this token: log in again"),
-    ("a token to read", {"token": "hf_read"}, "ValueError: This token may not do that with zoe/new: make one"),
-    ("another's namespace", {"repo_id": "max/new"}, "ValueError: This token may not do that with max/new: .*namespace \"max\""),
-    ("another's repository", {"repo_id": "max/model"}, "ValueError: This token may not do that with max/model"),
-    ("no name", {"repo_id": "a/b/c"}, "ValueError: 'a/b/c' cannot be the name of a repository: expected owner/name"),
-    ("a name that is not allowed", {"repo_id": "zoe/models"}, "ValueError: The Hub refused .*: This name is reserved"),
+    ("no token", {"token": None}, "InputError: There is no Hub token: log in with `hf auth login`, set HF_TOKEN"),
+    ("a wrong token", {"token": "hf_wrong"}, "InputError: The Hub does not know this token: log in again"),
+    ("a token to read", {"token": "hf_read"}, "InputError: This token may not do that with zoe/new: make one"),
+    ("another's namespace", {"repo_id": "max/new"}, "InputError: This token may not do that with max/new: .*namespace \"max\""),
+    ("another's repository", {"repo_id": "max/model"}, "InputError: This token may not do that with max/model"),
+    ("no name", {"repo_id": "a/b/c"}, "InputError: 'a/b/c' cannot be the name of a repository: expected owner/name"),
+    ("a name that is not allowed", {"repo_id": "zoe/models"}, "InputError: The Hub refused .*: This name is reserved"),
     (
         "a name that conflicts",
         {"repo_id": "zoe/taken"},
-        "ValueError: A repository zoe/taken cannot be made: .*conflicts with existing repository Taken.* Choose another name",
+        "InputError: A repository zoe/taken cannot be made: .*conflicts with existing repository Taken.* Choose another name",
     ),
-    ("a repository of something else", {"repo_id": "zoe/model"}, "ValueError: zoe/model exists and holds no transfer, but"),
-    ("a public repository", {"repo_id": "zoe/model", "private": True}, "ValueError: zoe/model exists and is public: "),
-    ("no network", {"constant": ("ENDPOINT", "http://127.0.0.1:9")}, "OSError: The Hub cannot be reached: .*refused"),
-    ("offline", {"constant": ("HF_HUB_OFFLINE", True)}, "OSError: HF_HUB_OFFLINE is set"),
+    ("a repository of something else", {"repo_id": "zoe/model"}, "InputError: zoe/model exists and holds no transfer, but"),
+    ("a public repository", {"repo_id": "zoe/model", "private": True}, "InputError: zoe/model exists and is public: "),
+    ("no network", {"constant": ("ENDPOINT", "http://127.0.0.1:9")}, "StorageError: The Hub cannot be reached: .*refused"),
+    ("offline", {"constant": ("HF_HUB_OFFLINE", True)}, "StorageError: HF_HUB_OFFLINE is set"),
 ])  # fmt: skip
 def test_who_may_not_push_is_told_why(hub, run, push, options, message):
     for owner in ("zoe", "max"):
@@ -252,16 +252,16 @@ def local_base(run):
 
 
 @table("damage, message", [
-    *((f"no {name}", without(name), f"FileNotFoundError: .*lacks .*{name}") for name in ("semalign.json", "README.md")),
-    ("no weights", without("adapter_model.safetensors"), "FileNotFoundError: .*lacks .*adapter_model.safetensors"),
-    ("another's weights", other_adapter, "ValueError: .*is not the one that semalign.json is about"),
+    *((f"no {name}", without(name), f"MissingFileError: .*lacks .*{name}") for name in ("semalign.json", "README.md")),
+    ("no weights", without("adapter_model.safetensors"), "MissingFileError: .*lacks .*adapter_model.safetensors"),
+    ("another's weights", other_adapter, "InputError: .*is not the one that semalign.json is about"),
     ("weights cut short", lambda run: (run / "adapter_model.safetensors").write_bytes(b"cut"), ".*is damaged or cut"),
     ("no finite weights", lambda run: recorded(run, lambda old: {k: v * float("nan") for k, v in old.items()}), ".*not finite"),
     ("weights of another shape", lambda run: recorded(run, lambda old: {k: v[:-1] for k, v in old.items()}), ".*does not fit"),
-    ("a path as base", local_base, "ValueError: .*names the base '/home/zoe/target'.* and no path"),
-    ("a path in the card", edit_card(base_model="/home/zoe/target"), "ValueError: .*names the base_model '/home/zoe/target'"),
-    ("a card of something else", edit_card(tags=["lora"]), "ValueError: .*is not the card of a run"),
-    ("a card that is no YAML", write_card("---\na: [\n---\n"), "ValueError: .*README.md has metadata that cannot be read"),
+    ("a path as base", local_base, "InputError: .*names the base '/home/zoe/target'.* and no path"),
+    ("a path in the card", edit_card(base_model="/home/zoe/target"), "InputError: .*names the base_model '/home/zoe/target'"),
+    ("a card of something else", edit_card(tags=["lora"]), "InputError: .*is not the card of a run"),
+    ("a card that is no YAML", write_card("---\na: [\n---\n"), "InputError: .*README.md has metadata that cannot be read"),
 ])  # fmt: skip
 def test_a_folder_that_may_not_be_published_as_it_is(hub, run, push, damage, message):
     damage(run)
@@ -307,13 +307,13 @@ def test_the_client_tries_again(hub, run, push, fault):
 
 
 @table("fault, message, landed", [
-    ("a storage that fails", Fault("PUT", 503, times=99), "OSError: The Hub failed .status 503.: try again", False),
-    ("uploads that are cut", Fault("PUT", CUT, times=99), "OSError: The Hub cannot be reached: try again", False),
-    ("no commit", Fault("commit/", 500), "OSError: The Hub failed .status 500.", False),
-    ("a commit without an answer", Fault("commit/", LATE), "OSError: The Hub cannot be reached", True),
-    ("a commit of another", Fault("commit/", RIVAL), "ValueError: .* was changed by somebody else meanwhile: try again", False),
-    ("no download", Fault("GET .*/tree/", 500, times=99), "OSError: The Hub failed .status 500.", True),
-    ("no tag", Fault("/tag/", 504), "OSError: The Hub failed .status 504.", True),
+    ("a storage that fails", Fault("PUT", 503, times=99), "StorageError: The Hub failed .status 503.: try again", False),
+    ("uploads that are cut", Fault("PUT", CUT, times=99), "StorageError: The Hub cannot be reached: try again", False),
+    ("no commit", Fault("commit/", 500), "StorageError: The Hub failed .status 500.", False),
+    ("a commit without an answer", Fault("commit/", LATE), "StorageError: The Hub cannot be reached", True),
+    ("a commit of another", Fault("commit/", RIVAL), "InputError: .* was changed by somebody else meanwhile: try again", False),
+    ("no download", Fault("GET .*/tree/", 500, times=99), "StorageError: The Hub failed .status 500.", True),
+    ("no tag", Fault("/tag/", 504), "StorageError: The Hub failed .status 504.", True),
 ])  # fmt: skip
 def test_a_push_that_broke_off_is_repeated(hub, run, push, fault, message, landed):
     hub.objects.pop(hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest(), None)
@@ -423,7 +423,7 @@ def test_a_trainer_that_may_not_publish_says_so(hub, client, good, tmp_path, cha
     models = str(good / "target"), str(good / "source")
     rows = random_rows([(4, 3)] * 16)
     told = client(hub_client.train, settings(tmp_path / "refused", **changes), rows, models, steps)
-    assert re.match(f"ValueError: {message}", told["error"])
+    assert re.match(f"InputError: {message}", told["error"])
     assert not (tmp_path / "refused" / "_signals").exists() or steps
     assert "zoe/refused" not in hub.repos
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_semalign.anatomy import Anatomy, dissect, lora_candidates, lora_targets
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import without_cudnn_attention
 from hf_semalign.losses import answer_cross_entropy
 from hf_semalign.pairing import pair_layers
@@ -76,7 +77,7 @@ def sensitivities(
                 handles.append(parameter.register_post_accumulate_grad_hook(counted(k, totals.get(id(parameter)))))
         for batch in batches:
             if len(batch["labels"]) != 1:
-                raise ValueError(f"A batch of {len(batch['labels'])} examples: sensitivities need one example a batch.")
+                raise InputError(f"A batch of {len(batch['labels'])} examples: sensitivities need one example a batch.")
             ids, mask, labels = (batch[key].to(anatomy.device) for key in ("input_ids", "attention_mask", "labels"))
             hidden = anatomy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             valid = valid_positions(labels)
@@ -90,7 +91,7 @@ def sensitivities(
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
             parameter.requires_grad_(needed)
     if not examples:
-        raise ValueError("Sensitivities got no batches: the extract split is empty.")
+        raise InputError("Sensitivities got no batches: the extract split is empty.")
     return scores, kept
 
 
@@ -157,7 +158,7 @@ class Needs:
             paths = [path for path in lora_candidates(layer) if path.rpartition(".")[2] in names]
             modules.append({path: [role for role in roles if role.path == path] for path in paths})
             if unknown := [path for path, found in modules[-1].items() if not found]:
-                raise ValueError(
+                raise InputError(
                     f"What the rows of {unknown} of {ours.name} are for is not known, so that no matrix of the source "
                     f"corresponds to them: set lora_targets to modules for {', '.join(ROLES)} with rows of their own."
                 )
@@ -166,7 +167,7 @@ class Needs:
             for k, there in enumerate(suppliers):
                 if _supplier(there, wanted) is None:
                     have = ", ".join(f"{role} {one.path} {one.shape}" for role, one in there.items())
-                    raise ValueError(
+                    raise InputError(
                         f"{wanted.path} of the target {ours.name} needs a {wanted.role} projection of {wanted.shape} or larger "
                         f"in the source {theirs.name}, whose layer {k} has {have or 'none that is known'}. Choose a larger "
                         "source, or lora_targets without this module."

@@ -45,6 +45,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_semalign.anatomy import Anatomy, CausalLM, Head, NeuronParts, Size, add_lora, dissect, neuron_parts
 from hf_semalign.baselines.neurons import Located, Unembedding, answer_label, check_neurons, locate
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, NotFiniteError
 from hf_semalign.evaluation import answer_loss
 from hf_semalign.frontier import FrontierSchedule, train_only
 from hf_semalign.guards import claimed, disk_errors_explained
@@ -253,7 +254,7 @@ class Plan:
         """
         pool = min(POOL, align * 4 // 5)
         if pool < DRAWN or align - pool < 2:
-            raise ValueError(
+            raise InputError(
                 f"The align split has {align} rows: LaTen needs {DRAWN} to draw from, one to inject by and one to choose the "
                 "learning rate on, at least 19 in all."
             )
@@ -275,13 +276,13 @@ def neuron_counts(source: Anatomy, target: Anatomy) -> tuple[int, int]:
     width = target.head_weight().shape[1]
     attention, ffn = int(RATE * width), int(RATE * _neurons(ours)[1])
     if min(attention, ffn) < 1:
-        raise ValueError(f"A tenth of the target's {width} channels or FFN neurons is none: LaTen has nothing to transfer.")
+        raise InputError(f"A tenth of the target's {width} channels or FFN neurons is none: LaTen has nothing to transfer.")
     if len(theirs) < len(ours):
-        raise ValueError(f"The source has {len(theirs)} layers for {len(ours)} of the target: LaTen pairs each with another.")
+        raise InputError(f"The source has {len(theirs)} layers for {len(ours)} of the target: LaTen pairs each with another.")
     for model, parts in (("source", theirs), ("target", ours)):
         heads, inner = _neurons(parts)
         if heads < attention or inner < ffn:
-            raise ValueError(
+            raise InputError(
                 f"The {model} has {heads} attention and {inner} FFN neurons a layer: LaTen transfers {attention} and {ffn}."
             )
     return attention, ffn
@@ -349,7 +350,7 @@ class LaTenTrainer(SemAlignTrainer):
         }
         for what, given in refused.items():
             if given:
-                raise ValueError(
+                raise InputError(
                     f"LaTen does not work with {what}: run it in one process, in bf16 or float32, with plain weights and "
                     "source_memory='resident'."
                 )
@@ -417,7 +418,7 @@ class LaTenTrainer(SemAlignTrainer):
             FloatingPointError: a loss that is not finite.
         """
         if isinstance(resume_from_checkpoint, str):
-            raise ValueError(f"LaTen writes no checkpoints to go on from, got {resume_from_checkpoint}: start it anew.")
+            raise InputError(f"LaTen writes no checkpoints to go on from, got {resume_from_checkpoint}: start it anew.")
         folder = str(self.args.output_dir)
         was_training = self._adapted.training
         self._adapted.eval()
@@ -456,9 +457,7 @@ class LaTenTrainer(SemAlignTrainer):
                 carrier.write(targets[-1], deltas)
                 runs[rate] = Run(deltas, history, self._answer_loss(held_out))
             if not math.isfinite(runs[rate].held_out_loss):
-                raise FloatingPointError(
-                    f"Not finite: the answer loss with what LaTen has learnt at {rate}. Nothing was injected."
-                )
+                raise NotFiniteError(f"Not finite: the answer loss with what LaTen has learnt at {rate}. Nothing was injected.")
         best = min(runs, key=lambda rate: runs[rate].held_out_loss)
         self.located, self.deltas = (sources[-1], targets[-1]), runs[best].deltas
         carrier.write(targets[-1], self.deltas)
@@ -500,7 +499,7 @@ class LaTenTrainer(SemAlignTrainer):
             loss = self._backward(carrier, target, deltas, batch)
             square = penalty(deltas).item()
             if not math.isfinite(loss + square):
-                raise FloatingPointError(
+                raise NotFiniteError(
                     f"Not finite at step {step + 1} of LaTen: answer loss {loss:.4g}, penalty {square:.4g}. Nothing "
                     "was injected."
                 )

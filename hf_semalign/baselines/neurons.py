@@ -26,6 +26,7 @@ from hf_semalign.anatomy import (
     final_norm,
     neuron_parts,
 )
+from hf_semalign.errors import InputError
 from hf_semalign.hooks import capture
 from hf_semalign.splits import IGNORED, Record
 
@@ -75,7 +76,7 @@ class Unembedding:
         head = anatomy.output_head()
         if eps is None or head.softcap is not None:
             what = "its final norm has no epsilon" if eps is None else "its logits are capped"
-            raise ValueError(f"Neurons of {anatomy.name} cannot be scored: {what}. Expected RMSNorm or LayerNorm, and a head.")
+            raise InputError(f"Neurons of {anatomy.name} cannot be scored: {what}. Expected RMSNorm or LayerNorm, and a head.")
         self.eps = float(eps)
         self.centred = isinstance(norm, nn.LayerNorm)
         unembed = head.weight.float()
@@ -176,7 +177,7 @@ def check_neurons(model: CausalLM) -> None:
     for what, (ours, theirs) in pairs.items():
         off = ((ours - theirs).norm() / theirs.norm()).item()
         if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
-            raise ValueError(
+            raise InputError(
                 f"Neurons of {anatomy.name} cannot be scored: {what} (relative difference {off:.2g}). Known to work: Llama, "
                 "Mistral, Qwen2, Qwen3, GPT-NeoX."
             )
@@ -297,7 +298,7 @@ def answer_label(row: Record, tokenizer: PreTrainedTokenizerBase | None, special
             continue
         if tokenizer is None or str(tokenizer.decode([token])).strip(TRAILING):
             return position
-    raise ValueError(
+    raise InputError(
         f"The answer of the row with input_ids {list(row['input_ids'])[:20]} has no token but special ones and punctuation, so "
         "that no neuron can be located by it: take this row out of the extract split."
     )

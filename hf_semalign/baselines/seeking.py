@@ -37,6 +37,7 @@ from hf_semalign.anatomy import Size, dissect
 from hf_semalign.baselines.extraction import Needs, extract_once
 from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.loading import RECORD_NAME, is_quantised, is_set
 from hf_semalign.preparation import Counts, Preparation
 from hf_semalign.projections import oriented
@@ -81,13 +82,13 @@ class SeekingTrainer(SFTTrainer):
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
         """Refuse settings and models that Seeking cannot work with; of the models the shape is looked at."""
         if is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError("Seeking changes the target's weights, which was never tried under FSDP or DeepSpeed: use DDP.")
+            raise InputError("Seeking changes the target's weights, which was never tried under FSDP or DeepSpeed: use DDP.")
         if args.source_memory == "stream":
-            raise ValueError("Seeking needs the gradients of the whole source: source_memory must be 'resident'.")
+            raise InputError("Seeking needs the gradients of the whole source: source_memory must be 'resident'.")
         target_config = cast(Any, known.target.decoder).config
         for name, quantised in ((known.source.name, known.source.quantised), (known.target_id, is_quantised(target_config))):
             if quantised:
-                raise ValueError(f"{name} is quantised: Seeking needs plain weights of source and target.")
+                raise InputError(f"{name} is quantised: Seeking needs plain weights of source and target.")
         Needs.of(dissect(known.source.shape), known.target, args.lora_targets)
 
     def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
@@ -184,7 +185,7 @@ class SeekingTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
         if saved["seeking"]["start"] != self.record()["seeking"]["start"]:
-            raise ValueError(
+            raise InputError(
                 f"The checkpoint {resume_from_checkpoint} began from other matrices of the source: resume with the signals_dir "
                 "of its run, or start anew in another output_dir."
             )

@@ -86,13 +86,15 @@ def write_answers(
         The entries of the file, one for each row, in the order of the rows.
 
     Raises:
-        ValueError: a row without a prompt in text, or a tokenizer without EOS.
+        ValueError: a row without a prompt in text, a tokenizer without EOS, or a file with the answers to other prompts.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
     known = {entry["row"]: entry for entry in _read(path)}
+    if other := [row for row, one in enumerate(questions) if row in known and known[row]["prompt"] != one["prompt"]]:
+        raise InputError(f"{path} has the answers to other prompts, as in row {other[0]}: name another file.")
     if any(row not in known for row in range(len(prompts))):
         known |= _write(known, questions, prompts, tokenizer, model(), path, sampling, progress)
     return [known[row] for row in range(len(prompts))]

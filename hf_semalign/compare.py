@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import statistics
@@ -31,14 +32,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_semalign.card import benchmark_scores
-from hf_semalign.config import SemAlignConfig, check_numbers
+from hf_semalign.config import MOST_SEED, SemAlignConfig, check_numbers
 from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.figures import draw_gaps
 from hf_semalign.guards import claimed
 from hf_semalign.loading import make_folder, read_json
 from hf_semalign.paired import paired_difference
 from hf_semalign.plan import Plan, plan_recipe
-from hf_semalign.recipe import METHODS, DataSettings, Recipe, check_answers, check_names, load_recipe, read_yaml
+from hf_semalign.recipe import METHODS, DataSettings, Recipe, check_answers, check_names, load_recipe, read_settings, read_yaml
 from hf_semalign.tables import latex, markdown
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ BUDGETS = ("equal data", "equal compute")
 RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
 LAST_LINES = 5
 OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
+PLACED = {  # keys of the training section that a method may not change
+    "seed": "by seeds, for all methods", "output_dir": "by the comparison's own output_dir",
+    "signals_dir": "by the comparison's own output_dir", "max_length": "in the task's recipe, as data.max_length",
+}  # fmt: skip
 PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
 
 
@@ -161,12 +166,18 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
     for seed in content["seeds"]:
         check_numbers({"seed": seed}, SemAlignConfig)
+        if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
+            raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
     for name, changes in content["methods"].items():
         place = f"methods.{name} of the {where}"
-        if not isinstance(changes, dict):
+        if not isinstance(changes, dict) or not isinstance(name, str):
             raise InputError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
         check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
+        read_settings(changes)
+        for key, home in PLACED.items():
+            if key in changes:
+                raise InputError(f"{place} has {key}, which is set {home}.")
         if not isinstance(written := changes.get("data", {}), dict):
             raise InputError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
         check_names(written, OF_ANSWERS, f"data of {place}")
@@ -203,6 +214,12 @@ def _section(kind: Any, content: Any, where: str) -> Any:
     if not isinstance(content, dict) or set(content) != set(names):
         raise InputError(f"The section {where} is {content!r}: expected {names}.")
     check_numbers(content, kind)
+    if kind is Reported:
+        rows = content["rows"].values() if isinstance(content["rows"], dict) else [None]
+        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
+            raise InputError(f"rows of the {where} is {content['rows']!r}: expected by method, and then by task, a number.")
+    if kind is Hardware and not 0 < content["tflops"] < math.inf:
+        raise InputError(f"tflops of the {where} is {content['tflops']}: expected a number above 0.")
     return kind(**content)
 
 

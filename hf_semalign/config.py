@@ -37,6 +37,7 @@ LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "lora_r": 1,
     "lora_alpha": 1,
 }  # fmt: skip
+MOST_SEED = 2**32 - 1
 NUMBERS: dict[type, tuple[type, str]] = {
     bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
 }  # fmt: skip
@@ -156,6 +157,11 @@ class SemAlignConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"{name} is {value}: expected a finite number of at least {least}.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} is {value}: expected a finite number.")
+        if self.seed > MOST_SEED:
+            raise InputError(f"seed is {self.seed}: expected at most {MOST_SEED}, which is what numpy takes.")
         if self.max_steps < 1 and self.max_steps != -1:
             raise InputError(f"max_steps is {self.max_steps}: expected at least 1, or -1 for num_train_epochs.")
         if self.relation_weight + self.kl_weight == 0:
@@ -166,7 +172,7 @@ class SemAlignConfig(TrainingArguments):
         listed = isinstance(pairing, (list, tuple)) and all(isinstance(layer, Integral) for layer in pairing)
         if not listed and pairing not in STRATEGIES:
             raise InputError(f"pairing is {pairing!r}: expected one of {STRATEGIES} or a list of source layers, as numbers.")
-        if isinstance(self.lora_targets, str):
+        if isinstance(self.lora_targets, str) or self.lora_targets == []:
             raise InputError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
         if not isinstance(self.signals_dir, (str, PathLike, NoneType)):
             raise InputError(f"signals_dir is {self.signals_dir!r}: expected a path.")

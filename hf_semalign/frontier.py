@@ -69,8 +69,12 @@ class FrontierSchedule:
     def __init__(self, num_stages: int, total_steps: int, budget: str = "split") -> None:
         if budget not in BUDGETS:
             raise InputError(f"stage_budget is {budget!r}: expected one of {BUDGETS}.")
+        if not (isinstance(num_stages, int) and isinstance(total_steps, int) and num_stages > 0):
+            raise InputError(
+                f"{total_steps!r} steps for {num_stages!r} stages: expected whole numbers, and at least one stage."
+            )
         self.total_steps = total_steps * num_stages if budget == "per_stage" else total_steps
-        if num_stages < 1 or self.total_steps < num_stages:
+        if self.total_steps < num_stages:
             smallest = 1 if budget == "per_stage" else num_stages
             raise InputError(
                 f"{self.total_steps} optimizer steps for {num_stages} stages: every stage needs at least one. The smallest "

@@ -422,8 +422,10 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
         FileNotFoundError: it is neither, or cannot be reached.
     """
     given = str(repo_id_or_folder)
+    local = Path(given).is_dir()
+    if local and revision is not None:
+        raise InputError(f"revision is {revision!r}, and {given} is a folder, which has none: leave it out.")
     try:
-        local = Path(given).is_dir()
         return Path(given if local else snapshot_download(given, revision=revision, allow_patterns=list(LOADED)))
     except (OSError, HFValidationError) as error:
         raise MissingFileError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error

@@ -281,6 +281,19 @@ class LayerwiseTrainer(Trainer):
         self._signals_taken.agreed = stopped
         return norm
 
+    def _check_weights(self) -> None:
+        """Look whether the adapter is finite: the optimizer may have made it so out of a finite gradient.
+
+        Raises:
+            FloatingPointError: on all ranks; nothing is saved.
+        """
+        finite = torch.stack([whole(p.detach()).isfinite().all() for layer in self.lora_layers for p in layer]).all()
+        if self.accelerator.reduce((~finite).int(), "sum"):
+            raise NotFiniteError(
+                f"The adapter is not finite after step {self.state.global_step}, though the gradient was. It is not saved; the "
+                f"last checkpoint: {last_checkpoint(str(self.args.output_dir)) or 'none was written'}. Lower the learning rate."
+            )
+
     def _enter_stage(self, stage: int) -> None:
         """Before the first step of a stage."""
         self._compare_ranks()
@@ -315,7 +328,8 @@ class LayerwiseTrainer(Trainer):
 
         Raises:
             ValueError: another process trains in this ``output_dir``; a checkpoint that is damaged, or of another run.
-            FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays.
+            FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays. Or
+                an adapter that is not finite; it is not saved.
             RuntimeError: the ranks' adapters differ.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
         """
@@ -346,6 +360,7 @@ class LayerwiseTrainer(Trainer):
         finally:
             skip_untouched(self.target_anatomy.layers, self.frontier.num_layers - 1)
         self._compare_ranks()
+        self._check_weights()
         if self.state.global_step < self.schedule.total_steps:
             self._signals_taken.leave()
         return output
@@ -378,6 +393,7 @@ class LayerwiseTrainer(Trainer):
         folder, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._compare_ranks()
+        self._check_weights()
         if self.args.should_save:
             (checkpoint / CHECKSUMS).unlink(missing_ok=True)
         self.args.save_total_limit = None

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hf_semalign.anatomy import Head
+from hf_semalign.errors import InputError
 
 EPSILON = 1e-8
 RELATION_ROWS = 512  # rows of a relation matrix at a time: peak memory O(rows x T)
@@ -25,9 +26,26 @@ def relation_loss(inputs: torch.Tensor, outputs: torch.Tensor, supervision: torc
 
     Returns:
         Scalar: mean over the sequences with at least two valid positions; zero when there is none.
+
+    Raises:
+        ValueError: states or a mask of other shapes, or a mask that is not bool.
     """
+    _check_states(valid, inputs=inputs, outputs=outputs, supervision=supervision)
     losses = sequence_relation_losses(inputs, outputs, supervision, valid)
     return losses.sum() / relation_sequences(valid).sum().clamp_min(1)
+
+
+def _check_states(valid: torch.Tensor, **states: torch.Tensor) -> None:
+    """Refuse states that are not all ``[B, T, D]``, and a mask that is not ``[B, T]`` bool: torch would broadcast or index."""
+    (first, shape), *_ = ((name, tuple(one.shape)) for name, one in states.items())
+    if len(shape) != 3 or any(tuple(one.shape) != shape for one in states.values()):
+        shown = ", ".join(f"{name} {tuple(one.shape)}" for name, one in states.items())
+        raise InputError(f"The states are of the shapes {shown}: expected [B, T, D] of all of them.")
+    if valid.dtype != torch.bool or tuple(valid.shape) != shape[:2]:
+        raise InputError(
+            f"valid is {valid.dtype} of shape {tuple(valid.shape)}: expected bool of shape {shape[:2]}, as {first} begins. "
+            "Make a mask of 0 and 1 bool with mask.bool()."
+        )
 
 
 def relation_sequences(valid: torch.Tensor) -> torch.Tensor:
@@ -129,7 +147,11 @@ def steering_loss(outputs: torch.Tensor, supervision: torch.Tensor, valid: torch
         outputs: ``y`` ``[B, T, D]``.
         supervision: ``y~`` ``[B, T, D]``; carries no gradient.
         valid: ``[B, T]`` bool.
+
+    Raises:
+        ValueError: states or a mask of other shapes, or a mask that is not bool.
     """
+    _check_states(valid, outputs=outputs, supervision=supervision)
     return token_steering_losses(outputs[valid], supervision[valid]).sum() / valid.sum().clamp_min(1)
 
 
@@ -150,7 +172,11 @@ def fisher_loss(
         supervision: ``y~`` ``[B, T, D]``, the mapped output of the paired source layer; carries no gradient.
         target_weight: head ``[V, D]``, or a :class:`hf_semalign.anatomy.Head`; frozen: gets no gradient.
         valid: ``[B, T]`` bool.
+
+    Raises:
+        ValueError: states or a mask of other shapes, or a mask that is not bool.
     """
+    _check_states(valid, outputs=outputs, supervision=supervision)
     return token_fisher_losses(outputs[valid], supervision[valid], target_weight).sum() / valid.sum().clamp_min(1)
 
 
@@ -187,7 +213,18 @@ def output_kl(
             gradient.
         source_hidden: ``[N, D_src]``; carries no gradient.
         source_weight: head ``[V, D_src]`` over the same tokens, likewise.
+
+    Raises:
+        ValueError: no positions, states of different numbers of positions, or heads that do not fit them or each other.
     """
+    heads = _as_head(target_weight).weight, _as_head(source_weight).weight
+    shapes = [tuple(one.shape) for one in (target_hidden, heads[0], source_hidden, heads[1])]
+    fit = [len(shape) == 2 for shape in shapes] == [True] * 4 and shapes[0][0] == shapes[2][0] > 0
+    if not fit or shapes[1] != (shapes[3][0], shapes[0][1]) or shapes[3][1] != shapes[2][1] or any(w.is_meta for w in heads):
+        raise InputError(
+            f"Target states {shapes[0]}, its head {shapes[1]}, source states {shapes[2]}, its head {shapes[3]}: expected "
+            "[N, D_tgt], [V, D_tgt], [N, D_src] and [V, D_src], N at least 1, on a device that holds data."
+        )
     return token_kl(target_hidden, target_weight, source_hidden, source_weight).mean()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 from hf_semalign.attribution import LayerScores
@@ -34,6 +35,11 @@ class LayerPairing:
     scores: tuple[float, ...] | None = None
     source_id: str | None = None
     target_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in self.source_layers):
+            raise InputError(f"source_layers is {self.source_layers}: expected whole numbers.")
+        _check_order(self.source_layers, self.num_source_layers)
 
     def named(self, source_id: str, target_id: str) -> LayerPairing:
         """The same pairing with the ids of both models."""
@@ -88,7 +94,12 @@ def pair_layers(
         ValueError: unknown strategy, missing scores, a source shallower than the target (but under ``proportional`` or an
             explicit list), or an explicit list of another length, out of range or not ascending.
     """
-    values = () if isinstance(scores, int) else tuple(scores.values if isinstance(scores, LayerScores) else scores)
+    if isinstance(scores, Mapping) or not isinstance(num_target_layers, Integral) or num_target_layers < 1 or scores == 0:
+        raise InputError(
+            f"scores is {scores!r} and num_target_layers {num_target_layers!r}: expected a score of each source layer, or how "
+            "many layers there are, and the number of target layers, at least 1."
+        )
+    values = () if isinstance(scores, int) else tuple(map(float, scores.values if isinstance(scores, LayerScores) else scores))
     depth, width = scores if isinstance(scores, int) else len(values), num_target_layers
     if not all(map(math.isfinite, values)):
         raise InputError(f"The layer scores {values} are not all finite numbers (nan or inf): attribute in a wider dtype.")
@@ -118,9 +129,15 @@ def pair_layers(
 
 
 def _explicit(layers: Sequence[int], depth: int, width: int) -> tuple[int, ...]:
+    if any(isinstance(layer, (bool, str)) or layer != int(layer) for layer in layers):
+        raise InputError(f"The pairing lists {list(layers)}: expected whole numbers.")
     chosen = tuple(int(layer) for layer in layers)
     if len(chosen) != width:
         raise InputError(f"The pairing lists {len(chosen)} source layers, but the target has {width} layers: give one each.")
+    _check_order(chosen, depth)
+    return chosen
+
+
+def _check_order(chosen: Sequence[int], depth: int) -> None:
     if list(chosen) != sorted(chosen) or not all(0 <= layer < depth for layer in chosen):
         raise InputError(f"The pairing {list(chosen)} must be ascending 0-based source layers between 0 and {depth - 1}.")
-    return chosen

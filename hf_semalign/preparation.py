@@ -20,7 +20,7 @@ from hf_semalign.loading import check_engine, find_tokenizer, load_dtype, load_m
 from hf_semalign.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.semantics import SemanticMap, shared_token_ids
 from hf_semalign.source import Source
-from hf_semalign.splits import Collator, Record, check_disjoint, check_token_ids, encode, hold_out
+from hf_semalign.splits import Collator, Record, check_disjoint, check_rows, check_token_ids, encode, hold_out
 from hf_semalign.states import Examples
 from hf_semalign.symbols import public_name
 
@@ -109,9 +109,12 @@ def prepare(
             "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
         )
     needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+    check_rows(train_dataset, "align")
     if extract_dataset is None and needs_extract:
         train_dataset, extract_dataset = hold_out(train_dataset)
     evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
+    if without := [name for name, rows in evals.items() if rows is None]:
+        raise InputError(f"eval_dataset has None as {without}: leave these out.")
     given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
     splits = {name: rows for name, rows in given.items() if rows is not None}
     encoded = {name: encode(rows, tokenizer, split=name, max_length=args.max_length) for name, rows in splits.items()}
@@ -132,6 +135,10 @@ def prepare(
     rows, width = target.head_weight().shape
     if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, source.width):
         raise InputError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, source.width)}.")
+    if semantic_map is not None and not (semantic_map.matrix.is_floating_point() and semantic_map.matrix.isfinite().all()):
+        raise InputError(
+            f"The map is {semantic_map.matrix.dtype}, with numbers that are not finite or not real: build it anew."
+        )
     token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, rows)
     if len(token_ids) < max(source.head_rows, rows):
         logger.warning(

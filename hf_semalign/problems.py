@@ -82,7 +82,7 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
     rows = None if path is None else TESTS[task].load("test", path)
     if rows is not None and not rows:
         raise InputError(f"{path} has no test rows of {task}.")
-    with quiet():
+    with quiet(), _hub_rows(task):
         if task != "mmlu":
             config = _stock()[task] if task == "gsm8k" else _own_config(task, chat_template)
             local = {} if rows is None else _local(rows)
@@ -95,6 +95,18 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
             local = {} if by_subject is None else _local(by_subject[subject])
             group.add(ConfigurableTask(config={**config, "num_fewshot": 0, **local}))
     return group
+
+
+@contextmanager
+def _hub_rows(task: str) -> Iterator[None]:
+    """Say what to do where the Hub's rows cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"The test rows of {task} cannot be read from the Hub ({error}): name local files instead, by --files, or in a "
+            "recipe benchmark.files."
+        ) from error
 
 
 def _stock() -> dict[str, dict[str, Any]]:

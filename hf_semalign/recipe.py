@@ -266,17 +266,10 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
     for name, home in (("output_dir", "output_dir"), ("max_length", "data.max_length")):
         if name in training:
             raise InputError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
-    numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
-    for name in numbers & training.keys():
-        if isinstance(training[name], str):
-            with suppress(ValueError):
-                training[name] = float(training[name])  # YAML reads 1e-4, without a dot, as text
-    for name in training:
-        if name.endswith("_strategy") and training[name] is False:
-            training[name] = "no"  # which YAML reads as false
+    read_settings(training)
     check_numbers(content["data"], DataSettings)
     for name in ("source", "target", "output_dir"):
-        if not isinstance(content[name], str):
+        if not isinstance(content[name], str) or not content[name].strip():
             raise InputError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
     check_names([content["data"]["task"]], TASKS, f"data section of {path}")
     baselines = content.get("baselines") or ()
@@ -302,6 +295,17 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
         "forgetting": forgetting,
     }
     return Recipe(**{**content, **known})
+
+
+def read_settings(training: dict[str, Any]) -> None:
+    """Give settings of the Trainer the values that were meant where YAML reads others, in place."""
+    numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
+    for name, value in training.items():
+        if name in numbers and isinstance(value, str):
+            with suppress(ValueError):
+                training[name] = float(value)  # 1e-4, without a dot, is a text
+        elif name.endswith("_strategy") and value is False:
+            training[name] = "no"
 
 
 def check_answers(data: DataSettings, method: str, baselines: Sequence[str], path: str) -> None:
@@ -348,6 +352,17 @@ def _held_out(name: str, section: Any, path: str) -> HeldOutSettings:
     return HeldOutSettings(**section)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML whose sections have each key once; of two, PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A section."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key != "<<" and key in keys[:place]]:
+            raise yaml.constructor.ConstructorError("in a section", node.start_mark, f"the key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str | bytes, where: str) -> Any:
     """Content of a YAML text.
 
@@ -355,7 +370,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         ValueError: names ``where`` it stands.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _OnceEach)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 

@@ -77,7 +77,7 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         memory_mb: address space of the interpreter, of which it needs about 50 itself.
 
     Raises:
-        ValueError: without the opt-in, on a system other than Linux, or with a timeout that is not positive.
+        ValueError: without the opt-in, on a system other than Linux, or with a timeout or memory that is not positive.
         RuntimeError: the sandbox could not be set up; the program did not run.
     """
     from hf_semalign.errors import InputError  # here, because the file is also run as a script that knows the library alone
@@ -89,8 +89,8 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         )
     if sys.platform != "linux":
         raise InputError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
-    if timeout <= 0:
-        raise InputError(f"timeout is {timeout}: expected seconds above 0.")
+    if not 0 < timeout < math.inf or memory_mb != int(memory_mb) or memory_mb < 1:
+        raise InputError(f"timeout is {timeout} and memory_mb {memory_mb}: expected seconds and whole megabytes above 0.")
     token = secrets.token_hex(TOKEN // 2).encode()
     with tempfile.TemporaryDirectory(prefix="semalign-") as folder, tempfile.TemporaryFile() as given:
         given.write(program.encode("utf-8", "surrogatepass") + token)

@@ -128,6 +128,12 @@ class SemanticMap(nn.Module):
                 f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
                 "SemanticMap.from_models with both tokenizers."
             )
+        for name, weight in (("source", source_weight), ("target", target_weight)):
+            if weight.dim() != 2 or not len(weight) or weight.is_complex() or not weight.any() or not weight.isfinite().all():
+                raise InputError(
+                    f"The {name} head is {weight.dtype} of shape {tuple(weight.shape)}: expected [V, D] of finite real numbers "
+                    "that are not all zero."
+                )
         fingerprint = _fingerprint(kind, source_weight, target_weight)
         known = cls.load(cache) if cache is not None else None
         if known is not None and known.fingerprint == fingerprint:

@@ -206,9 +206,7 @@ def encode(
     Raises:
         ValueError: unknown columns, no rows, no tokenizer, or rows without a valid position.
     """
-    _check_sized(records, split)
-    if len(records) == 0:
-        raise InputError(f"The {split} split has no rows.")
+    check_rows(records, split)
     empty: list[int] = []
     cut = seams = endless = dated = 0
 
@@ -274,9 +272,32 @@ def column_chunks(rows: Dataset, name: str) -> Iterator[pa.Array]:
         yield table[name].combine_chunks()
 
 
-def _check_sized(rows: Any, split: str) -> None:
-    if not hasattr(rows, "__len__"):
-        raise InputError(f"The {split} split is a {type(rows).__name__} without a length: pass a Dataset or a list of rows.")
+def is_encoded(rows: Any) -> bool:
+    """Whether rows are what :func:`encode` gives, and not rows with an ``example_id`` of somebody's own."""
+    if not (isinstance(rows, Dataset) and len(rows) and set(SCHEMA.names) <= set(rows.column_names)):
+        return False
+    first = rows[0]
+    return first["example_id"] == _digest((list(first["input_ids"]), list(first["labels"])))
+
+
+def check_rows(rows: Any, split: str) -> None:
+    """Refuse what is no data set of rows.
+
+    Raises:
+        ValueError: says what was given.
+    """
+    sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not sized or isinstance(rows, (str, bytes, Mapping)):
+        hint = ""
+        if isinstance(rows, Mapping):
+            hint = f" It has {sorted(map(str, rows))}: pass one row in a list, or of several splits one."
+        elif not isinstance(rows, (str, bytes)):
+            hint = " Rows are read more than once: make a list of them."
+        raise InputError(f"The {split} split is a {type(rows).__name__}: expected a Dataset or a list of rows.{hint}")
+    if len(rows) == 0:
+        raise InputError(f"The {split} split has no rows.")
+    if not isinstance(rows[0], Mapping):
+        raise InputError(f"{split}[0] is a {type(rows[0]).__name__}: expected a row, as a dict of its columns.")
 
 
 def _digest(content: Any) -> int:
@@ -452,7 +473,7 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], 
     Raises:
         ValueError: fewer than five rows, or fewer than two prompts.
     """
-    _check_sized(rows, "align")
+    check_rows(rows, "align")
     for row, record in enumerate(rows):
         check_text(record, f"align[{row}]")
     count = min(HELD_OUT, len(rows) // 5)

@@ -270,7 +270,7 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
     elif path.suffix in formats:
         try:
             rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train").to_list()
-        except (OSError, ValueError, DatasetGenerationError) as error:
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
             raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
     else:
         raise InputError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv, .parquet.")

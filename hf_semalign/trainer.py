@@ -41,11 +41,12 @@ from hf_semalign.scores import layer_scores
 from hf_semalign.semantics import SemanticMap
 from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.source import Source
-from hf_semalign.splits import Collator, Record, encode, fingerprint, valid_positions
+from hf_semalign.splits import Collator, Record, encode, fingerprint, is_encoded, valid_positions
 from hf_semalign.states import digest, file_digest, sha256, write_text
 
 logger = logging.getLogger(__name__)
 PREFIX = "_prefix"  # in the run folder
+METRICS = ("loss", "kl", "relation")  # of an evaluation
 PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
 SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
@@ -66,6 +67,15 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
         yield
     finally:
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+
+
+def _check_metric(args: SemAlignConfig, evals: Sequence[str]) -> None:
+    """Refuse a metric that evaluation will not give, before it is looked for at the first checkpoint."""
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    known = [f"{name}_{figure}" for name in evals for figure in METRICS] or list(METRICS)
+    wanted = args.load_best_model_at_end or args.save_strategy == "best"
+    if wanted and metric not in (*known, "runtime", "samples_per_second", "steps_per_second"):
+        raise InputError(f"metric_for_best_model is {args.metric_for_best_model!r}: expected one of {', '.join(known)}.")
 
 
 def signals_root(args: SemAlignConfig) -> Path:
@@ -154,6 +164,7 @@ class SemAlignTrainer(LayerwiseTrainer):
         self._lora_targets = known.lora_targets
         self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
         evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
+        _check_metric(args, list(evals))
         warn_of_slow_bf16(args)
         with timed("loading the target", self.seconds):
             target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
@@ -278,7 +289,7 @@ class SemAlignTrainer(LayerwiseTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and "example_id" not in eval_dataset[0]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
             eval_dataset = self._encode(eval_dataset, split="eval")
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:

@@ -9,12 +9,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import PAPER, TEXTS, WORDS, random_rows, table, tiny_llama, word_tokenizer
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.pairing import pair_layers
+from hf_semalign.frontier import FrontierSchedule
+from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
+from hf_semalign.pairing import LayerPairing, pair_layers
+from hf_semalign.semantics import SemanticMap
 from hf_semalign.sharding import check_sharded, check_shards, check_zero
 from hf_semalign.splits import IGNORED
 from hf_semalign.trainer import SemAlignTrainer
@@ -57,6 +61,9 @@ SETTINGS = [
     ("signals unknown", {"signals": "disk"}, "signals is 'disk'"),
     ("signals streamed and online", {"signals": "online", "source_memory": "stream"}, "the source must be resident"),
     ("signals_dir a number", {"signals_dir": 5}, "signals_dir is 5: expected a path"),
+    ("weight_decay nan", {"weight_decay": float("nan")}, "weight_decay is nan: expected a finite number"),
+    ("seed too large", {"seed": 2**32}, "seed is 4294967296: expected at most 4294967295"),
+    ("LoRA in no module", {"lora_targets": []}, r"lora_targets is \[\]: expected a list of module names"),
     ("relation_weight negative", {"relation_weight": -1.0}, "relation_weight is -1.0: expected a finite number of at least 0"),
     ("kl_weight not a number", {"kl_weight": float("nan")}, "kl_weight is nan: expected a finite number"),
     ("both weights zero", {"relation_weight": 0.0, "kl_weight": 0.0}, "relation_weight and kl_weight are both 0"),
@@ -177,7 +184,21 @@ TOKENIZERS = [
 ]
 DATA = [
     ("no rows", trained_on([]), "The align split has no rows"),
-    ("a stream", trained_on(row for row in ROWS), "generator without a length: pass a Dataset or a list"),
+    ("a stream", trained_on(row for row in ROWS), "is a generator: expected a Dataset or a list of rows. Rows are read more"),
+    ("a dict of splits", trained_on({"train": ROWS}), r"align split is a dict: .* It has \['train'\]: pass one row in a list"),
+    ("a path", trained_on("rows.jsonl"), "align split is a str: expected a Dataset or a list of rows"),
+    ("None", trained_on(None), "align split is a NoneType: expected a Dataset"),
+    ("rows of text", trained_on(["hello"] * 8), r"align\[0\] is a str: expected a row, as a dict of its columns"),
+    (
+        "an eval split of None",
+        lambda: {"given": {"eval_dataset": {"a": ROWS[20:22], "b": None}}},
+        r"eval_dataset has None as \['eval_b'\]",
+    ),
+    (
+        "a metric of no evaluation",
+        settings(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", metric_for_best_model="bleu"),
+        "metric_for_best_model is 'bleu': expected one of loss, kl, relation",
+    ),
     ("too few to hold out", trained_on(ROWS[:4], None), "4 training rows are too few .* pass extract_dataset"),
     ("one prompt to hold out", trained_on(ROWS[:1] * 16, None), "All 16 training rows share .* pass extract_dataset"),
     ("unknown columns", rows({"question": "a", "answer": "b"}), r"align\[8\] has the columns \['answer', 'question'\]"),
@@ -352,3 +373,67 @@ def test_nothing_was_trained_or_written_before_an_error(tmp_path):
         build(tmp_path, model=model, settings={"pairing": [0]})
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not (tmp_path / "run" / "semantic_map.safetensors").exists()
+
+
+STATES = torch.zeros(2, 5, 4)
+VALID = torch.ones(2, 5, dtype=torch.bool)
+HEAD = torch.randn(7, 4)
+
+
+@table(
+    "loss, message",
+    [
+        ("a mask of 0 and 1", lambda: steering_loss(STATES, STATES, VALID.long()), r"valid is torch.int64 .* mask.bool\(\)"),
+        ("the same", lambda: fisher_loss(STATES, STATES, HEAD, VALID.float()), "valid is torch.float32"),
+        (
+            "a mask transposed",
+            lambda: relation_loss(STATES, STATES, STATES, VALID.T),
+            r"shape \(5, 2\): expected bool of .*\(2, 5\)",
+        ),
+        ("a mask cut", lambda: relation_loss(STATES, STATES, STATES, VALID[:, 1:]), r"of shape \(2, 4\)"),
+        ("states of one channel", lambda: relation_loss(STATES, STATES, STATES[..., :1], VALID), r"supervision \(2, 5, 1\)"),
+        ("one sequence", lambda: steering_loss(STATES[0], STATES[0], VALID[0]), r"expected \[B, T, D\] of all"),
+        ("more of the source", lambda: output_kl(STATES[0], HEAD, torch.zeros(9, 4), HEAD), r"source states \(9, 4\)"),
+        ("another vocabulary", lambda: output_kl(STATES[0], HEAD, STATES[0], HEAD[:5]), r"its head \(5, 4\): expected"),
+        ("no data", lambda: output_kl(STATES[0], HEAD.to("meta"), STATES[0], HEAD), "on a device that holds data"),
+        ("no position", lambda: output_kl(STATES[0, :0], HEAD, STATES[0, :0], HEAD), "N at least 1"),
+        (
+            "a head with nan",
+            lambda: SemanticMap.from_heads(HEAD * torch.nan, HEAD),
+            "The source head is .* finite real numbers",
+        ),
+        ("a head of zeros", lambda: SemanticMap.from_heads(HEAD, 0 * HEAD), r"The target head .* \(7, 4\): .* not all zero"),
+        ("scores by layer", lambda: pair_layers({0: 1.0, 1: 2.0}, 1), "expected a score of each source layer"),
+        ("no target layer", lambda: pair_layers(5, 0, "last"), "num_target_layers 0: expected"),
+        ("fractions of layers", lambda: pair_layers(5, 2, [0.5, 3.7]), r"lists \[0.5, 3.7\]: expected whole numbers"),
+        ("a pairing that descends", lambda: LayerPairing((2, 0), 3, "explicit"), "must be ascending"),
+        ("a pairing of others", lambda: LayerPairing((1, 7), 3, "explicit"), "between 0 and 2"),
+        ("stages of nan", lambda: FrontierSchedule(2, float("nan")), "expected whole numbers"),
+    ],
+)
+def test_functions(loss, message):
+    """What torch would broadcast, index by, or take for a number."""
+    with pytest.raises(ValueError, match=message):
+        loss()
+
+
+def test_rows_for_evaluation_with_an_example_id_of_their_own_are_encoded_like_others(tmp_path):
+    """Padding included, which an ``attention_mask`` marks."""
+    trainer = build(tmp_path, settings={"signals": "online"})
+    padded = [{**row, "input_ids": [*row["input_ids"], 0], "labels": [*row["labels"], 0]} for row in ROWS[20:24]]
+    rows = [{**row, "attention_mask": [*[1] * (len(row["input_ids"]) - 1), 0]} for row in padded]
+    plain, own = trainer.evaluate(rows), trainer.evaluate(Dataset.from_list([{**row, "example_id": 5} for row in rows]))
+    assert plain["eval_loss"] == own["eval_loss"] and plain["eval_kl"] == own["eval_kl"]
+    assert trainer.evaluate(ROWS[20:24])["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+    with pytest.raises(ValueError, match="The eval split has no rows"):
+        trainer.evaluate([])
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    """A finite gradient and a learning rate that no number stands: neither the end nor a checkpoint keeps what comes of it."""
+    settings = {"frontier": "joint", "relation_weight": 0.1, "learning_rate": 1e38, "max_grad_norm": 0.0}
+    with pytest.raises(FloatingPointError, match=r"not finite after step 1, .* the last checkpoint: none was written"):
+        build(tmp_path, settings={**settings, "max_steps": 1}).train()
+    with pytest.raises(FloatingPointError, match="not finite after step 1"):
+        build(tmp_path, settings={**settings, "save_steps": 1, "max_steps": 3}).train()
+    assert not list((tmp_path / "run").glob("checkpoint-*/adapter_model.safetensors"))

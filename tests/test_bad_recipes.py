@@ -27,6 +27,7 @@ RECIPES = [
         "Couldn't reach .*: name local files by data.files",
     ),
     ("a source that is a number", "source=5", "source of the recipe .* is 5: expected text"),
+    ("an empty output_dir", "output_dir=' '", "output_dir of the recipe .* is ' ': expected text"),
     ("no output_dir", "output_dir=", "output_dir of the recipe .* is None: expected text"),
     ("an embedded model that is none", "source=embedded:other", "use embedded:source or embedded:target"),
     ("a pad token that is none", "pad_token=<fill>", "pad_token '<fill>' is not in the tokenizer"),
@@ -51,6 +52,7 @@ def test_recipes(refused, no_weights, change, message):
         ("no YAML", "source: [", "recipe.yaml is not YAML: while parsing a flow node"),
         ("no text", b"\xff\x00\x80", "recipe.yaml is not YAML"),
         ("nothing", "", "recipe.yaml holds a NoneType, not keys and values"),
+        ("a key that stands twice", "source: a\nsource: b", "the key 'source' stands twice"),
         ("a list", "- source", "recipe.yaml holds a list, not keys and values"),
     ],
 )

@@ -158,6 +158,13 @@ def test_dry_run_loads_no_weights(written, no_weights, capsys, monkeypatch):
     [
         ({"methods": {}}, "methods of the comparison .* expected a dict that is not empty"),
         ({"seeds": [1.5]}, "seed is 1.5: expected a whole number"),
+        ({"seeds": [1, 1]}, r"seeds of the comparison .* is \[1, 1\]: expected different numbers"),
+        ({"seeds": [-1]}, "expected different numbers from 0 to"),
+        ({"methods": {"A": {"max_length": 8}}}, r"methods.A .* has max_length, which is set in the task's recipe"),
+        ({"methods": {"A": {"seed": 8}}}, r"methods.A .* has seed, which is set by seeds"),
+        ({"methods": {1: {}}}, "The section methods.1 "),
+        ({"reported": {"origin": "x", "rows": {"KD": {"a": "90%"}}}}, "expected by method, and then by task, a number"),
+        ({"hardware": {"name": "x", "tflops": 0}}, "tflops of the hardware .* is 0: expected a number above 0"),
         ({"seeds": 3}, "seeds of the comparison .* is 3: expected a list"),
         ({"budgets": ["equal date"]}, "did you mean 'equal data'"),
         ({"methods": {"A": {"method": "sfd"}}}, "did you mean 'sft'"),
@@ -356,3 +363,8 @@ def test_methods_may_differ_in_who_writes_the_answers(written):
 def test_answers_of_a_method_are_checked(written, changes, message):
     with pytest.raises(ValueError, match=message):
         load_comparison(written(), [f"methods={{KD: {{method: kd, data: {changes}}}}}"])
+
+
+def test_values_of_a_method_are_read_as_those_of_a_recipe(written):
+    comparison = load_comparison(written(), ["methods={A: {learning_rate: 1e-4, save_strategy: no}}"])
+    assert comparison.methods == {"A": {"learning_rate": 1e-4, "save_strategy": "no"}}

@@ -26,9 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_semalign import harness
 from hf_semalign.cli import main
+from hf_semalign.errors import InputError
 from hf_semalign.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
 from hf_semalign.hub import KEYS
-from hf_semalign.problems import humaneval_chat_program, mbpp_program
+from hf_semalign.problems import build_task, humaneval_chat_program, mbpp_program
 from hf_semalign.sandbox import OPT_IN
 from hf_semalign.states import file_digest
 
@@ -610,3 +611,12 @@ def test_a_recipe_with_benchmarks_scores_target_source_and_result(files, tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "--config", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'b'}"]) == 2
     assert not list((tmp_path / "b").glob("*.safetensors"))  # before anything is trained
+
+
+def test_without_the_hub_local_files_are_asked_for(monkeypatch):
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask", unreachable)
+    with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: name local files instead, by --files"):
+        build_task("gsm8k", None, False)

@@ -91,6 +91,8 @@ def attribute_layers(
     """
     if aggregate not in AGGREGATES:
         raise InputError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
+    if isinstance(batches, Mapping):
+        raise InputError("batches is one batch: expected several, such as a list of it.")
     anatomy = dissect(source)
     device, head = anatomy.device, anatomy.output_head()
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_xla_available
 
 from hf_semalign.errors import InputError
@@ -152,6 +153,10 @@ class SemAlignConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {choices}.")
+        for item in fields(TrainingArguments):
+            value, known = getattr(self, item.name), item.metadata.get("choices")
+            if known is not None and value not in (item.default, *known):
+                raise InputError(f"{item.name} is {value!r}: expected one of {', '.join(map(str, known))}.")
         check_numbers(vars(self), SemAlignConfig)
         for name, least in LEAST.items():
             value = getattr(self, name)
@@ -201,6 +206,10 @@ class SemAlignConfig(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True  # transformers refuses bf16 here unless this is set, and there is no other device
         super().__post_init__()
+        for name, value in vars(self).items():
+            if name.endswith("_kwargs") and value is not None and not isinstance(value, dict):
+                raise InputError(f"{name} is {value!r}: expected names and values.")
+        get_reporting_integration_callbacks(self.report_to)  # refuses a name that it does not know
         if self.hub_strategy not in ("every_save", "end"):
             raise InputError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")
         loading: Any = self.accelerator_config

@@ -407,12 +407,17 @@ def load_transfer(
     record = read_record(folder)
     check_adapter(folder)
     check_recorded(folder, record)
-    name = find_target(record, target)
+    name = find_target(record, None if target is None else str(target))
     try:
         base = load_weights(name, dtype="auto")
     except ValueError as error:
         raise InputError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
-    return PeftModel.from_pretrained(base, folder), record
+    try:
+        return PeftModel.from_pretrained(base, folder), record
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"The adapter of {folder} does not fit {name}: {brief(error)}. Pass its own target as target."
+        ) from error
 
 
 def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> Path:

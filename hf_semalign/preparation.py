@@ -99,6 +99,14 @@ def prepare(
     check_engine(args)
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
         raise InputError("One model object is source and target: what trains the one would change the other. Load it twice.")
+    kinds = {
+        "processing_class": (processing_class, PreTrainedTokenizerBase, "a tokenizer of transformers"),
+        "pairing": (pairing, LayerPairing, "what pair_layers gives; the name of a strategy goes into args.pairing"),
+        "semantic_map": (semantic_map, SemanticMap, "a SemanticMap; the name of a kind goes into args.map_kind"),
+    }
+    for name, (value, kind, words) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is a {type(value).__name__}: expected {words}.")
     source_origin = source_model.origin if isinstance(source_model, Source) else source_model
     for role, origin in (("source", source_origin), ("target", model)):
         if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():

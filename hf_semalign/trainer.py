@@ -139,6 +139,8 @@ class SemAlignTrainer(LayerwiseTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.seconds: dict[str, float] = {}
+        model = str(model) if isinstance(model, Path) else model
+        source_model = str(source_model) if isinstance(source_model, Path) else source_model
         known = prepare(
             model,
             source_model,
@@ -157,6 +159,8 @@ class SemAlignTrainer(LayerwiseTrainer):
                 f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
             )
         self.check(known, args)
+        if args.fp16 and args.device.type == "cpu":
+            raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
         self.known = known
         processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id

@@ -60,6 +60,7 @@ def run_benchmark(
     chat_template: bool = False,
     backend: str = "hf",
     target: str | None = None,
+    answers: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a benchmark.
 
@@ -75,6 +76,8 @@ def run_benchmark(
         chat_template: whether a prompt is the user's turn in the tokenizer's chat template.
         backend: ``hf``, or ``vllm``, for a model given by name.
         target: of an adapter whose record knows only a folder's name: a Hub id or folder.
+        answers: a file that keeps answers as their batches come, by the harness's cache (SQLite), so that an interrupted call
+            goes on where it stopped. Whoever calls sees to it that another model has another file.
 
     Returns:
         Plain values: ``task``, ``metric``, ``value`` (share in 0 to 1), ``stderr`` (``None`` of a single row), ``rows``,
@@ -96,7 +99,7 @@ def run_benchmark(
     try:
         built = build_task(task, path, chat_template)
         with _opened(model, tokenizer, batch_size, backend, target) as opened:
-            return _measure(opened, task, built, path, limit, chat_template)
+            return _measure(opened, task, built, path, limit, chat_template, answers)
     finally:
         random.setstate(generator)
 
@@ -345,8 +348,30 @@ def _open_vllm(name: str, target: str | None) -> Any:
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
 
+@contextmanager
+def _keeping(lm: Any, answers: str | Path | None) -> Iterator[Any]:
+    """The harness's model, whose answers are kept in a file, where one is named, see :func:`run_benchmark`."""
+    if answers is None:
+        yield lm
+        return
+    from lm_eval.api.model import CacheHook, CachingLM
+
+    keeping = CachingLM(lm, str(answers))
+    try:
+        yield keeping
+    finally:
+        lm.set_cache_hook(CacheHook(None))
+        keeping.dbdict.close()
+
+
 def _measure(
-    opened: _Opened, task: str, built: Any, path: Path | None, limit: int | None, chat_template: bool
+    opened: _Opened,
+    task: str,
+    built: Any,
+    path: Path | None,
+    limit: int | None,
+    chat_template: bool,
+    answers: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run a task; see :func:`run_benchmark` for what is returned."""
     import lm_eval
@@ -360,10 +385,11 @@ def _measure(
             raise InputError(f"The model reads {opened.lm.max_length} tokens, and {task} wants {answer} for an answer alone.")
         bos = _check_bos(opened.lm, chat_template)
     # Not simple_evaluate, which besides seeds all generators and lists the installed packages by starting pip.
-    results: Any = lm_eval.evaluate(
-        opened.lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
-        apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
-    )  # fmt: skip
+    with _keeping(opened.lm, answers) as lm:
+        results: Any = lm_eval.evaluate(
+            lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
+            apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
+        )  # fmt: skip
     metric, kind = METRICS[task].split(",")
     name = "mmlu" if task == "mmlu" else built.task_name
     parts = {part.task_name: part for part in ([built] if task != "mmlu" else built.get_all_tasks())}

@@ -338,7 +338,7 @@ def _scored(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> dict[str, Any]:
-    """The scores of a model on the benchmarks, each kept in a folder as soon as it is there.
+    """The scores of a model on the benchmarks, each kept in a folder as soon as it is there, and until then its answers.
 
     Every process makes them, lest one wait for another for hours.
     """
@@ -352,10 +352,12 @@ def _scored(
         facts = [identity(), task, rows, settings.limit, settings.chat_template, version("lm_eval"), version("hf_semalign")]
         path = folder / f"benchmark-{task}-{digest(facts)[:16]}.json"
         if (entry := recall_record(path)) is None:
-            entry = run_benchmark(model(), tokenizer, task, **how)
-            if args.should_save:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            answers = path.with_suffix(".answers") if args.should_save else None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry = run_benchmark(model(), tokenizer, task, answers=answers, **how)
+            if answers is not None:
                 keep_record(path, entry)
+                answers.unlink(missing_ok=True)
         entries.append(entry)
     return {"benchmarks": entries}
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_semalign import harness
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
+from hf_semalign.generation import continue_prompts
 from hf_semalign.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
 from hf_semalign.hub import KEYS
 from hf_semalign.problems import build_task, humaneval_chat_program, mbpp_program
@@ -620,3 +622,22 @@ def test_without_the_hub_local_files_are_asked_for(monkeypatch):
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask", unreachable)
     with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: name local files instead, by --files"):
         build_task("gsm8k", None, False)
+
+
+def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(files, tmp_path, monkeypatch):
+    model, tokenizer, calls = byte_model(), byte_tokenizer(), []
+    whole = run_benchmark(model, tokenizer, "gsm8k", files=files, batch_size=1)
+
+    def interrupted(*args, stop, **settings):
+        calls.append(stop)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return continue_prompts(*args, **settings)
+
+    settings = {"files": files, "batch_size": 1, "answers": tmp_path / "gsm8k.answers"}
+    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=2))
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(model, tokenizer, "gsm8k", **settings)
+    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
+    assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
+    assert calls == [2, 2, 0]  # one of two rows was there

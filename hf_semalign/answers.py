@@ -22,8 +22,8 @@ from hf_semalign.states import write_text
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
-ROWS = {"cpu": 32}  # prompts at a time, where memory allows it: what is drawn depends on it
-ROWS_ELSEWHERE = 256
+ROWS_ON_CPU = 32  # prompts at a time, where memory allows it: what is drawn depends on it
+ROWS = 256  # on a GPU
 Entry = dict[str, Any]
 
 
@@ -112,7 +112,7 @@ def _write(
 ) -> dict[int, Entry]:
     """The entries of all batches that lack one, added to the file; the longest prompts come first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    most = ROWS.get(model.device.type, ROWS_ELSEWHERE)
+    most = ROWS_ON_CPU if model.device.type == "cpu" else ROWS
     size = min(most, rows_that_fit(model, sampling.max_new_tokens))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     missing = [rows for rows in batches if not known.keys() >= set(rows)]

@@ -20,8 +20,8 @@ from hf_semalign.loading import HALVES, is_quantised, product_seconds
 
 logger = logging.getLogger(__name__)
 SEGMENT = 8  # tokens between two looks at what has ended
-MOST_ROWS = {"cpu": 64}  # prompts at a time: more are no faster on two CPU cores
-MOST_ROWS_ELSEWHERE = 256  # on a GPU a step takes as long for 16 prompts as for 256: it waits for Python
+MOST_ROWS_ON_CPU = 64  # prompts at a time: more are no faster on two cores
+MOST_ROWS = 256  # on a GPU, which few rows leave idle
 PROMPT_TOKENS = 512  # a prompt's length that memory is planned for
 
 
@@ -127,7 +127,7 @@ def rows_that_fit(model: CausalLM, new_tokens: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     channels = (getattr(config, "num_key_value_heads", None) or heads) * width
     row = 2 * config.num_hidden_layers * channels * model.dtype.itemsize * (PROMPT_TOKENS + new_tokens)
-    most = MOST_ROWS.get(model.device.type, MOST_ROWS_ELSEWHERE)
+    most = MOST_ROWS_ON_CPU if model.device.type == "cpu" else MOST_ROWS
     return max(1, min(most, _free_memory(model.device) // 2 // row))
 
 

@@ -103,6 +103,7 @@ def test_no_copy_without_memory(monkeypatch, caplog):
 def test_rows_at_a_time_go_by_free_memory(monkeypatch):
     model = tiny_llama(2, 16)
     row = 2 * 2 * model.config.num_key_value_heads * model.config.head_dim * 4 * (generation.PROMPT_TOKENS + 100)
-    for free, expected in ((20 * row, 10), (row, 1), (10**6 * row, generation.MOST_ROWS)):
+    for free, expected in ((20 * row, 10), (row, 1), (10**6 * row, generation.MOST_ROWS_ON_CPU)):
         monkeypatch.setattr(generation, "_free_memory", lambda device, free=free: free)
         assert rows_that_fit(model, 100) == expected
+    assert rows_that_fit(model.to("meta"), 100) == generation.MOST_ROWS

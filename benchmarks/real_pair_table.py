@@ -50,7 +50,7 @@ def _figures(found: dict[str, Any]) -> Cell:
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown: both ends of the pair, then a line a cell, best first."""
+    """Markdown: both ends of the pair, then a line a cell, best first, those that lack a score last."""
     ends = next(one["ends"] for one in cells if "ends" in one)
     target = ends["target"]["outcomes"]
     lines = [
@@ -59,8 +59,12 @@ def table(cells: list[Cell]) -> str:
     ]
     for name in ("source", "target"):
         lines.append(_line({"name": f"**{name}**", **ends[name]}, target))
-    order = sorted(cells, key=lambda one: (-_both(one["outcomes"], target)[0], one["name"], one["seed"]))
+    order = sorted(cells, key=lambda one: (not _is_whole(one), -_both(one["outcomes"], target)[0], one["name"], one["seed"]))
     return "\n".join([*lines, *(_line(one, target) for one in order), ""])
+
+
+def _is_whole(one: Cell) -> bool:
+    return all(task in one["outcomes"] for task in TASKS)
 
 
 def _both(ours: dict[str, str], target: dict[str, str]) -> tuple[float, float, float]:
@@ -76,7 +80,7 @@ def _line(one: Cell, target: dict[str, str]) -> str:
     outcomes = one["outcomes"]
     scores = [f"{100 * outcomes[task].count('1') / len(outcomes[task]):.1f}" if task in outcomes else "-" for task in TASKS]
     difference, low, high = (100 * value for value in _both(outcomes, target))
-    ahead = f"{difference:+.1f} ({low:+.1f} to {high:+.1f})" if all(task in outcomes for task in TASKS) else "-"
+    ahead = f"{difference:+.1f} ({low:+.1f} to {high:+.1f})" if _is_whole(one) else "-"
     values = [f"{one[name]:.3f}" if name in one else "-" for name in ("kl", "loss")]
     forgotten = ", ".join(f"{value:.3f}" for value in one.get("forgotten", {}).values()) or "-"
     cells = [one["name"], str(one.get("seed", "")), str(one.get("steps", "")), *scores, ahead, *values, forgotten]

@@ -24,7 +24,7 @@ class StorageError(SemAlignError, OSError):
 
 
 class NotFiniteError(SemAlignError, FloatingPointError):
-    """A loss or gradient that is not finite, so that training cannot go on."""
+    """A loss, a gradient or an adapter that is not finite, so that training cannot go on."""
 
 
 class FailedRunsError(SemAlignError, ChildProcessError):

@@ -133,7 +133,7 @@ def without_cudnn_attention() -> Iterator[None]:
     """Inside the block, or in a function that it decorates, attention is computed by any of torch's backends but cuDNN's.
 
     Its backward pass gives NaN on H100 and H200 for padded batches of 64, 192, 320, ... tokens (torch 2.11 to 2.13,
-    https://github.com/pytorch/pytorch/issues/196678). Nothing else changes: the other backends are as fast for such batches.
+    https://github.com/pytorch/pytorch/issues/196678).
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -94,7 +94,8 @@ def pair_layers(
         ValueError: unknown strategy, missing scores, a source shallower than the target (but under ``proportional`` or an
             explicit list), or an explicit list of another length, out of range or not ascending.
     """
-    if isinstance(scores, Mapping) or not isinstance(num_target_layers, Integral) or num_target_layers < 1 or scores == 0:
+    counts = [num_target_layers, scores] if isinstance(scores, int) else [num_target_layers]
+    if isinstance(scores, Mapping) or not all(isinstance(count, Integral) and count > 0 for count in counts):
         raise InputError(
             f"scores is {scores!r} and num_target_layers {num_target_layers!r}: expected a score of each source layer, or how "
             "many layers there are, and the number of target layers, at least 1."

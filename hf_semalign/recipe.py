@@ -370,7 +370,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         ValueError: names ``where`` it stands.
     """
     try:
-        return yaml.load(text, _OnceEach)
+        return _OnceEach(text).get_single_data()
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 

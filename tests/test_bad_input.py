@@ -412,6 +412,7 @@ HEAD = torch.randn(7, 4)
         ),
         ("a head of zeros", lambda: SemanticMap.from_heads(HEAD, 0 * HEAD), r"The target head .* \(7, 4\): .* not all zero"),
         ("scores by layer", lambda: pair_layers({0: 1.0, 1: 2.0}, 1), "expected a score of each source layer"),
+        ("no source layer", lambda: pair_layers(0, 3, "proportional"), "scores is 0 and num_target_layers 3: expected"),
         ("no target layer", lambda: pair_layers(5, 0, "last"), "num_target_layers 0: expected"),
         ("fractions of layers", lambda: pair_layers(5, 2, [0.5, 3.7]), r"lists \[0.5, 3.7\]: expected whole numbers"),
         ("a pairing that descends", lambda: LayerPairing((2, 0), 3, "explicit"), "must be ascending"),

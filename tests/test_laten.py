@@ -619,7 +619,7 @@ def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, lively, monkey
         ("fp16", {"fp16": True}, "LaTen does not work with fp16"),
         ("streaming", {"source_memory": "stream"}, "LaTen does not work with source_memory='stream'"),
         ("few align rows", {"train": ROWS[:18]}, "The align split has 18 rows"),
-        ("a stream", {"train": iter(ROWS[:30])}, "without a length"),
+        ("a stream", {"train": iter(ROWS[:30])}, "is a list_iterator: expected a Dataset or a list"),
         (
             "a shallow source",
             {"source": tiny_llama(2, 32, pad_token_id=0), "pairing": "proportional"},

@@ -1,6 +1,7 @@
 """Layer pairing: every strategy worked by hand, ascending, and clear about what it cannot pair."""
 
 import pytest
+import torch
 
 from hf_semalign.attribution import LayerScores
 from hf_semalign.pairing import STRATEGIES, LayerPairing, pair_layers
@@ -126,3 +127,8 @@ def test_json_round_trip(tmp_path, pairing):
         written.to_json(tmp_path / "pairing.json")
         read = LayerPairing.from_json(tmp_path / "pairing.json")
         assert read == written and hash(read) == hash(written)
+
+
+def test_scores_may_be_a_tensor():
+    pairing = pair_layers(torch.tensor([0.5, 2.0, 1.0]), 2)
+    assert pairing.source_layers == (1, 2) and pairing.scores == (0.5, 2.0, 1.0)

@@ -159,8 +159,11 @@ def test_nothing_runs_without_consent(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="HF_ALLOW_CODE_EVAL=1"):
         run_program("pass")
     monkeypatch.setenv(OPT_IN, "1")
-    with pytest.raises(ValueError, match="timeout is 0: expected seconds above 0"):
+    with pytest.raises(ValueError, match="timeout is 0 and memory_mb 512: expected seconds and whole"):
         run_program("pass", timeout=0)
+    for limits in ({"timeout": float("nan")}, {"timeout": float("inf")}, {"memory_mb": -1}, {"memory_mb": 0.5}):
+        with pytest.raises(ValueError, match="expected seconds and whole megabytes above 0"):
+            run_program("pass", **limits)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="Linux only, not on darwin"):
         run_program("pass")

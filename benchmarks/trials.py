@@ -272,7 +272,7 @@ def _divergence(trainer: SemAlignTrainer, objective: Objective, **how: Any) -> D
 
 def _random(known: SemanticMap) -> SemanticMap:
     columns = torch.randn(known.matrix.T.shape, generator=torch.Generator().manual_seed(0), dtype=known.matrix.dtype)
-    return _replaced(known, torch.linalg.qr(columns)[0].T, "random")
+    return _replaced(known, torch.linalg.qr(columns)[0].T.to(known.matrix.device), "random")
 
 
 TRIALS: dict[str, Callable[..., SemAlignTrainer]] = {

@@ -23,7 +23,7 @@ from hf_semalign.states import write_text
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
 ROWS_ON_CPU = 32  # prompts at a time, where memory allows it: what is drawn depends on it
-ROWS = 256  # on a GPU
+ROWS = 256  # the same on a GPU
 Entry = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ def write_answers(
         raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
-    known = {entry["row"]: entry for entry in _read(path)}
+    known = {entry["row"]: entry for entry in read_entries(path)}
     if other := [row for row, one in enumerate(questions) if row in known and known[row]["prompt"] != one["prompt"]]:
         raise InputError(f"{path} has the answers to other prompts, as in row {other[0]}: name another file.")
     if any(row not in known for row in range(len(prompts))):
@@ -178,7 +178,7 @@ def _text(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBa
     return both[len(before) :] if both.startswith(before) else alone
 
 
-def _read(path: Path) -> list[Entry]:
+def read_entries(path: Path) -> list[Entry]:
     """The entries of a file, which may end in the middle of one, where a process was killed."""
     if not path.is_file():
         return []

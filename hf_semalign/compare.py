@@ -66,6 +66,11 @@ class Reported:
     origin: str
     rows: dict[str, dict[str, float]]
 
+    def __post_init__(self) -> None:
+        rows = self.rows.values() if isinstance(self.rows, dict) else [None]
+        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
+            raise InputError(f"rows of reported is {self.rows!r}: expected by method, and then by task, a number.")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -78,6 +83,10 @@ class Hardware:
 
     name: str
     tflops: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tflops < math.inf:
+            raise InputError(f"tflops of hardware is {self.tflops}: expected a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -214,12 +223,6 @@ def _section(kind: Any, content: Any, where: str) -> Any:
     if not isinstance(content, dict) or set(content) != set(names):
         raise InputError(f"The section {where} is {content!r}: expected {names}.")
     check_numbers(content, kind)
-    if kind is Reported:
-        rows = content["rows"].values() if isinstance(content["rows"], dict) else [None]
-        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
-            raise InputError(f"rows of the {where} is {content['rows']!r}: expected by method, and then by task, a number.")
-    if kind is Hardware and not 0 < content["tflops"] < math.inf:
-        raise InputError(f"tflops of the {where} is {content['tflops']}: expected a number above 0.")
     return kind(**content)
 
 

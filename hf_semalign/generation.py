@@ -21,7 +21,7 @@ from hf_semalign.loading import HALVES, is_quantised, product_seconds
 logger = logging.getLogger(__name__)
 SEGMENT = 8  # tokens between two looks at what has ended
 MOST_ROWS_ON_CPU = 64  # prompts at a time: more are no faster on two cores
-MOST_ROWS = 256  # on a GPU, which few rows leave idle
+MOST_ROWS = 256  # the same on a GPU
 PROMPT_TOKENS = 512  # a prompt's length that memory is planned for
 
 

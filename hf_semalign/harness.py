@@ -31,13 +31,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.anatomy import CausalLM
+from hf_semalign.answers import read_entries
 from hf_semalign.errors import InputError
 from hf_semalign.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating, rows_that_fit
 from hf_semalign.hub import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
 from hf_semalign.problems import CODE, METRICS, build_task, find_rows, quiet
 from hf_semalign.sandbox import run_program
-from hf_semalign.states import digest, file_digest
+from hf_semalign.states import digest, file_digest, write_text
 from hf_semalign.symbols import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,13 @@ def run_benchmark(
         files: local file of the test rows, or a folder that holds it, see :data:`hf_semalign.problems.PLACES`; by default the
             rows are the Hub's.
         limit: first rows only; of MMLU the first of each subject.
-        batch_size: prompts at a time; by default as many as fit into memory, 64 at most (of MMLU 16). vLLM decides itself.
+        batch_size: prompts at a time; by default as many as fit into memory, at most 64 on a CPU and 256 on a GPU (of MMLU
+            16). vLLM decides itself.
         chat_template: whether a prompt is the user's turn in the tokenizer's chat template.
         backend: ``hf``, or ``vllm``, for a model given by name.
         target: of an adapter whose record knows only a folder's name: a Hub id or folder.
-        answers: a file that keeps answers as their batches come, by the harness's cache (SQLite), so that an interrupted call
-            goes on where it stopped. Whoever calls sees to it that another model has another file.
+        answers: a file of JSON lines that keeps answers as their batches come, so that an interrupted call goes on where it
+            stopped; with the backend ``hf``. Whoever calls sees to it that another model has another file.
 
     Returns:
         Plain values: ``task``, ``metric``, ``value`` (share in 0 to 1), ``stderr`` (``None`` of a single row), ``rows``,
@@ -99,7 +101,11 @@ def run_benchmark(
     try:
         built = build_task(task, path, chat_template)
         with _opened(model, tokenizer, batch_size, backend, target) as opened:
-            return _measure(opened, task, built, path, limit, chat_template, answers)
+            if answers is not None:
+                if opened.own or backend != "hf":
+                    raise InputError("Answers are kept with the backend hf alone: leave answers out.")
+                opened.lm.answers = Path(answers)
+            return _measure(opened, task, built, path, limit, chat_template)
     finally:
         random.setstate(generator)
 
@@ -232,18 +238,55 @@ class _Opened:
     own: bool = False
 
 
+class _Kept:
+    """The harness's cache hook, which gets each answer as soon as its batch is done: JSON lines, by a digest of what was asked.
+
+    Not the harness's own cache, whose file holds pickles: who sends a folder of signals could run a program by it.
+    """
+
+    def __init__(self, path: Path | None, known: dict[str, str]) -> None:
+        self.path = path
+        if path is not None:  # without a line that was cut, where a process was killed
+            write_text(path, "".join(self._line(*one) for one in known.items()))
+
+    def __enter__(self) -> _Kept:
+        self.file = None if self.path is None else self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def add_partial(self, kind: str, asked: Any, answer: str) -> None:
+        """Keep an answer."""
+        if self.file is not None:
+            self.file.write(self._line(digest(asked), answer))
+            self.file.flush()
+
+    @staticmethod
+    def _line(asked: str, answer: str) -> str:
+        return json.dumps({"asked": asked, "answer": answer}) + "\n"
+
+
 def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int | None) -> Any:
     """The harness's wrapper of a model, which generates by :func:`hf_semalign.generation.continue_prompts`."""
     from lm_eval.models.huggingface import HFLM
 
     class GreedyLM(HFLM):
+        answers: Path | None = None
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            asked = [digest(request.args) for request in requests]
+            known = {} if self.answers is None else {one["asked"]: one["answer"] for one in read_entries(self.answers)}
+            missing = [request for request, key in zip(requests, asked, strict=True) if key not in known]
             room = requests[0].args[1].get("max_gen_toks", self.max_gen_toks)
             self.batch_size_per_gpu = batch_size or rows_that_fit(model, room)
-            self.bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0)
+            total, off = len(requests), disable_tqdm or self.rank != 0
+            self.bar = tqdm(total=total, initial=total - len(missing), desc="answers", disable=off)
             try:
-                with self.bar:
-                    return super().generate_until(requests, disable_tqdm=True)
+                with self.bar, _Kept(self.answers, known) as self.cache_hook:
+                    made = iter(super().generate_until(missing, disable_tqdm=True) if missing else ())
+                return [known[key] if key in known else next(made) for key in asked]
             finally:
                 self.batch_size_per_gpu = batch_size or CHOICE_ROWS  # for choices, of the next task
 
@@ -348,30 +391,8 @@ def _open_vllm(name: str, target: str | None) -> Any:
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
 
-@contextmanager
-def _keeping(lm: Any, answers: str | Path | None) -> Iterator[Any]:
-    """The harness's model, whose answers are kept in a file, where one is named, see :func:`run_benchmark`."""
-    if answers is None:
-        yield lm
-        return
-    from lm_eval.api.model import CacheHook, CachingLM
-
-    keeping = CachingLM(lm, str(answers))
-    try:
-        yield keeping
-    finally:
-        lm.set_cache_hook(CacheHook(None))
-        keeping.dbdict.close()
-
-
 def _measure(
-    opened: _Opened,
-    task: str,
-    built: Any,
-    path: Path | None,
-    limit: int | None,
-    chat_template: bool,
-    answers: str | Path | None = None,
+    opened: _Opened, task: str, built: Any, path: Path | None, limit: int | None, chat_template: bool
 ) -> dict[str, Any]:
     """Run a task; see :func:`run_benchmark` for what is returned."""
     import lm_eval
@@ -385,11 +406,10 @@ def _measure(
             raise InputError(f"The model reads {opened.lm.max_length} tokens, and {task} wants {answer} for an answer alone.")
         bos = _check_bos(opened.lm, chat_template)
     # Not simple_evaluate, which besides seeds all generators and lists the installed packages by starting pip.
-    with _keeping(opened.lm, answers) as lm:
-        results: Any = lm_eval.evaluate(
-            lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
-            apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
-        )  # fmt: skip
+    results: Any = lm_eval.evaluate(
+        opened.lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
+        apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
+    )  # fmt: skip
     metric, kind = METRICS[task].split(",")
     name = "mmlu" if task == "mmlu" else built.task_name
     parts = {part.task_name: part for part in ([built] if task != "mmlu" else built.get_all_tasks())}

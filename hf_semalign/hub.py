@@ -342,14 +342,18 @@ def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] |
     if base is None:
         logger.warning("No logits will be compared: the target %s is not at hand, name it by target=. (%s)", name, reason)
         return None
-    try:
-        model = PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"The adapter of {folder} does not fit {name}: {brief(error)}") from error
+    model = _adapted(base, folder, name)
     logits = _logits(model)
     if not logits.isfinite().all():
         raise InputError(f"The logits of the adapter of {folder} are not finite: it is of no use, train it again.")
     return model, logits
+
+
+def _adapted(base: Any, folder: Path, name: str) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"The adapter of {folder} does not fit {name}: {brief(error)}. Pass its own target.") from error
 
 
 @torch.no_grad()
@@ -412,12 +416,7 @@ def load_transfer(
         base = load_weights(name, dtype="auto")
     except ValueError as error:
         raise InputError(f"{error} The record has no local paths: pass the folder of its target as target.") from error
-    try:
-        return PeftModel.from_pretrained(base, folder), record
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"The adapter of {folder} does not fit {name}: {brief(error)}. Pass its own target as target."
-        ) from error
+    return _adapted(base, folder, name), record
 
 
 def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> Path:

@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
     rows = None if path is None else TESTS[task].load("test", path)
     if rows is not None and not rows:
         raise InputError(f"{path} has no test rows of {task}.")
-    with quiet(), _hub_rows(task):
+    with quiet(), _hub_rows(task) if rows is None else nullcontext():
         if task != "mmlu":
             config = _stock()[task] if task == "gsm8k" else _own_config(task, chat_template)
             local = {} if rows is None else _local(rows)

@@ -167,7 +167,7 @@ class Recipe:
         settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, **fixed}
         try:
             args = SemAlignConfig(output_dir=str(folder), **settings)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:  # transformers' own checks
+        except (ValueError, TypeError, OSError) as error:  # transformers' own checks
             raise InputError(f"The recipe's training section cannot be used: {error}") from error
         args.push_to_hub = False  # no trainer publishes, but the recipe at its end
         return args

@@ -89,7 +89,7 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
         )
     if sys.platform != "linux":
         raise InputError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
-    if not 0 < timeout < math.inf or memory_mb != int(memory_mb) or memory_mb < 1:
+    if not 0 < timeout < math.inf or not isinstance(memory_mb, int) or memory_mb < 1:
         raise InputError(f"timeout is {timeout} and memory_mb {memory_mb}: expected seconds and whole megabytes above 0.")
     token = secrets.token_hex(TOKEN // 2).encode()
     with tempfile.TemporaryDirectory(prefix="semalign-") as folder, tempfile.TemporaryFile() as given:

@@ -71,7 +71,7 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def _check_metric(args: SemAlignConfig, evals: Sequence[str]) -> None:
     """Refuse a metric that evaluation will not give, before it is looked for at the first checkpoint."""
-    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
     known = [f"{name}_{figure}" for name in evals for figure in METRICS] or list(METRICS)
     wanted = args.load_best_model_at_end or args.save_strategy == "best"
     if wanted and metric not in (*known, "runtime", "samples_per_second", "steps_per_second"):
@@ -168,7 +168,8 @@ class SemAlignTrainer(LayerwiseTrainer):
         self._lora_targets = known.lora_targets
         self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
         evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
-        _check_metric(args, list(evals))
+        if not callbacks:  # which may add metrics of their own
+            _check_metric(args, list(evals))
         warn_of_slow_bf16(args)
         with timed("loading the target", self.seconds):
             target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)

@@ -638,6 +638,10 @@ def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(file
     monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=2))
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(model, tokenizer, "gsm8k", **settings)
+    (kept,) = [json.loads(line) for line in settings["answers"].read_text().splitlines()]  # plain text, no pickle
+    assert kept.keys() == {"asked", "answer"}
+    with settings["answers"].open("a") as file:
+        file.write('{"asked": "cut')  # where a process was killed
     monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
     assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
     assert calls == [2, 2, 0]  # one of two rows was there

@@ -103,7 +103,7 @@ def draw(curves: dict[str, Runs], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from hf_semalign.figures import BASELINE_COLOURS, BLUE, STYLE
+    from hf_semalign.experiments.figures import BASELINE_COLOURS, BLUE, STYLE
 
     looks = {"cached": (BLUE, "o-"), "online": (BASELINE_COLOURS[3], "s--"), "gkd": (BASELINE_COLOURS[0], "^-.")}
     with rc_context(STYLE):

@@ -43,8 +43,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer, SemanticMap
-from hf_semalign.prefix import TargetPrefix
-from hf_semalign.signals import CachedSignals
+from hf_semalign.cache.prefix import TargetPrefix
+from hf_semalign.cache.signals import CachedSignals
 from hf_semalign.splits import Collator, encode
 
 Record = dict[str, Any]

@@ -155,8 +155,8 @@ class Bench:
         """What is looked at before training: splits that share no prompt, ids in range, digests, the examples' order."""
         from datasets import load_from_disk
 
+        from hf_semalign.cache.states import Examples
         from hf_semalign.splits import check_disjoint, check_token_ids, fingerprint
-        from hf_semalign.states import Examples
 
         rows, encoded = self.rows(), self._encoded()
         held_out = load_from_disk(str(self.folder / "eval"))
@@ -173,8 +173,8 @@ class Bench:
 
     def _signals(self, source: Any, stream: bool = False) -> Any:
         from hf_semalign import SemanticMap, SourceSignals
-        from hf_semalign.anatomy import dissect
-        from hf_semalign.pairing import pair_layers
+        from hf_semalign.method.pairing import pair_layers
+        from hf_semalign.models.anatomy import dissect
         from hf_semalign.splits import Collator
 
         semantic_map = SemanticMap.from_heads(source.head().weight, dissect(self.model("target")).head_weight()).float()
@@ -186,7 +186,7 @@ class Bench:
 
     def signals(self) -> None:
         """The pass of the source."""
-        from hf_semalign.source import Source
+        from hf_semalign.cache.source import Source
 
         source = Source(self.model("source"))
         with phase("signals", self.phases):
@@ -196,7 +196,7 @@ class Bench:
 
     def reading(self) -> None:
         """Batches at random, of signals that are there, as an epoch of training would read them."""
-        from hf_semalign.source import Source
+        from hf_semalign.cache.source import Source
         from hf_semalign.splits import Collator
 
         signals, draw, layers = self._signals(Source(self.model("source"))), random.Random(0), range(self.spec["target"][0])
@@ -210,8 +210,8 @@ class Bench:
 
     def streaming(self) -> None:
         """Attribution and signals of a source in a folder, one of its layers in memory at a time."""
-        from hf_semalign.scores import attribute_streamed
-        from hf_semalign.source import Source
+        from hf_semalign.cache.scores import attribute_streamed
+        from hf_semalign.cache.source import Source
         from hf_semalign.splits import Collator
 
         self.model("source").save_pretrained(self.folder / "source")
@@ -223,9 +223,9 @@ class Bench:
 
     def prefix(self) -> None:
         """The target's inputs, moved from layer to layer."""
-        from hf_semalign.prefix import TargetPrefix
+        from hf_semalign.cache.prefix import TargetPrefix
+        from hf_semalign.cache.states import Examples
         from hf_semalign.splits import Collator
-        from hf_semalign.states import Examples
 
         model, moves = self.model("target"), range(1, self.spec["target"][0])
         lora = [[parameter for parameter in layer.parameters()][:1] for layer in model.model.layers]
@@ -296,8 +296,8 @@ class Bench:
         import torch
 
         from hf_semalign import SemanticMap
-        from hf_semalign.attribution import attribute_layers
-        from hf_semalign.losses import output_kl, token_cross_entropy
+        from hf_semalign.method.attribution import attribute_layers
+        from hf_semalign.method.losses import output_kl, token_cross_entropy
 
         size, positions = self.spec["vocabulary"], self.spec["batch"] * self.spec["valid"]
         heads = [torch.randn(size, self.spec[role][1]) for role in ("source", "target")]

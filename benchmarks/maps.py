@@ -22,8 +22,8 @@ from unittest import mock
 
 import torch
 
-from hf_semalign import semantics
-from hf_semalign.semantics import KINDS, SemanticMap
+from hf_semalign.method import semantic_map as semantics
+from hf_semalign.method.semantic_map import KINDS, SemanticMap
 
 RESULTS = Path(__file__).parent / "results"
 PINVS = ("pinv float64", "pinv float32")

@@ -18,9 +18,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from hf_semalign import SemAlignConfig
-from hf_semalign.baselines.kd import KDTrainer
-from hf_semalign.loading import find_tokenizer
-from hf_semalign.tasks import load_task
+from hf_semalign.experiments.baselines.kd import KDTrainer
+from hf_semalign.experiments.tasks import load_task
+from hf_semalign.models.loading import find_tokenizer
 
 FOLDER = Path("runs/real-pair")
 EVALUATED = 8

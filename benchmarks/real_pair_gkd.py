@@ -19,15 +19,15 @@ import torch
 from rivals import gkd_trainer
 from torch.utils.data import DataLoader
 
-from hf_semalign.anatomy import dissect
-from hf_semalign.evaluation import answer_loss, final_states
-from hf_semalign.harness import run_benchmark
-from hf_semalign.hooks import without_cudnn_attention
-from hf_semalign.loading import load_model
-from hf_semalign.losses import token_kl
-from hf_semalign.recipe import load_recipe, load_tokenizer
+from hf_semalign.experiments.benchmarks.harness import run_benchmark
+from hf_semalign.experiments.evaluation import answer_loss, final_states
+from hf_semalign.experiments.recipe import load_recipe, load_tokenizer
+from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.method.losses import token_kl
+from hf_semalign.models.anatomy import dissect
+from hf_semalign.models.hooks import without_cudnn_attention
+from hf_semalign.models.loading import load_model
 from hf_semalign.splits import Collator, encode
-from hf_semalign.symbols import resolve_model
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_semalign.paired import paired_difference
-from hf_semalign.recipe import load_recipe
+from hf_semalign.experiments.paired import paired_difference
+from hf_semalign.experiments.recipe import load_recipe
 
 TASKS = ("mbpp", "humaneval")
 Cell = dict[str, Any]

@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_semalign.rows import HUMANEVAL, MBPP, Item, Row, Table, overlap
+from hf_semalign.experiments.rows import HUMANEVAL, MBPP, Item, Row, Table, overlap
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "__phello__", "pydoc_data"}
 SHORTEST_DOC = 40  # characters

@@ -61,7 +61,7 @@ def measure(folder: str, stream: bool) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from hf_semalign import LayerPairing, SemanticMap, SourceSignals
-    from hf_semalign.source import Source
+    from hf_semalign.cache.source import Source
     from hf_semalign.splits import Collator, encode
 
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from hf_semalign.figures import BASELINE_COLOURS, BLUE, STYLE
+    from hf_semalign.experiments.figures import BASELINE_COLOURS, BLUE, STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")

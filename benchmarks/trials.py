@@ -16,14 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
-from hf_semalign.anatomy import dissect, final_norm
-from hf_semalign.frontier import FrontierSchedule, stage_learning_rate
-from hf_semalign.objective import Objective
-from hf_semalign.pairing import pair_layers
-from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap
-from hf_semalign.signals import BatchSignals
-from hf_semalign.source import Source
+from hf_semalign.cache.scores import layer_scores
+from hf_semalign.cache.signals import BatchSignals
+from hf_semalign.cache.source import Source
+from hf_semalign.method.frontier import FrontierSchedule, stage_learning_rate
+from hf_semalign.method.objective import Objective
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.models.anatomy import dissect, final_norm
 from hf_semalign.splits import Collator
 
 REBALANCED = 25  # steps between two looks at the gradients

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_semalign.attribution import LayerScores, attribute_layers
+    from hf_semalign.cache.signals import SourceSignals
     from hf_semalign.config import SemAlignConfig
-    from hf_semalign.frontier import FrontierCallback, FrontierSchedule
-    from hf_semalign.hub import load_transfer, push_transfer
-    from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
-    from hf_semalign.pairing import LayerPairing, pair_layers
-    from hf_semalign.semantics import SemanticMap, semantic_bases
-    from hf_semalign.signals import SourceSignals
+    from hf_semalign.hub.push import load_transfer, push_transfer
+    from hf_semalign.method.attribution import LayerScores, attribute_layers
+    from hf_semalign.method.frontier import FrontierCallback, FrontierSchedule
+    from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
+    from hf_semalign.method.pairing import LayerPairing, pair_layers
+    from hf_semalign.method.semantic_map import SemanticMap, semantic_bases
     from hf_semalign.trainer import SemAlignTrainer
 
 __all__ = [
@@ -39,14 +39,14 @@ __all__ = [
     "steering_loss",
 ]
 _MODULES = {
-    "attribution": ("LayerScores", "attribute_layers"),
+    "method.attribution": ("LayerScores", "attribute_layers"),
     "config": ("SemAlignConfig",),
-    "frontier": ("FrontierCallback", "FrontierSchedule"),
-    "hub": ("load_transfer", "push_transfer"),
-    "losses": ("fisher_loss", "output_kl", "relation_loss", "steering_loss"),
-    "pairing": ("LayerPairing", "pair_layers"),
-    "semantics": ("SemanticMap", "semantic_bases"),
-    "signals": ("SourceSignals",),
+    "method.frontier": ("FrontierCallback", "FrontierSchedule"),
+    "hub.push": ("load_transfer", "push_transfer"),
+    "method.losses": ("fisher_loss", "output_kl", "relation_loss", "steering_loss"),
+    "method.pairing": ("LayerPairing", "pair_layers"),
+    "method.semantic_map": ("SemanticMap", "semantic_bases"),
+    "cache.signals": ("SourceSignals",),
     "trainer": ("SemAlignTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

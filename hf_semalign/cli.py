@@ -198,8 +198,8 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
-        from hf_semalign.plan import plan_recipe, plan_table
-        from hf_semalign.recipe import load_recipe
+        from hf_semalign.experiments.plan import plan_recipe, plan_table
+        from hf_semalign.experiments.recipe import load_recipe
 
         _console().print(plan_table(plan_recipe(load_recipe(options.config, options.overrides))))
     else:
@@ -207,8 +207,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _run(config: str, overrides: Sequence[str]) -> None:
-    from hf_semalign.recipe import load_recipe
-    from hf_semalign.runs import results_table, run_recipe
+    from hf_semalign.experiments.recipe import load_recipe
+    from hf_semalign.experiments.run import results_table, run_recipe
 
     recipe = load_recipe(config, overrides)
     results = run_recipe(recipe)
@@ -219,16 +219,16 @@ def _run(config: str, overrides: Sequence[str]) -> None:
 
 
 def _attribute(options: argparse.Namespace) -> None:
-    from hf_semalign.recipe import load_recipe
-    from hf_semalign.studies import attribute_recipe, scores_table
+    from hf_semalign.experiments.recipe import load_recipe
+    from hf_semalign.experiments.studies import attribute_recipe, scores_table
 
     scores, pairing = attribute_recipe(load_recipe(options.config, options.overrides))
     _console().print(scores_table(scores, pairing))
 
 
 def _signals(options: argparse.Namespace) -> None:
-    from hf_semalign.recipe import load_recipe
-    from hf_semalign.runs import run_signals
+    from hf_semalign.experiments.recipe import load_recipe
+    from hf_semalign.experiments.run import run_signals
 
     folder = run_signals(load_recipe(options.config, options.overrides))
     if _main_process():
@@ -236,8 +236,8 @@ def _signals(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from hf_semalign.compare import costs_table, load_comparison, run_comparison
-    from hf_semalign.tables import markdown
+    from hf_semalign.experiments.compare import costs_table, load_comparison, run_comparison
+    from hf_semalign.experiments.tables import markdown
 
     console, known = _console(), load_comparison(options.comparison, options.overrides)
     if options.dry_run:
@@ -248,14 +248,14 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from hf_semalign.studies import run_analysis
+    from hf_semalign.experiments.studies import run_analysis
 
     path = run_analysis(options.analysis, options.origin, options.overrides, options.output)
     _console().print(f"{path} (with .svg), numbers in {path.parent / options.analysis}.json")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hf_semalign.harness import RESULTS_NAME, benchmarks_table, evaluate_run
+    from hf_semalign.experiments.benchmarks.harness import RESULTS_NAME, benchmarks_table, evaluate_run
 
     names = ("target", "files", "limit", "batch_size", "chat_template", "backend", "output")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -266,13 +266,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from hf_semalign.report import write_report
+    from hf_semalign.experiments.report import write_report
 
     _console().print(str(write_report(options.folder, options.output)))
 
 
 def _push(options: argparse.Namespace) -> None:
-    from hf_semalign.hub import push_transfer
+    from hf_semalign.hub.push import push_transfer
 
     names = ("revision", "tag", "target")
     settings = {name: getattr(options, name) for name in names}
@@ -280,7 +280,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from hf_semalign.inspection import inspect_transfer, inspection_table
+    from hf_semalign.hub.inspection import inspect_transfer, inspection_table
 
     facts = inspect_transfer(options.origin, options.revision)
     _console().print(inspection_table(options.origin, facts))

@@ -19,9 +19,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_xla_available
 
 from hf_semalign.errors import InputError
-from hf_semalign.frontier import BUDGETS, FRONTIERS
-from hf_semalign.pairing import STRATEGIES
-from hf_semalign.semantics import KINDS
+from hf_semalign.method.frontier import BUDGETS, FRONTIERS
+from hf_semalign.method.pairing import STRATEGIES
+from hf_semalign.method.semantic_map import KINDS
 
 CHOICES = {
     "map_kind": KINDS,

@@ -23,26 +23,26 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from hf_semalign.anatomy import add_lora, base_model, check_head, dissect
-from hf_semalign.card import render_card
+from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.cache.scores import layer_scores
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import digest, file_digest, sha256, write_text
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
-from hf_semalign.guards import disk_errors_explained
-from hf_semalign.hooks import capture, without_logits
-from hf_semalign.hub import CARD, card_fault, hub_name, open_repo, push_transfer
-from hf_semalign.layerwise import LayerwiseTrainer
-from hf_semalign.loading import RECORD_NAME, device_name, licence_of, load_model, warn_of_slow_bf16
-from hf_semalign.losses import relation_sequences
-from hf_semalign.objective import Objective
-from hf_semalign.pairing import LayerPairing, pair_layers
-from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
-from hf_semalign.preparation import Preparation, prepare
-from hf_semalign.scores import layer_scores
-from hf_semalign.semantics import SemanticMap
-from hf_semalign.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
-from hf_semalign.source import Source
+from hf_semalign.hub.card import render_card
+from hf_semalign.hub.push import CARD, card_fault, hub_name, open_repo, push_transfer
+from hf_semalign.method.losses import relation_sequences
+from hf_semalign.method.objective import Objective
+from hf_semalign.method.pairing import LayerPairing, pair_layers
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.models.anatomy import add_lora, base_model, check_head, dissect
+from hf_semalign.models.hooks import capture, without_logits
+from hf_semalign.models.loading import RECORD_NAME, device_name, licence_of, load_model, warn_of_slow_bf16
 from hf_semalign.splits import Collator, Record, encode, fingerprint, is_encoded, valid_positions
-from hf_semalign.states import digest, file_digest, sha256, write_text
+from hf_semalign.training.checkpoints import disk_errors_explained
+from hf_semalign.training.layerwise import LayerwiseTrainer
+from hf_semalign.training.preparation import Preparation, prepare
 
 logger = logging.getLogger(__name__)
 PREFIX = "_prefix"  # in the run folder
@@ -224,7 +224,7 @@ class SemAlignTrainer(LayerwiseTrainer):
 
     @classmethod
     def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-        """What the method does beside or instead of the phases of :func:`hf_semalign.plan.plan`: multiplications by phase."""
+        """Multiplications by phase, beside or instead of those of :func:`hf_semalign.experiments.plan.plan`."""
         return {}
 
     def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
@@ -461,7 +461,7 @@ class SemAlignTrainer(LayerwiseTrainer):
         return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, see :meth:`hf_semalign.layerwise.LayerwiseTrainer.train`; an interrupted run keeps its target prefix."""
+        """Train, see :meth:`~hf_semalign.training.layerwise.LayerwiseTrainer.train`. An interrupted run keeps its prefix."""
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._prefix = None
         if self.args.should_save:

@@ -17,8 +17,12 @@ from pathlib import Path
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_semalign import figures, prefix, runs, scores, semantics, signals, trainer
+from hf_semalign import trainer
+from hf_semalign.cache import prefix, scores, signals
 from hf_semalign.cli import main
+from hf_semalign.experiments import figures
+from hf_semalign.experiments import run as runs
+from hf_semalign.method import semantic_map as semantics
 
 PHASES = {  # what each calls its own; the innermost counts
     "attribution": (scores, "attribute_layers"),

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import SemAlignConfig, load_transfer, push_transfer
 from hf_semalign.cli import main
-from hf_semalign.evaluation import answer_loss
-from hf_semalign.recipe import METHODS
+from hf_semalign.experiments.evaluation import answer_loss
+from hf_semalign.experiments.recipe import METHODS
 from hf_semalign.splits import Collator, encode
 
 

@@ -10,11 +10,19 @@ from conftest import batches_of, random_rows, tiny_llama
 from reference import bases as reference_bases
 from test_recipe import QUICKSTART, ROOT
 
-from hf_semalign import SemanticMap, analysis
-from hf_semalign.analysis import LinearCKA, layer_cka, layer_states, recomposition, recomposition_cosines, vocabulary_bases
+from hf_semalign import SemanticMap
 from hf_semalign.cli import main
-from hf_semalign.recipe import load_recipe
-from hf_semalign.runs import run_recipe
+from hf_semalign.experiments import analysis
+from hf_semalign.experiments.analysis import (
+    LinearCKA,
+    layer_cka,
+    layer_states,
+    recomposition,
+    recomposition_cosines,
+    vocabulary_bases,
+)
+from hf_semalign.experiments.recipe import load_recipe
+from hf_semalign.experiments.run import run_recipe
 from hf_semalign.splits import valid_positions
 
 ROWS = random_rows([(3, 5), (6, 2), (2, 7), (1, 1), (5, 4)])

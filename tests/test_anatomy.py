@@ -7,8 +7,8 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_semalign import anatomy
-from hf_semalign.anatomy import (
+from hf_semalign.models import anatomy
+from hf_semalign.models.anatomy import (
     add_lora,
     base_model,
     check_head,

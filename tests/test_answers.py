@@ -11,13 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_semalign import answers
-from hf_semalign.answers import Sampling, answered, question, write_answers
 from hf_semalign.cli import main
-from hf_semalign.hub import read_record
-from hf_semalign.recipe import load_recipe, load_run
-from hf_semalign.rounds import train_recipe
-from hf_semalign.runs import run_recipe
+from hf_semalign.experiments import answers
+from hf_semalign.experiments.answers import Sampling, answered, question, write_answers
+from hf_semalign.experiments.recipe import load_recipe, load_run
+from hf_semalign.experiments.rounds import train_recipe
+from hf_semalign.experiments.run import run_recipe
+from hf_semalign.hub.push import read_record
 from hf_semalign.splits import encode, prompt_ids
 
 TOKENIZER = word_tokenizer(WORDS)

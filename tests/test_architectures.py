@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, TrainerCallback
 
+from hf_semalign.cache.signals import OnlineSignals
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.signals import OnlineSignals
 from hf_semalign.splits import valid_positions
 from hf_semalign.trainer import SemAlignTrainer
 

@@ -6,7 +6,7 @@ import torch
 from conftest import batches_of, random_rows, tiny_llama, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
-from hf_semalign.attribution import AGGREGATES, LayerScores, attribute_layers
+from hf_semalign.method.attribution import AGGREGATES, LayerScores, attribute_layers
 
 UNEVEN = [(3, 2), (2, 9), (6, 1), (1, 4), (5, 5)]
 SMALL = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.frontier import FrontierSchedule
-from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
-from hf_semalign.pairing import LayerPairing, pair_layers
-from hf_semalign.semantics import SemanticMap
-from hf_semalign.sharding import check_sharded, check_shards, check_zero
+from hf_semalign.method.frontier import FrontierSchedule
+from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
+from hf_semalign.method.pairing import LayerPairing, pair_layers
+from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.splits import IGNORED
 from hf_semalign.trainer import SemAlignTrainer
+from hf_semalign.training.engines import check_sharded, check_shards, check_zero
 
 ROWS = random_rows([(4, 3)] * 24)
 

@@ -11,7 +11,7 @@ from conftest import TEXTS, json_lines, table
 
 from hf_semalign import SemanticMap
 from hf_semalign.cli import main
-from hf_semalign.tasks import load_task
+from hf_semalign.experiments.tasks import load_task
 
 RECIPES = [
     ("a count of words", "data.align=many", "align is 'many': expected a whole number"),

@@ -13,18 +13,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig
 from trl import SFTTrainer as Reference
 
-from hf_semalign.anatomy import dissect
-from hf_semalign.baselines.kd import KDTrainer
-from hf_semalign.baselines.sft import SFTTrainer
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.evaluation import answer_loss, drift, final_states
-from hf_semalign.figures import METHOD_NAMES
-from hf_semalign.hub import load_transfer
-from hf_semalign.loading import load_weights
-from hf_semalign.recipe import load_recipe
-from hf_semalign.runs import HeldOut, run_recipe
+from hf_semalign.experiments.baselines.kd import KDTrainer
+from hf_semalign.experiments.baselines.sft import SFTTrainer
+from hf_semalign.experiments.evaluation import answer_loss, drift, final_states
+from hf_semalign.experiments.figures import METHOD_NAMES
+from hf_semalign.experiments.recipe import load_recipe
+from hf_semalign.experiments.run import HeldOut, run_recipe
+from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.hub.push import load_transfer
+from hf_semalign.models.anatomy import dissect
+from hf_semalign.models.loading import load_weights
 from hf_semalign.splits import Collator
-from hf_semalign.symbols import resolve_model
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)])
 SETTINGS = {

@@ -15,7 +15,7 @@ from conftest import json_lines, tiny_llama
 from test_harness import byte_model, byte_tokenizer
 from test_tasks import mbpp_row
 
-from hf_semalign.semantics import KINDS
+from hf_semalign.method.semantic_map import KINDS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import load_recipe
-from hf_semalign.symbols import PAIR_FOLDER, build_tokenizer
+from hf_semalign.experiments.evaluation import exact_match
+from hf_semalign.experiments.recipe import load_recipe
+from hf_semalign.experiments.symbols import PAIR_FOLDER, build_tokenizer
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 

@@ -11,8 +11,8 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType
 
-from hf_semalign import symbols
-from hf_semalign.card import benchmark_entries, render_card, restriction
+from hf_semalign.experiments import symbols
+from hf_semalign.hub.card import benchmark_entries, render_card, restriction
 
 TAGS = ["lora", "transformers", "hf-semalign", "knowledge-transfer"]
 LOCAL = ["embedded:target", "target", "/home/zoe/models/target", "./target", "~/zoe/x/target/", r"C:\Users\zoe\target"]

@@ -16,10 +16,10 @@ import pytest
 
 import hf_semalign
 from hf_semalign import cli
+from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cli import QUICKSTART, main, make_parser
 from hf_semalign.errors import NotFiniteError
-from hf_semalign.recipe import load_recipe
-from hf_semalign.scores import layer_scores
+from hf_semalign.experiments.recipe import load_recipe
 
 COMMANDS = make_parser()._subparsers._group_actions[0].choices
 SMALL = ["training.max_steps=4", "data.extract=8", "data.align=32", "data.eval=8", "baselines=[]", "training.logging_steps=2"]
@@ -92,7 +92,7 @@ def test_attribution_is_kept_where_a_run_finds_it(tmp_path, capsys, monkeypatch)
     assert "source layer" in shown and "embedded:source to embedded:target, pairing attribution" in shown
     kept = []
     monkeypatch.setattr("hf_semalign.trainer.layer_scores", lambda *a, **k: kept.append(layer_scores(*a, **k)) or kept[-1])
-    monkeypatch.setattr("hf_semalign.scores.attribute_layers", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("hf_semalign.cache.scores.attribute_layers", lambda *a, **k: pytest.fail("computed again"))
     assert main(["train", *recipe]) == 0
     assert f"{kept[0].values[0]:.4g}" in shown
 

@@ -14,11 +14,11 @@ from test_recipe import QUICKSTART
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hf_semalign import compare
 from hf_semalign.cli import main
-from hf_semalign.compare import BUDGETS, cells, load_comparison, plans, run_comparison
-from hf_semalign.paired import paired_difference
-from hf_semalign.plan import plan_recipe
+from hf_semalign.experiments import compare
+from hf_semalign.experiments.compare import BUDGETS, cells, load_comparison, plans, run_comparison
+from hf_semalign.experiments.paired import paired_difference
+from hf_semalign.experiments.plan import plan_recipe
 
 SMALL = ["data.align=64", "data.eval=12", "data.extract=4", "training.max_steps=6", "training.frontier=joint"]
 OTHERS = "forgetting={copy: {task: symbols, eval: 6, skills: [copy]}}"

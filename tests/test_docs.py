@@ -18,9 +18,9 @@ from conftest import CHAT_TEMPLATE, tiny_llama, word_tokenizer
 from markdown_it import MarkdownIt
 
 from hf_semalign.cli import main, make_parser
-from hf_semalign.compare import load_comparison
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.recipe import load_recipe
+from hf_semalign.experiments.compare import load_comparison
+from hf_semalign.experiments.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_cards/README.md")), *sorted(ROOT.glob("docs/*.md"))]

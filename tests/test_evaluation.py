@@ -5,7 +5,7 @@ import torch
 from conftest import batches_of, random_rows, tiny_llama, word_tokenizer
 from torch.nn.functional import cross_entropy
 
-from hf_semalign.evaluation import answer_loss, drift, exact_match, final_states, greedy_answers
+from hf_semalign.experiments.evaluation import answer_loss, drift, exact_match, final_states, greedy_answers
 
 WORDS = [f"w{i}" for i in range(94)]
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]

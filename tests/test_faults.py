@@ -12,7 +12,7 @@ import pytest
 from faults import run
 from safetensors.torch import load_file
 
-from hf_semalign.guards import last_checkpoint
+from hf_semalign.training.checkpoints import last_checkpoint
 
 STEPS = 12  # three of each stage
 ARGUMENTS = [

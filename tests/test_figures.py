@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colors, rcParams
 from PIL import Image
 
-from hf_semalign.figures import (
+from hf_semalign.experiments.figures import (
     BLACK,
     BLUE,
     GREY,

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_llama
 from families import FAMILIES, build
 
-from hf_semalign import generation
-from hf_semalign.generation import computing_in, continue_prompts, fastest_dtype, generating, rows_that_fit
+from hf_semalign.experiments import generation
+from hf_semalign.experiments.generation import computing_in, continue_prompts, fastest_dtype, generating, rows_that_fit
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12], [13]]
 IDS = torch.tensor([[0] * (5 - len(row)) + row for row in PROMPTS])

@@ -19,11 +19,11 @@ from test_engines import RECIPE, SETTINGS, accelerate, distance, run, same_adapt
 from test_trainer import EVEN, adapter, make_trainer
 from transformers import AutoModelForCausalLM
 
-from hf_semalign.attribution import attribute_layers
-from hf_semalign.baselines.kd import KDTrainer
 from hf_semalign.cli import main
-from hf_semalign.hooks import without_cudnn_attention
-from hf_semalign.semantics import SemanticMap
+from hf_semalign.experiments.baselines.kd import KDTrainer
+from hf_semalign.method.attribution import attribute_layers
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.splits import Collator, encode
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() != 1, reason="wants one NVIDIA GPU, see CUDA_VISIBLE_DEVICES")

@@ -12,11 +12,11 @@ import torch
 from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
-from hf_semalign.guards import CheckpointOnSignal, checkpoints_of, claimed, damage, last_checkpoint, rotate, seal
+from hf_semalign.training.checkpoints import CheckpointOnSignal, checkpoints_of, claimed, damage, last_checkpoint, rotate, seal
 
 HOLD = """
 import sys
-from hf_semalign.guards import claimed
+from hf_semalign.training.checkpoints import claimed
 with claimed(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -184,7 +184,7 @@ def test_older_checkpoints_go_when_a_new_one_is_whole(tmp_path, monkeypatch):
         there.append(sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")))
         seal(checkpoint)
 
-    monkeypatch.setattr("hf_semalign.layerwise.seal", watched)
+    monkeypatch.setattr("hf_semalign.training.layerwise.seal", watched)
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]

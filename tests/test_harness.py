@@ -25,15 +25,15 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_semalign import harness
+from hf_semalign.cache.states import file_digest
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
-from hf_semalign.generation import continue_prompts
-from hf_semalign.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
-from hf_semalign.hub import KEYS
-from hf_semalign.problems import build_task, humaneval_chat_program, mbpp_program
-from hf_semalign.sandbox import OPT_IN
-from hf_semalign.states import file_digest
+from hf_semalign.experiments.benchmarks import harness
+from hf_semalign.experiments.benchmarks.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
+from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_chat_program, mbpp_program
+from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
+from hf_semalign.experiments.generation import continue_prompts
+from hf_semalign.hub.push import KEYS
 
 SUBJECTS = [
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -247,7 +247,9 @@ def test_programs_of_answers():
 
 @linux
 def test_an_answer_that_leaves_early_or_hangs_does_not_pass(files, monkeypatch):
-    monkeypatch.setattr("hf_semalign.sandbox.run_program.__kwdefaults__", {"timeout": 1.0, "memory_mb": 512})
+    monkeypatch.setattr(
+        "hf_semalign.experiments.benchmarks.sandbox.run_program.__kwdefaults__", {"timeout": 1.0, "memory_mb": 512}
+    )
     endings = {"HumanEval/3": "    return 4\nimport os\nos._exit(0)\n", "HumanEval/4": "    while True: pass\n"}
     entry = run_benchmark(Answers(lambda row: endings[row["task_id"]]), None, "humaneval", files=files)
     assert entry["value"] == 0.0
@@ -604,7 +606,7 @@ def test_a_recipe_with_benchmarks_scores_target_source_and_result(files, tmp_pat
     assert "gsm8k: lm-eval" in card and "zero-shot, greedy, without chat template, 2 test rows" in card
     assert "none of these rows asks what one of them asks" in card
     assert "exact_match" in ModelCard(card).data.eval_results[0].metric_type
-    monkeypatch.setattr("hf_semalign.runs.run_benchmark", lambda *args, **settings: pytest.fail("scored again"))
+    monkeypatch.setattr("hf_semalign.experiments.run.run_benchmark", lambda *args, **settings: pytest.fail("scored again"))
     (tmp_path / "run" / "results.json").unlink()
     assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
     again = json.loads((tmp_path / "run" / "results.json").read_text())

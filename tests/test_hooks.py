@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from hf_semalign.hooks import capture
+from hf_semalign.models.hooks import capture
 
 IDS = torch.tensor([[1, 5, 9, 4], [1, 7, 3, 8]])
 

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_semalign import hub as publishing
-from hf_semalign.states import file_digest
+from hf_semalign.cache.states import file_digest
+from hf_semalign.hub import push as publishing
 
 PUBLIC = {
     "adapter_model.safetensors", "adapter_config.json", "semalign.json", "README.md", "results.json", "tokenizer.json",

@@ -12,10 +12,10 @@ from families import build
 from peft import PeftModel
 from torch.func import functional_call
 
-from hf_semalign.anatomy import Size, base_model, dissect, neuron_parts
-from hf_semalign.baselines import laten
-from hf_semalign.baselines.laten import ROLES, Hypernetworks, LaTenTrainer, Plan, one_cycle
-from hf_semalign.baselines.neurons import (
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.experiments.baselines import laten
+from hf_semalign.experiments.baselines.laten import ROLES, Hypernetworks, LaTenTrainer, Plan, one_cycle
+from hf_semalign.experiments.baselines.neurons import (
     Located,
     Unembedding,
     addition_scores,
@@ -25,9 +25,9 @@ from hf_semalign.baselines.neurons import (
     neuron_scores,
     trace,
 )
-from hf_semalign.config import SemAlignConfig
-from hf_semalign.evaluation import answer_loss
-from hf_semalign.hub import load_transfer
+from hf_semalign.experiments.evaluation import answer_loss
+from hf_semalign.hub.push import load_transfer
+from hf_semalign.models.anatomy import Size, base_model, dissect, neuron_parts
 from hf_semalign.splits import IGNORED
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(60)])

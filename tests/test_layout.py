@@ -1,4 +1,4 @@
-"""The package is a list: a module imports only from modules above it."""
+"""The package is a list of files, room by room: a file imports only from those above it."""
 
 import ast
 from pathlib import Path
@@ -8,14 +8,24 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "errors", "symbols", "anatomy", "projections", "splits", "hooks", "rows", "tasks", "losses", "attribution", "pairing",
-    "semantics", "frontier", "states", "guards", "config", "sharding", "loading", "source", "scores", "signals", "prefix",
-    "preparation", "objective", "layerwise", "figures", "card", "hub", "inspection", "trainer", "analysis", "sandbox",
-    "generation", "answers", "evaluation", "problems", "harness", "baselines", "recipe", "plan", "rounds", "runs", "tables",
-    "paired", "compare", "studies", "report", "cli",
+    "errors", "experiments.symbols", "models.anatomy", "experiments.baselines.projections", "splits", "models.hooks",
+    "experiments.rows", "experiments.tasks", "method.losses", "method.attribution", "method.pairing", "method.semantic_map",
+    "method.frontier", "cache.states", "training.checkpoints", "config", "training.engines", "models.loading", "cache.source",
+    "cache.scores", "cache.signals", "cache.prefix", "training.preparation", "method.objective", "training.layerwise",
+    "experiments.figures", "hub.card", "hub.push", "hub.inspection", "trainer", "experiments.analysis",
+    "experiments.benchmarks.sandbox", "experiments.generation", "experiments.answers", "experiments.evaluation",
+    "experiments.benchmarks.problems", "experiments.benchmarks.harness", "experiments.baselines.neurons",
+    "experiments.baselines.extraction", "experiments.baselines.kd", "experiments.baselines.sft",
+    "experiments.baselines.seeking", "experiments.baselines.laten", "experiments.recipe", "experiments.plan",
+    "experiments.rounds", "experiments.run", "experiments.tables", "experiments.paired", "experiments.compare",
+    "experiments.studies", "experiments.report", "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def module_of(path):
+    return ".".join(path.with_suffix("").parts)
 
 
 def imported(tree):
@@ -23,20 +33,23 @@ def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write `from hf_semalign...`"
-            names = [f"{node.module}.{name.name}" for name in node.names]
+            names = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
         else:
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
-        yield from (name.split(".")[1] for name in names if name.startswith("hf_semalign."))
+        inside = {name.removeprefix("hf_semalign.") for name in names if name.startswith("hf_semalign.")}
+        if inside:
+            known = inside & set(ORDER)
+            assert known, f"line {node.lineno}: {sorted(inside)} is no file of the package"
+            yield from known
 
 
-def test_every_module_has_its_place():
-    assert {path.with_suffix("").parts[0] for path in FILES} <= set(ORDER)
+def test_every_file_has_its_place():
+    assert sorted(map(module_of, FILES)) == sorted(ORDER)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_module_imports_only_from_those_above_it(path):
-    module = path.with_suffix("").parts[0]
-    above = set(ORDER[: ORDER.index(module)]) | ({module} if len(path.parts) > 1 else set())
+def test_a_file_imports_only_from_those_above_it(path):
+    above = set(ORDER[: ORDER.index(module_of(path))])
     assert set(imported(ast.parse((PACKAGE / path).read_text()))) <= above
 
 

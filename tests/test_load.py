@@ -13,17 +13,17 @@ from datasets import Dataset
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_semalign import SemanticMap, SourceSignals
-from hf_semalign import source as source_module
-from hf_semalign import states as states_module
-from hf_semalign.anatomy import Head
-from hf_semalign.losses import answer_cross_entropy
-from hf_semalign.pairing import pair_layers
-from hf_semalign.prefix import TargetPrefix
-from hf_semalign.scores import attribute_streamed
-from hf_semalign.semantics import checksum
-from hf_semalign.source import Source
+from hf_semalign.cache import source as source_module
+from hf_semalign.cache import states as states_module
+from hf_semalign.cache.prefix import TargetPrefix
+from hf_semalign.cache.scores import attribute_streamed
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import Column, Examples, StateFolder
+from hf_semalign.method.losses import answer_cross_entropy
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.method.semantic_map import checksum
+from hf_semalign.models.anatomy import Head
 from hf_semalign.splits import Collator, check_disjoint, check_token_ids, encode, hold_out
-from hf_semalign.states import Column, Examples, StateFolder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import load

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_semalign.loading import device_name, licence_of
+from hf_semalign.models.loading import device_name, licence_of
 
 
 @pytest.mark.parametrize("role", ["source", "target"])

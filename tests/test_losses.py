@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_semalign import losses
-from hf_semalign.anatomy import Head
-from hf_semalign.losses import (
+from hf_semalign.method import losses
+from hf_semalign.method.losses import (
     fisher_loss,
     output_kl,
     relation_loss,
@@ -23,6 +22,7 @@ from hf_semalign.losses import (
     token_kl,
     token_steering_losses,
 )
+from hf_semalign.models.anatomy import Head
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
 SHAPES = [(1, 3, 4), (3, 7, 5), (4, 12, 8)]

@@ -10,8 +10,8 @@ from test_trainer import ROWS, SOURCE_LAYERS, TARGET_LAYERS, WIDTH, adapter, mak
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
-from hf_semalign.attribution import attribute_layers
-from hf_semalign.source import Source
+from hf_semalign.cache.source import Source
+from hf_semalign.method.attribution import attribute_layers
 
 # What the Trainer does with them does not depend on losses, layers or caches.
 SAME = """

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hf_semalign.paired import paired_difference
+from hf_semalign.experiments.paired import paired_difference
 
 
 def test_the_same_outcomes_do_not_differ():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_semalign.attribution import LayerScores
-from hf_semalign.pairing import STRATEGIES, LayerPairing, pair_layers
+from hf_semalign.method.attribution import LayerScores
+from hf_semalign.method.pairing import STRATEGIES, LayerPairing, pair_layers
 
 SCORES = [0.9, 0.1, 0.8, 0.2, 0.7, 0.3, 0.6, 0.05]  # best first: 0, 2, 4, 6, 5, 3, 1, 7
 

@@ -11,12 +11,12 @@ from test_recipe import QUICKSTART
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_semalign.anatomy import Size, dissect
 from hf_semalign.cli import main
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.plan import CPU_SHARE, GPU_FLOPS, LIBRARIES, plan, plan_recipe
-from hf_semalign.preparation import prepare
-from hf_semalign.recipe import METHODS, load_recipe
+from hf_semalign.experiments.plan import CPU_SHARE, GPU_FLOPS, LIBRARIES, plan, plan_recipe
+from hf_semalign.experiments.recipe import METHODS, load_recipe
+from hf_semalign.models.anatomy import Size, dissect
+from hf_semalign.training.preparation import prepare
 
 WIDE = {"vocab": 200, "heads": 2, "pad_token_id": 0}
 ROWS = random_rows([(4 + i % 3, 5 + i % 4) for i in range(24)], vocab=200)
@@ -146,7 +146,7 @@ def test_what_is_held_is_counted_in_the_dtype_that_weights_will_have(good, tmp_p
 
 
 def test_time_is_that_of_the_machine_that_the_recipe_names(monkeypatch, capsys):
-    monkeypatch.setattr("hf_semalign.plan.product_seconds", lambda dtype, size: 2 * 64 * size**2 / 1e10)
+    monkeypatch.setattr("hf_semalign.experiments.plan.product_seconds", lambda dtype, size: 2 * 64 * size**2 / 1e10)
     here, there = (
         plan_recipe(load_recipe(QUICKSTART, [f"training.use_cpu={use_cpu}", "data.align=64", "data.eval=8", "data.extract=4"]))
         for use_cpu in ("true", "false")

@@ -12,11 +12,11 @@ from test_signals import COLLATE, left_padded
 from test_trainer import EVEN, ROWS, TARGET_LAYERS, adapter, make_trainer
 from transformers import TrainerCallback
 
-from hf_semalign import prefix as prefix_module
-from hf_semalign.hooks import capture
-from hf_semalign.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.cache import prefix as prefix_module
+from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.cache.states import Examples
+from hf_semalign.models.hooks import capture
 from hf_semalign.splits import encode
-from hf_semalign.states import Examples
 from hf_semalign.trainer import PREFIX
 
 SETTINGS = {"max_steps": 15, "train": ROWS[:15], "scale": "match", "relation_weight": 0.5}  # four epochs, odd last batches
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_from_the_generation_on_disk(tmp_path, damage
 
 @pytest.mark.parametrize("moment", [1, 2, 4, 6])
 def test_an_interrupted_advance_leaves_a_generation_to_go_on_from(data, tmp_path, monkeypatch, moment):
-    monkeypatch.setattr("hf_semalign.states.SHARD_TOKENS", 24)
+    monkeypatch.setattr("hf_semalign.cache.states.SHARD_TOKENS", 24)
     model = tiny_llama(4, 16)
     whole = make_prefix(model, data, tmp_path / "whole", batch_size=2)
     whole.move(3)
@@ -288,9 +288,9 @@ def test_what_an_interrupted_run_left_counts_as_room(data, tmp_path, monkeypatch
 def test_a_disk_that_fills_up_later_turns_it_off_and_loses_nothing(tmp_path, monkeypatch, caplog):
     whole = make_trainer(tmp_path / "whole", **SETTINGS, **EVEN, signals="online")
     whole.train()
-    monkeypatch.setattr("hf_semalign.states.StateFolder.free", 0)
-    monkeypatch.setattr("hf_semalign.signals.SourceSignals.fits", lambda *_: True)
-    monkeypatch.setattr("hf_semalign.states.StateFolder.check_space", lambda *_: None)
+    monkeypatch.setattr("hf_semalign.cache.states.StateFolder.free", 0)
+    monkeypatch.setattr("hf_semalign.cache.signals.SourceSignals.fits", lambda *_: True)
+    monkeypatch.setattr("hf_semalign.cache.states.StateFolder.check_space", lambda *_: None)
     trainer = make_trainer(tmp_path / "run", **SETTINGS, **EVEN)
     trainer.train()
     assert "From here on the target runs whole at every step, without its prefix: layer 1 needs" in caplog.text

@@ -7,8 +7,8 @@ from families import FAMILIES, build
 from torch import nn
 from torch.nn import functional
 
-from hf_semalign.anatomy import dissect
-from hf_semalign.projections import oriented, projections
+from hf_semalign.experiments.baselines.projections import oriented, projections
+from hf_semalign.models.anatomy import dissect
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 

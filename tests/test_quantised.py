@@ -9,10 +9,10 @@ from conftest import random_rows, tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_semalign.anatomy import check_head, dissect
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.loading import keep_layout, load_model
-from hf_semalign.semantics import SemanticMap
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.models.anatomy import check_head, dissect
+from hf_semalign.models.loading import keep_layout, load_model
 from hf_semalign.trainer import SemAlignTrainer
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(40)])

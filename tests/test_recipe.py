@@ -16,13 +16,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign import load_transfer
+from hf_semalign.cache.source import Source
 from hf_semalign.cli import main
-from hf_semalign.compare import load_comparison
-from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import METHODS, load_recipe, load_run
-from hf_semalign.runs import results_table, run_recipe, run_signals
-from hf_semalign.source import Source
-from hf_semalign.symbols import resolve_model
+from hf_semalign.experiments.compare import load_comparison
+from hf_semalign.experiments.evaluation import exact_match
+from hf_semalign.experiments.recipe import METHODS, load_recipe, load_run
+from hf_semalign.experiments.run import results_table, run_recipe, run_signals
+from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.trainer import SemAlignTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +226,7 @@ def test_signals_made_alone_serve_a_run_on_a_machine_without_the_source(tmp_path
             os.utime(path)
     there = [f"source={source}", f"output_dir={tmp_path / 'b'}", f"training.signals_dir={tmp_path / 'there'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_semalign.source.load_model", refuse_to_load_a_source)
+        patch.setattr("hf_semalign.cache.source.load_model", refuse_to_load_a_source)
         again = run_recipe(load_recipe(QUICKSTART, [*small, *there]))
     assert again["metrics"] == whole["metrics"]
     assert json.loads((tmp_path / "b" / "semalign.json").read_text())["source"] == "big"

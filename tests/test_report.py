@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_semalign.card import render_card
 from hf_semalign.cli import main
-from hf_semalign.report import render_page
+from hf_semalign.experiments.report import render_page
+from hf_semalign.hub.card import render_card
 
 HOSTILE = "<script>alert(1)</script> [x](javascript:alert(2)) ![y](http://e.example/z.png) <img src=q onerror=r>"
 

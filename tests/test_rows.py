@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hf_semalign.rows import GSM8K, HUMANEVAL, MBPP, MMLU, Item, overlap, read_json_lines, same_questions
+from hf_semalign.experiments.rows import GSM8K, HUMANEVAL, MBPP, MMLU, Item, overlap, read_json_lines, same_questions
 
 WORDS = [f"word{number}" for number in range(40)]
 

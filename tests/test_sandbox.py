@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_semalign import sandbox
-from hf_semalign.sandbox import OPT_IN, Outcome, run_program
+from hf_semalign.experiments.benchmarks import sandbox
+from hf_semalign.experiments.benchmarks.sandbox import OPT_IN, Outcome, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated programs run on Linux only")
 
@@ -187,7 +187,7 @@ def test_a_sandbox_that_cannot_be_set_up_is_an_error():
 
 @pytest.mark.skipif(not (shutil.which("unshare") and shutil.which("setpriv")), reason="needs unshare and setpriv")
 def test_a_system_without_namespaces_is_named_or_refused():
-    script = "from hf_semalign.sandbox import run_program\nprint(run_program('import os; os.fork()'))"
+    script = "from hf_semalign.experiments.benchmarks.sandbox import run_program\nprint(run_program('import os; os.fork()'))"
     shell = 'echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", shell, "sh", sys.executable, "-c", script]
     if subprocess.run([*command[:3], "true"], check=False).returncode:
@@ -374,7 +374,7 @@ def test_the_files_stay_closed_for_an_ordinary_user():
     command = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
     if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no user namespaces here")
-    script = f"from hf_semalign.sandbox import run_program\nprint(run_program({textwrap.dedent(REOPENING)!r}))"
+    script = f"from {sandbox.__name__} import run_program\nprint(run_program({textwrap.dedent(REOPENING)!r}))"
     told = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False).stdout
     if "'files'" in told:
         pytest.skip("an ordinary user may mount nothing here")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import batches_of, random_rows, tiny_llama
 
-from hf_semalign.attribution import attribute_layers
-from hf_semalign.scores import attribute_streamed, layer_scores
-from hf_semalign.source import Source
+from hf_semalign.cache.scores import attribute_streamed, layer_scores
+from hf_semalign.cache.source import Source
+from hf_semalign.method.attribution import attribute_layers
 from hf_semalign.splits import Collator, encode
 
 COLLATE = Collator(pad_token_id=0)

@@ -10,13 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import adapter
 
-from hf_semalign.anatomy import dissect
-from hf_semalign.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
-from hf_semalign.baselines.seeking import SeekingTrainer, fold
+from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.hub import load_transfer
-from hf_semalign.pairing import pair_layers
-from hf_semalign.source import Source
+from hf_semalign.experiments.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
+from hf_semalign.experiments.baselines.seeking import SeekingTrainer, fold
+from hf_semalign.hub.push import load_transfer
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.models.anatomy import dissect
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)], vocab=50)
 TOKENS = torch.arange(3, 21).view(3, 6)
@@ -341,7 +341,7 @@ def test_without_an_extract_split_rows_of_the_align_split_are_taken(tmp_path):
 )
 def test_what_cannot_be_supplied_is_refused_before_any_work(tmp_path, monkeypatch, source, target, settings, message):
     given = {"source": save(source(), tmp_path / "source"), "target": save(target(), tmp_path / "target")}
-    monkeypatch.setattr("hf_semalign.loading.load_weights", lambda *args, **kw: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("hf_semalign.models.loading.load_weights", lambda *args, **kw: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **given, **settings)
 
@@ -356,6 +356,6 @@ def test_quantised_models_are_refused(tmp_path, which):
 
 def test_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("hf_semalign.preparation.check_engine", lambda args: None)  # which refuses FSDP on CPUs
+    monkeypatch.setattr("hf_semalign.training.preparation.check_engine", lambda args: None)  # which refuses FSDP on CPUs
     with pytest.raises(ValueError, match="never tried under FSDP"):
         make(tmp_path)

@@ -14,10 +14,10 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
-from hf_semalign import semantics
-from hf_semalign.pairing import pair_layers
-from hf_semalign.semantics import KINDS, SemanticMap, semantic_bases, shared_token_ids
-from hf_semalign.signals import OnlineSignals, match_scales
+from hf_semalign.cache.signals import OnlineSignals, match_scales
+from hf_semalign.method import semantic_map as semantics
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.method.semantic_map import KINDS, SemanticMap, semantic_bases, shared_token_ids
 
 VOCAB = 40
 
@@ -166,7 +166,7 @@ def test_memory_is_that_of_square_matrices_and_chunks():
     """The greediest kind, of ill-conditioned heads in bfloat16, whose bases in float64 would take 143 MB."""
     code = """
 import torch
-from hf_semalign.semantics import SemanticMap
+from hf_semalign.method.semantic_map import SemanticMap
 torch.set_num_threads(1)
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 heads = [torch.empty(20_000, width, dtype=torch.bfloat16).normal_() for width in (512, 384)]

@@ -12,11 +12,11 @@ from datasets import Dataset
 from test_trainer import EVEN, ROWS, adapter, make_trainer
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
-from hf_semalign import states as states_module
-from hf_semalign.pairing import pair_layers
-from hf_semalign.semantics import SemanticMap
-from hf_semalign.signals import CachedSignals, OnlineSignals, Request, SourceSignals, prepare_signals
-from hf_semalign.source import Source
+from hf_semalign.cache import states as states_module
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Request, SourceSignals, prepare_signals
+from hf_semalign.cache.source import Source
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.splits import Collator, encode, valid_positions
 
 COLLATE = Collator(pad_token_id=0)

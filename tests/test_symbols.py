@@ -3,8 +3,16 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_semalign.evaluation import exact_match
-from hf_semalign.symbols import PAIR_FOLDER, SKILLS, SYMBOLS, build_tokenizer, make_records, public_name, resolve_model
+from hf_semalign.experiments.evaluation import exact_match
+from hf_semalign.experiments.symbols import (
+    PAIR_FOLDER,
+    SKILLS,
+    SYMBOLS,
+    build_tokenizer,
+    make_records,
+    public_name,
+    resolve_model,
+)
 
 
 def test_skills_do_what_they_say():

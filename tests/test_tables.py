@@ -5,7 +5,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from hf_semalign.tables import latex, markdown, tex
+from hf_semalign.experiments.tables import latex, markdown, tex
 
 
 def value(mean, std=None):

@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.frontier import whole
-from hf_semalign.guards import seal
-from hf_semalign.hooks import capture
-from hf_semalign.losses import fisher_loss, output_kl, relation_loss, steering_loss
-from hf_semalign.pairing import pair_layers
+from hf_semalign.method.frontier import whole
+from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
+from hf_semalign.method.pairing import pair_layers
+from hf_semalign.models.hooks import capture
 from hf_semalign.splits import valid_positions
 from hf_semalign.trainer import SemAlignTrainer
+from hf_semalign.training.checkpoints import seal
 
 SOURCE_LAYERS, TARGET_LAYERS, WIDTH = 5, 3, 16
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(40)])
@@ -452,7 +452,7 @@ def test_lora_that_has_not_trained_yet_is_not_run(tmp_path, frontier):
 def test_leaving_it_out_changes_no_weight(tmp_path, monkeypatch, bf16):
     left_out = make_trainer(tmp_path / "a", bf16=bf16)
     left_out.train()
-    monkeypatch.setattr("hf_semalign.layerwise.skip_untouched", lambda *_: None)
+    monkeypatch.setattr("hf_semalign.training.layerwise.skip_untouched", lambda *_: None)
     run = make_trainer(tmp_path / "b", bf16=bf16)
     run.train()
     assert torch.equal(adapter(left_out), adapter(run))
@@ -489,7 +489,7 @@ def test_weights_are_loaded_as_precision_says(tmp_path, stored, bf16):
 
 
 def test_slow_bf16_is_told(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("hf_semalign.loading.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr("hf_semalign.models.loading.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
     make_trainer(tmp_path / "a", bf16=True)
     assert "multiplies bfloat16 6 times more slowly than float32: set bf16 to false" in caplog.text
     caplog.clear()
@@ -726,6 +726,6 @@ def test_losses_by_stage_go_where_report_to_says(tmp_path):
 
 
 def test_a_package_that_report_to_names_and_nobody_has(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_semalign.loading.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("hf_semalign.models.loading.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=r"report_to names \['wandb'\], which is not installed"):
         make_trainer(tmp_path, report_to=["tensorboard", "wandb"])

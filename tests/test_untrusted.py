@@ -21,18 +21,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import hf_semalign
-from hf_semalign import cli, hub, load_transfer, push_transfer
+from hf_semalign import cli, load_transfer, push_transfer
+from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.figures import draw_comparison
-from hf_semalign.guards import seal
-from hf_semalign.loading import find_tokenizer, load_model, skeleton
-from hf_semalign.recipe import load_recipe, load_run, load_tokenizer
-from hf_semalign.runs import results_table
-from hf_semalign.source import Source
+from hf_semalign.experiments.figures import draw_comparison
+from hf_semalign.experiments.recipe import load_recipe, load_run, load_tokenizer
+from hf_semalign.experiments.run import results_table
+from hf_semalign.experiments.symbols import PAIR_FOLDER, public_name, resolve_model
+from hf_semalign.experiments.tasks import load_task
+from hf_semalign.hub import push as hub
+from hf_semalign.models.loading import find_tokenizer, load_model, skeleton
 from hf_semalign.splits import encode
-from hf_semalign.symbols import PAIR_FOLDER, public_name, resolve_model
-from hf_semalign.tasks import load_task
 from hf_semalign.trainer import SemAlignTrainer
+from hf_semalign.training.checkpoints import seal
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart" / "semalign.yaml"
 PACKAGE = Path(hf_semalign.__file__).parent
@@ -308,9 +309,9 @@ def test_the_terminal_shows_names_to_the_letter():
 
 def test_the_terminal_shows_folders_to_the_letter(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "[red]runs[/]"
-    monkeypatch.setattr("hf_semalign.runs.run_recipe", lambda _: RESULTS)
-    monkeypatch.setattr("hf_semalign.runs.run_signals", lambda _: folder)
-    monkeypatch.setattr("hf_semalign.studies.run_analysis", lambda *_: folder / "cka.png")
+    monkeypatch.setattr("hf_semalign.experiments.run.run_recipe", lambda _: RESULTS)
+    monkeypatch.setattr("hf_semalign.experiments.run.run_signals", lambda _: folder)
+    monkeypatch.setattr("hf_semalign.experiments.studies.run_analysis", lambda *_: folder / "cka.png")
     for command in (["train", "--config"], ["signals", "--config"], ["analyze", "cka"]):
         assert cli.main([*command, str(QUICKSTART), f"output_dir={folder}"]) == 0
         assert "[red]runs[/]" in capsys.readouterr().out.replace("\n", "")
@@ -337,7 +338,7 @@ def test_names_of_models_are_no_paths():
 
 def test_a_full_disk_tells_no_path(tmp_path, monkeypatch, caplog):
     full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0), rmtree=shutil.rmtree)
-    monkeypatch.setattr("hf_semalign.prefix.shutil", full)
+    monkeypatch.setattr("hf_semalign.cache.prefix.shutil", full)
     make_trainer(tmp_path / "run", max_steps=30, per_device_train_batch_size=8).train()
     assert "GB in _prefix, which has 0.0 GB free" in caplog.text
     assert str(tmp_path) not in caplog.text

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_semalign.evaluation import exact_match
-from hf_semalign.recipe import load_recipe
+from hf_semalign.experiments.evaluation import exact_match
+from hf_semalign.experiments.recipe import load_recipe
+from hf_semalign.experiments.symbols import PAIR_FOLDER, build_tokenizer, make_records
 from hf_semalign.splits import Collator, encode
-from hf_semalign.symbols import PAIR_FOLDER, build_tokenizer, make_records
 
 BATCH = 64
 MODELS = {

@@ -1,0 +1,1 @@
+"""What is frozen is computed once and kept: the source's signals and the target's prefix."""

@@ -1,0 +1,151 @@
+"""Attribution scores of a source: computed once, with the source whole or one layer at a time, and kept with its signals."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
+from hf_semalign.method.attribution import LayerScores, attribute_layers, example_scores, summarise
+from hf_semalign.method.losses import answer_cross_entropy
+from hf_semalign.models.hooks import bypass, capture, stop_after, without_cudnn_attention
+from hf_semalign.splits import fingerprint, valid_positions
+
+
+def layer_scores(
+    source: Source,
+    extract: Dataset,
+    collate: Collate,
+    root: Path | None,
+    *,
+    precision: str = "no",
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+    stream: bool = False,
+    progress: bool = True,
+) -> LayerScores:
+    """Scores of :func:`hf_semalign.method.attribution.attribute_layers` on the extract split, with ``dot``.
+
+    Args:
+        source: the source.
+        extract: rows of :func:`hf_semalign.splits.encode`.
+        collate: rows to a batch.
+        root: the folder of all sources, where the scores are kept and found again; not kept without.
+        precision: mixed precision of the run, for telling scores apart.
+        device: where the source runs.
+        batch_size: examples a forward and backward pass; streamed, it is one.
+        stream: hold one layer of the source at a time, see :func:`attribute_streamed`; needs ``root``.
+        progress: show progress bars.
+    """
+    name = f"scores-{digest([fingerprint(extract), precision])[:16]}"
+    known = None if root is None else source.recall(root, name)
+    with nullcontext() if root is None or known else source.lock(root):
+        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
+        if known is not None:
+            return LayerScores.from_dict(known)
+        if stream and root is not None and source.num_layers > 1:
+            scores = attribute_streamed(source, extract, collate, root, precision=precision, device=device, progress=progress)
+        else:
+            batches = DataLoader(cast(Any, extract), batch_size, collate_fn=collate)
+            bar = tqdm(batches, desc="attribution", disable=not progress)
+            scores = attribute_layers(source.model(device), bar)
+        if root is not None:
+            source.keep(root, name, asdict(scores))
+    return scores
+
+
+@without_cudnn_attention()
+def attribute_streamed(
+    source: Source,
+    extract: Dataset,
+    collate: Collate,
+    root: Path,
+    *,
+    precision: str = "no",
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> LayerScores:
+    """The same scores with one decoder layer of the source in memory at a time; each weight is read twice.
+
+    Forward, the inputs of every layer are written to the disk; backward, each layer runs again on its inputs, deepest first,
+    and carries the gradient of each example's answer loss one layer down.
+
+    Args:
+        source: the source, of two layers or more.
+        extract: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
+        collate: rows to a batch.
+        root: the folder of all sources; the inputs stand there until the scores are made.
+        precision: mixed precision of the run, for telling states apart.
+        device: where the layer is.
+        progress: show progress bars.
+
+    Raises:
+        OSError: too little space on the disk.
+    """
+    examples, last = Examples(extract), source.num_layers - 1
+    facts = {"source": source.identity, "precision": precision, "purpose": "attribution"}
+    folder = StateFolder(source.folder(root), facts, examples)
+    columns = [Column(f"hidden-{k:03d}", source.width, source.dtype, everywhere=True) for k in range(last + 1)]
+    with folder.lock:
+        folder.check_space(folder.bytes_missing(columns[1:]), "set signals_dir to a larger disk, or name a pairing")
+        as_tuples = source.as_tuples  # before a layer is on the device
+        for k in range(last):
+            with source.layer(k, device) as anatomy:
+                layer_pass(
+                    anatomy,
+                    folder,
+                    [Output(columns[k + 1], k)],
+                    collate,
+                    start=k,
+                    entering=partial(folder.read, columns[k]) if k else None,
+                    as_tuples=as_tuples,
+                    batch_size=1,
+                    device=device,
+                    progress=f"attribution, source layer {k + 1}/{last + 1}" if progress else None,
+                )
+        batches = [collate(rows) for shard in examples.shards for rows in examples.batches(shard, 1)]
+        head = source.head(root).to(device)
+        gradients: list[torch.Tensor] = []  # of each example's loss, at the outputs of the layer in turn
+        scores: list[torch.Tensor] = [torch.empty(0)] * (last + 1)
+        for k in range(last, 0, -1):
+            rows, below = [], []
+            above, gradients = gradients, []
+            with source.layer(k, device) as anatomy:
+                for place, batch in enumerate(batches):
+                    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+                    mask, valid = batch["attention_mask"].bool(), valid_positions(batch["labels"])
+                    entering = spread(folder.read(columns[k], [place]), mask).requires_grad_()
+                    unread = torch.full_like(entering, torch.nan)
+                    with (
+                        capture([anatomy.layers[k]]) as (state,),
+                        bypass(anatomy.layers[:k], entering, as_tuples=as_tuples),
+                        stop_after(anatomy.layers[k]) if k < last else nullcontext(),
+                    ):
+                        final = anatomy.decoder(
+                            inputs_embeds=unread,
+                            attention_mask=batch["attention_mask"],
+                            use_cache=False,
+                        )[0]
+                    if k == last:
+                        loss = answer_cross_entropy(final[valid], head, batch["labels"][:, 1:][valid[:, :-1]]).mean()
+                        at_output, at_input = torch.autograd.grad(loss, [state.output, entering])
+                        rows.append(example_scores(at_output * state.output.detach(), valid))
+                    else:
+                        (at_input,) = torch.autograd.grad(state.output, entering, above[place].to(device))
+                    below.append(example_scores(at_input * entering.detach(), valid))
+                    gradients.append(at_input.cpu())
+            if k == last:
+                scores[last] = torch.cat(rows)
+            scores[k - 1] = torch.cat(below)
+        for column in columns[1:]:
+            folder.drop(column)
+    return summarise(torch.stack(scores, dim=1), "dot")

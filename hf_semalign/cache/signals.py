@@ -1,0 +1,445 @@
+"""Source signals: what the frozen source tells the target about a batch (method, section 7).
+
+A signal is the mapped state of each wanted pair and the source's final hidden state at the valid positions; the source's
+head is applied at training time, which is exact and far smaller than logits. The source is frozen and the data are fixed, so
+its signals are computed once (:class:`SourceSignals`); :class:`OnlineSignals` runs the source on every batch instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import Collate, Column, Examples, Output, StateFolder, layer_pass, spread
+from hf_semalign.errors import InputError
+from hf_semalign.method.pairing import LayerPairing
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.models.anatomy import Anatomy, CausalLM, dissect
+from hf_semalign.models.hooks import capture
+from hf_semalign.splits import valid_positions
+
+logger = logging.getLogger(__name__)
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BatchSignals:
+    """Source signals of one batch.
+
+    Attributes:
+        supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one for each wanted target layer; what stands at positions that
+            are not valid means nothing.
+        final: the source's final hidden states at the valid positions, ``[N, D_src]``.
+    """
+
+    supervision: list[torch.Tensor]
+    final: torch.Tensor
+
+
+class OnlineSignals:
+    """Runs the source on every batch.
+
+    Args:
+        source: the source model; put into evaluation mode, without gradients.
+        pairing: which source layer goes with which target layer.
+        semantic_map: map between the spaces.
+        scales: one factor on the mapped states for each pair; all 1 by default.
+    """
+
+    def __init__(
+        self,
+        source: PreTrainedModel,
+        pairing: LayerPairing,
+        semantic_map: SemanticMap,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        self.source = source.eval().requires_grad_(False)
+        self.pairing = pairing
+        self.semantic_map = semantic_map
+        self.scales = scales or (1.0,) * len(pairing.source_layers)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
+        """Signals of a batch.
+
+        Args:
+            batch: ``input_ids, attention_mask, labels`` ``[B, T]`` on the source's device.
+            target_layers: target layers whose supervision is wanted.
+        """
+        anatomy = dissect(self.source)
+        with capture([anatomy.layers[self.pairing.source_layers[k]] for k in target_layers]) as states:
+            final = anatomy.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+        supervision = [
+            self.semantic_map(state.output.float()) * self.scales[k] for k, state in zip(target_layers, states, strict=True)
+        ]
+        return BatchSignals(supervision, final[valid_positions(batch["labels"])])
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """See :meth:`SourceSignals.find`; here nothing is known before the source has run."""
+        return partial(self, batch)
+
+
+class SourceSignals:
+    """Source signals of one data set on disk, found by example id; reading them needs no source.
+
+    One column of states (:class:`hf_semalign.cache.states.StateFolder`) for each paired source layer, mapped but not scaled, so
+    that runs with other pairs, scales or weights share what they have in common, and one for the final state. All are in the
+    dtype of the source's weights, which is that of its states: rounding them further would show in training. Mapped states of a
+    float16 source are in float32.
+
+    Args:
+        source: the source; it is loaded by :meth:`prepare` alone, and only when something is missing.
+        pairing: which source layer goes with which target layer.
+        semantic_map: map between the spaces, on the device that the source runs on.
+        dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content are computed once.
+        root: the folder of all sources, see :meth:`Source.folder`.
+        collate: rows to a batch.
+        scales: one factor on the mapped states for each pair; all 1 by default.
+        tokenizer: fingerprint of the tokenizer that made the ids, for the record and for telling folders apart.
+        precision: mixed precision that the source runs in, which the signals depend on; the caller holds its autocast context.
+        device: where the source runs.
+        batch_size: examples a forward pass.
+        stream: hold one decoder layer of the source at a time, and roll the states of all examples through it; each weight
+            is read once, and the size of the source does not matter.
+        progress: show progress bars.
+
+    Attributes:
+        reserve: bytes of the disk that a pass leaves free.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pairing: LayerPairing,
+        semantic_map: SemanticMap,
+        dataset: Dataset,
+        root: Path,
+        collate: Collate,
+        *,
+        scales: Sequence[float] | None = None,
+        tokenizer: str | None = None,
+        precision: str = "no",
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        stream: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.source = source
+        self.pairing = pairing
+        self.semantic_map = semantic_map
+        self.scales = scales or (1.0,) * len(pairing.source_layers)
+        self._collate, self._device, self._batch_size, self._stream = collate, device, batch_size, stream
+        self._progress = progress
+        self.reserve = 0
+        facts = {
+            "source": source.identity,
+            "tokenizer": tokenizer,
+            "dtype": str(source.dtype),
+            "precision": precision,
+            "hf_semalign": version("hf_semalign"),
+        }
+        self._states = StateFolder(source.folder(root), facts, Examples(dataset))
+        self.folder = self._states.path
+        self._final = Column("final", source.width, source.dtype)
+
+    @property
+    def examples(self) -> Examples:
+        """The distinct examples."""
+        return self._states.examples
+
+    def __contains__(self, example_id: int) -> bool:
+        return example_id in self.examples
+
+    def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
+        """Signals of a batch, on the device of its labels.
+
+        Args:
+            batch: ``labels`` ``[B, T]`` and ``example_id`` ``[B]``.
+            target_layers: target layers whose supervision is wanted.
+
+        Raises:
+            KeyError: an example of another data set.
+        """
+        return self.find(batch)(target_layers)
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """Where the signals of a batch lie: what reads them does not wait for a GPU that was given work meanwhile.
+
+        Raises:
+            KeyError: an example of another data set.
+        """
+        valid = valid_positions(batch["labels"])
+        where, places = valid.flatten().nonzero().squeeze(1), self.examples.places(batch["example_id"][valid.any(1)])
+
+        def read(target_layers: Sequence[int]) -> BatchSignals:
+            supervision = [
+                spread(self._states.read(self._mapped(layer), places, valid.device), valid, where).float() * self.scales[layer]
+                for layer in target_layers
+            ]
+            return BatchSignals(supervision, self._states.read(self._final, places, valid.device))
+
+        return read
+
+    def prepare(self, target_layers: Sequence[int], *, in_groups: bool = False) -> None:
+        """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
+        prepare_signals([Request(self, target_layers, in_groups)])
+
+    def let_go(self) -> None:
+        """Unmap what was read, so that deleting it makes room."""
+        self._states.let_go()
+
+    def fits(self, target_layers: Sequence[int]) -> bool:
+        """Whether the disk has room for what some target layers and the final states lack."""
+        return self._size(target_layers, roll=False) <= self._states.free - self.reserve
+
+    def _lacks(self, target_layers: Sequence[int]) -> bool:
+        columns = [self._final, *(self._mapped(k) for k in target_layers)]
+        return any(self._states.missing(column) for column in columns)
+
+    def _group(self, target_layers: Sequence[int]) -> Sequence[int]:
+        """As many of the first layers as the disk holds, after what is over was deleted."""
+        for column in {self._mapped(k) for k in range(target_layers[0])} - {self._mapped(k) for k in target_layers}:
+            self._states.drop(column)
+        count = len(target_layers)
+        while count > 1 and self._size(target_layers[:count], roll=True) > self._states.free - self.reserve:
+            count -= 1
+        logger.info(
+            "The disk holds the signals of %d of %d target layers, with %.0f MB kept free for the run: the others follow when "
+            "the frontier is there.", count, len(target_layers), self.reserve / 1e6,
+        )  # fmt: skip
+        return target_layers[:count]
+
+    def _plan(self, target_layers: Sequence[int], in_groups: bool) -> _Plan | None:
+        """What the source has to run for; nothing, where all is there."""
+        if not self._lacks(target_layers[:1] if in_groups else target_layers):
+            return None
+        states, last = self._states, self.source.num_layers - 1
+        layers = self._group(target_layers) if in_groups and not self.fits(target_layers) else target_layers
+        roll = len(layers) < len(target_layers)
+        advice = "set signals_dir to a larger disk, or signals='online'"
+        states.check_space(self._size(layers, roll=roll), advice, self.reserve)
+        outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
+        depths = [last if output.layer is None else output.layer for output in outputs]
+        stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None
+        if stop is not None and stop <= last:
+            outputs.append(Output(self._hidden(stop), stop - 1))
+        start = max((k for k in range(1, min(depths) + 1) if self._is_kept(k)), default=0)
+        return _Plan(self, outputs, start, max(depths), stop)
+
+    def _tidy(self, kept: set[int | None]) -> None:
+        """Delete the source's own states but for some generations."""
+        for path in self.folder.glob("hidden-*"):
+            if (k := int(path.name.removeprefix("hidden-"))) not in kept:
+                self._states.drop(self._hidden(k))
+
+    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:
+        layer_pass(
+            anatomy,
+            self._states,
+            outputs,
+            self._collate,
+            start=start,
+            entering=partial(self._states.read, self._hidden(start), device=self._device) if start else None,
+            as_tuples=as_tuples,
+            batch_size=self._batch_size,
+            device=self._device,
+            progress=label if self._progress else None,
+        )
+
+    def _outputs(self, target_layers: Sequence[int]) -> list[Output]:
+        mapped = {self._mapped(k): self.pairing.source_layers[k] for k in target_layers}
+        return [
+            *(Output(column, layer, lambda states: self.semantic_map(states.float())) for column, layer in mapped.items()),
+            Output(self._final, None),
+        ]
+
+    def _size(self, target_layers: Sequence[int], *, roll: bool) -> int:
+        """Bytes that a run would add at its largest: what is missing, and generations of the source's own states."""
+        missing = self._states.bytes_missing([output.column for output in self._outputs(target_layers)])
+        generations = int(roll)
+        if self._stream:  # one is read and one is written, beside the one that is kept on the way to the final state
+            generations = 2 + (roll and bool(self._states.missing(self._final)))
+            generations -= any((self.folder / self._hidden(k).name).is_dir() for k in range(1, self.source.num_layers))
+        return missing + generations * self._hidden(0).size(self._states.examples) if missing else 0
+
+    def _mapped(self, target_layer: int) -> Column:
+        name = f"layer-{self.pairing.source_layers[target_layer]:03d}-{self.semantic_map.fingerprint[:16]}"
+        half = self.source.dtype == torch.float16  # whose range a mapped state may leave
+        dtype = torch.float32 if half else self.source.dtype
+        return Column(f"{name}-float32" if half else name, self.semantic_map.matrix.shape[0], dtype)
+
+    def _hidden(self, layer: int) -> Column:
+        """Inputs of a source layer at all positions, in the dtype that they have there."""
+        return Column(f"hidden-{layer:03d}", self.source.width, self.source.dtype, everywhere=True)
+
+    def _is_kept(self, layer: int) -> bool:
+        column = self._hidden(layer)
+        return (self.folder / column.name).is_dir() and not self._states.missing(column)
+
+
+class CachedSignals:
+    """Source signals of all splits of a run.
+
+    Args:
+        splits: signals by split.
+        training: the split that training reads, layer by layer; the others are read at all layers.
+    """
+
+    def __init__(self, splits: dict[str, SourceSignals], training: str) -> None:
+        self.splits = splits
+        self.training = splits[training]
+
+    @property
+    def scales(self) -> Sequence[float]:
+        """One factor on the mapped states for each pair."""
+        return self.training.scales
+
+    @scales.setter
+    def scales(self, scales: Sequence[float]) -> None:
+        for signals in self.splits.values():
+            signals.scales = scales
+
+    def prepare(self, target_layers: Sequence[int] | None) -> None:
+        """Have these layers of the training split on disk, nothing of it without any, and everything of the other splits."""
+        everything = range(len(self.scales))
+        requests = [Request(signals, everything) for signals in self.splits.values() if signals is not self.training]
+        if target_layers is not None:
+            requests.append(Request(self.training, target_layers))
+        prepare_signals(requests)
+
+    def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
+        """Signals of a batch of one split.
+
+        Raises:
+            ValueError: an example whose signals were not computed.
+        """
+        return self.find(batch)(target_layers)
+
+    def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
+        """See :meth:`SourceSignals.find`."""
+        example = int(batch["example_id"][0])
+        found = [signals.find(batch) for signals in self.splits.values() if example in signals]
+
+        def read(target_layers: Sequence[int]) -> BatchSignals:
+            lacking = None
+            for one in found:
+                try:
+                    return one(target_layers)
+                except FileNotFoundError as error:  # the training split has what training reads, and no more
+                    lacking = error
+            raise InputError(
+                f"No source signals for example {example}: they cover the evaluation data that the trainer was made with, and "
+                "of the training data what training reads. Make it with these data as eval_dataset, or set signals='online'."
+            ) from lacking
+
+        return read
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run needs of the signals of one data set.
+
+    Attributes:
+        signals: the data set's.
+        target_layers: layers whose supervision is needed, in the order in which training needs them.
+        in_groups: where the disk cannot hold all of them, take as many of the first as it can, and keep the source's own
+            states where it stopped; asked again for what training still needs, go on from there and delete what is over.
+    """
+
+    signals: SourceSignals
+    target_layers: Sequence[int]
+    in_groups: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run of the source over one data set: from layer ``start`` to ``depth``; its states stay as inputs of ``kept``."""
+
+    signals: SourceSignals
+    outputs: list[Output]
+    start: int
+    depth: int
+    kept: int | None
+
+    def layer(self, k: int, last: int) -> list[Output]:
+        """What one layer gives: wanted outputs, and the inputs of the next."""
+        here = [output for output in self.outputs if output.layer == k or (output.layer is None and k == last)]
+        following = self.signals._hidden(k + 1)
+        if k < self.depth and all(output.column != following for output in here):
+            here.append(Output(following, k))
+        return here
+
+
+def prepare_signals(requests: Sequence[Request]) -> None:
+    """Have signals of one source for several data sets on disk; the source runs over what is missing, and only then is loaded.
+
+    Whole, or with one layer at a time and all data sets through it, so that each weight is read once.
+
+    Raises:
+        OSError: too little space on a disk, before the source runs.
+        ValueError: the source has no weights, see :class:`Source`.
+    """
+    if not any(request.signals._lacks(request.target_layers[: 1 if request.in_groups else None]) for request in requests):
+        return  # and wait for no other run's lock
+    with ExitStack() as stack:
+        # In one order for all runs, lest two that share folders wait for each other.
+        for lock in sorted((request.signals._states.lock for request in requests), key=lambda lock: str(lock.lock_file)):
+            stack.enter_context(lock)
+        plans = [plan for request in requests if (plan := request.signals._plan(request.target_layers, request.in_groups))]
+        if not plans:
+            return
+        first = plans[0].signals
+        source, last = first.source, first.source.num_layers - 1
+        if first._stream:
+            as_tuples = source.as_tuples  # before a layer is on the device
+            for k in range(min(plan.start for plan in plans), max(plan.depth for plan in plans) + 1):
+                with source.layer(k, first._device) as anatomy:
+                    for plan in plans:
+                        if plan.start <= k <= plan.depth:
+                            label = f"source signals, layer {k}/{last}"
+                            plan.signals._pass(anatomy, plan.layer(k, last), k, as_tuples, label)
+                            plan.signals._tidy({k + 1, plan.kept})
+        else:
+            anatomy = dissect(source.model(first._device))
+            for plan in plans:
+                plan.signals._pass(anatomy, plan.outputs, plan.start, source.as_tuples, "source signals")
+        for plan in plans:
+            plan.signals._tidy({plan.kept})
+
+
+@torch.no_grad()
+def match_scales(
+    signals: OnlineSignals | SourceSignals | CachedSignals, target: CausalLM, batches: Iterable[dict[str, torch.Tensor]]
+) -> tuple[float, ...]:
+    """``scale: match``: one factor a pair that gives the mapped states the mean norm of the target layer's outputs.
+
+    Args:
+        signals: signals of the extract split, not scaled.
+        target: the target model before training; its mode is restored.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]`` of the extract split.
+    """
+    anatomy, was_training = dissect(target), target.training
+    target.eval()
+    norms = torch.zeros(2, len(anatomy.layers), dtype=torch.float64)  # of the target's outputs, of the mapped states
+    for batch in batches:
+        batch = {key: tensor.to(anatomy.device) for key, tensor in batch.items()}
+        valid = valid_positions(batch["labels"])
+        with capture(anatomy.layers) as ours:
+            anatomy.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for k, mapped in enumerate(signals(batch, range(len(ours))).supervision):
+            norms[0, k] += ours[k].output[valid].float().norm(dim=-1).sum().cpu()
+            norms[1, k] += mapped[valid].norm(dim=-1).sum().cpu()
+    target.train(was_training)
+    if not norms[1].all():
+        raise InputError(f"scale 'match' needs mapped states to measure, got mean norms {norms[1].tolist()}.")
+    return tuple((norms[0] / norms[1]).tolist())

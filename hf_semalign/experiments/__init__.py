@@ -1,0 +1,1 @@
+"""Recipes, comparisons and analyses; used by the command line alone."""

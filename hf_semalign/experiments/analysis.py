@@ -1,0 +1,210 @@
+"""The analyses of the paper: the vector nature of hidden states (figure 2) and the alikeness of layers (figure 4).
+
+Both are means over the valid positions of some batches, accumulated in float64: neither the states of a whole split nor a
+matrix over its positions is ever held, and the batch size changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_semalign.errors import InputError
+from hf_semalign.method.semantic_map import KINDS, SemanticMap, semantic_bases
+from hf_semalign.models.anatomy import CausalLM, base_model, dissect
+from hf_semalign.models.hooks import capture
+from hf_semalign.splits import valid_positions
+
+Batch = Mapping[str, torch.Tensor]
+RANDOM_STATES = 4096
+MOMENTS = 4e9  # bytes of moments at a time, or those of one source layer where they are more
+
+
+@torch.no_grad()
+def layer_states(model: CausalLM, batch: Batch, layers: slice = slice(None)) -> torch.Tensor:
+    """Outputs of decoder layers at the valid positions of a batch, ``[L, N, D]`` float64.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        batch: ``input_ids, attention_mask, labels`` ``[B, T]``.
+        layers: which ones; by default all.
+    """
+    anatomy = dissect(model)
+    valid = valid_positions(batch["labels"].to(anatomy.device))
+    inputs = {name: batch[name].to(anatomy.device) for name in ("input_ids", "attention_mask")}
+    with capture(anatomy.layers[layers]) as captures:
+        anatomy.decoder(**inputs, use_cache=False)
+    return torch.stack([kept.output[valid].double() for kept in captures])
+
+
+# Figure 2: decomposition and recomposition in one model
+
+
+def vocabulary_bases(model: CausalLM) -> dict[str, torch.Tensor]:
+    """The bases that are compared, ``[V, D]`` float64 each; row ``i`` is the basis of token ``i``.
+
+    - ``output``: semantic bases of the LM head, ``pinv(W^T)`` (equation 1).
+    - ``head``: rows of the LM head ``W`` itself, whose duals the former are.
+    - ``input``: rows of the embedding matrix; the same as ``head`` where embeddings are tied.
+    - ``random``: Gaussian directions, each of the length of its token's output-side basis.
+    """
+    head = dissect(model).head_weight().double()
+    output = semantic_bases(head)
+    embeddings = base_model(model).get_input_embeddings().get_parameter("weight").detach().double()
+    random = F.normalize(_gaussian(*output.shape, seed=0).to(output), dim=-1) * output.norm(dim=-1, keepdim=True)
+    return {"output": output, "head": head, "input": embeddings, "random": random}
+
+
+def recomposition(bases: torch.Tensor, kind: str) -> torch.Tensor:
+    """``R`` ``[D, D]``: ``R h`` is ``h`` decomposed over bases ``B`` ``[V, D]`` and put together again, ``B^T a``.
+
+    - ``readout``: ``a = pinv(B^T) h``; the identity wherever ``B`` has full rank, whatever it is.
+    - ``projection``: ``a = B h``.
+    - ``cosine``: ``a_i = <h, b_i> / |b_i|``, equation 2 but for the factor ``1 / |h|``, which turns no vector.
+    """
+    if kind == "readout":
+        return bases.T @ semantic_bases(bases)
+    return bases.T @ (F.normalize(bases, dim=-1) if kind == "cosine" else bases)
+
+
+def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Cosine between each layer's output and what decomposition and recomposition make of it (the paper's figure 2).
+
+    Args:
+        model: a causal LM in evaluation mode.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
+
+    Returns:
+        ``positions``: how many were valid; ``tied``: whether one matrix is embeddings and head; ``cosines``: by kind of
+        decomposition (:func:`recomposition`) and by bases (:func:`vocabulary_bases`), ``layers``, the mean over positions
+        for every layer, and ``random_states``, the same for isotropic vectors in the place of states.
+    """
+    bases = vocabulary_bases(model)
+    maps = [recomposition(vectors, kind) for kind in KINDS for vectors in bases.values()]
+    totals, positions = torch.zeros(len(maps), 1), 0
+    for batch in batches:
+        states = layer_states(model, batch)
+        totals = totals.to(states) + _cosines(states, maps).sum(-1)
+        positions += states.shape[1]
+    chance = _cosines(_gaussian(RANDOM_STATES, len(maps[0]), seed=1).to(maps[0].device), maps).mean(-1)
+    names = [(kind, name) for kind in KINDS for name in bases]
+    cosines: dict[str, Any] = {kind: {} for kind in KINDS}
+    for (kind, name), layers, random in zip(names, (totals / positions).tolist(), chance.tolist(), strict=True):
+        cosines[kind][name] = {"layers": layers, "random_states": random}
+    embeddings = base_model(model).get_input_embeddings()
+    tied = embeddings.get_parameter("weight") is dissect(model).head.get_parameter("weight")
+    return {"positions": positions, "tied": tied, "cosines": cosines}
+
+
+def _gaussian(rows: int, width: int, *, seed: int) -> torch.Tensor:
+    """Isotropic vectors ``[rows, width]`` float64; states need another seed than bases, or they would be the same vectors."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _cosines(states: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Cosine of states ``[..., N, D]`` before and after each of ``K`` maps ``[D, D]``: ``[K, ..., N]``."""
+    return torch.stack([F.cosine_similarity(states, states @ matrix.T, dim=-1) for matrix in maps])
+
+
+# Figure 4: alikeness of layers
+
+
+class LinearCKA:
+    """Debiased linear CKA between every layer of two lists, from sums over positions.
+
+    With Gram matrices ``K``, ``L`` over ``n`` positions, their diagonals set to zero, ``HSIC_1`` (Song et al. 2012, equation 5;
+    Nguyen et al. 2021, equation 3) is::
+
+        [tr(K L) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'K L1) / (n - 2)] / (n (n - 3))
+
+    and CKA is ``HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))``. With a linear kernel all of it lies in sums over positions.
+    For ``a = |x|^2``, ``b = |y|^2``, ``C = sum x y'``, ``s = sum x`` and ``t = sum y``::
+
+        tr(K L) = |C|^2 - sum ab        1'K1 = |s|^2 - sum a        1'K L1 = s'C t - s' sum b x - t' sum a y + sum ab
+
+    which are the entries of one matrix, ``sum (x, a, 1) (y, b, 1)'``, for each pair of layers. Independent features get 0 on
+    average, so that single values may be negative; equal ones get 1. Orthogonal maps, shifts and one factor on all features
+    change nothing; any other linear map may.
+    """
+
+    def __init__(self) -> None:
+        self._moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Take in features of some positions: ``[A, N, D]`` and ``[B, N, E]`` float64."""
+        left, right = _with_norms(left), _with_norms(right)
+        (a, _, d), (b, _, e) = left.shape, right.shape
+        if self._moments is None:
+            self._moments = left.new_zeros(a, d, b, e), left.new_zeros(a, d, d), right.new_zeros(b, e, e)
+        cross, own_left, own_right = self._moments
+        cross.view(a * d, b * e).addmm_(left.mT.flatten(0, 1), right.transpose(0, 1).flatten(1))
+        own_left.baddbmm_(left.mT, left)
+        own_right.baddbmm_(right.mT, right)
+
+    def values(self) -> torch.Tensor:
+        """CKA of all pairs, ``[A, B]``.
+
+        Raises:
+            ValueError: fewer than four positions, of which there is no unbiased estimate.
+        """
+        if self._moments is None or self._moments[1][0, -1, -1] < 4:
+            raise InputError("The debiased CKA needs at least four valid positions: give more rows, or longer answers.")
+        cross, left, right = self._moments
+        rows = torch.stack([hsic(pairs.transpose(0, 1)) for pairs in cross])  # one source layer's temporaries at a time
+        return rows / (hsic(left)[:, None] * hsic(right)).sqrt()
+
+
+def hsic(moments: torch.Tensor) -> torch.Tensor:
+    """``HSIC_1`` from the moments of :class:`LinearCKA`, ``[..., D + 2, E + 2]`` to ``[...]``."""
+    cross, sum_x, sum_y = moments[..., :-2, :-2], moments[..., :-2, -1], moments[..., -1, :-2]
+    sum_bx, sum_ay, sum_ab = moments[..., :-2, -2], moments[..., -2, :-2], moments[..., -2, -2]
+    sum_a, sum_b, n = moments[..., -2, -1], moments[..., -1, -2], moments[..., -1, -1]
+    trace = torch.linalg.vector_norm(cross, dim=(-2, -1)).square() - sum_ab
+    sums = (sum_x.square().sum(-1) - sum_a) * (sum_y.square().sum(-1) - sum_b)
+    through = (sum_x * (cross @ sum_y[..., None])[..., 0]).sum(-1)
+    product = through - (sum_x * sum_bx).sum(-1) - (sum_y * sum_ay).sum(-1) + sum_ab
+    return (trace + sums / ((n - 1) * (n - 2)) - 2 * product / (n - 2)) / (n * (n - 3))
+
+
+def _with_norms(features: torch.Tensor) -> torch.Tensor:
+    """Rows ``x`` as ``(x, |x|^2, 1)``: ``[A, N, D]`` to ``[A, N, D + 2]``."""
+    squared = features.square().sum(-1, keepdim=True)
+    return torch.cat([features, squared, torch.ones_like(squared)], dim=-1)
+
+
+def layer_cka(source: CausalLM, target: CausalLM, batches: Iterable[Batch], semantic_map: SemanticMap) -> dict[str, Any]:
+    """CKA between every source layer's and every target layer's outputs (the paper's figure 4).
+
+    Memory: 8 bytes x source layers x target layers x target width x (source width + 2 target widths), at most ``MOMENTS`` at
+    a time; for more, the models run again for each group of source layers.
+
+    Args:
+        source: the source model, in evaluation mode.
+        target: the target model, likewise, on the same device.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``; gone through once a group.
+        semantic_map: the map, in float64.
+
+    Returns:
+        ``unaligned`` and ``aligned``, with source states as they are and mapped, and ``random_map``, with a Gaussian matrix of
+        the map's shape in its place: lists ``[L_src][L_tgt]``. ``positions``: how many were valid.
+    """
+    depth, width = len(dissect(source).layers), len(dissect(target).layers)
+    rows, columns = semantic_map.matrix.shape
+    group = max(1, int(MOMENTS / (8 * width * rows * (columns + 2 * rows))))
+    control = _gaussian(rows, columns, seed=0).to(semantic_map.matrix)
+    values: dict[str, list[list[float]]] = {"unaligned": [], "aligned": [], "random_map": []}
+    positions = 0
+    for start in range(0, depth, group):
+        sums, positions = {name: LinearCKA() for name in values}, 0
+        for batch in batches:
+            left, right = layer_states(source, batch, slice(start, start + group)), layer_states(target, batch)
+            sums["unaligned"].update(left, right)
+            sums["aligned"].update(semantic_map(left), right)
+            sums["random_map"].update(left @ control.T, right)
+            positions += left.shape[1]
+        for name, found in sums.items():
+            values[name] += found.values().tolist()
+    return {"positions": positions, **values}

@@ -1,0 +1,569 @@
+"""LaTen (Tan et al., ACL 2025): neurons of the source, located, translated by hypernetworks, added to the target's weights.
+
+Locate, on an example, the source's and the target's layers and neurons that matter for its last answer token; translate the
+source's rows of up and value and columns of down and output into the target's width; add them (Delta) to the target's rows and
+columns of the same rank. The hypernetworks learn by one step for each extract example on the answers of 15 align examples and
+it; then one align example says what is injected, and nothing is trained after that.
+
+Where the authors' public code does something else, and why not here:
+
+- it divides a state by the square root of its standard deviation: the final norm divides by the root of the mean square;
+- of an attention neuron it takes the last key position alone: an attention neuron is a sum over all of them;
+- it never saves Delta, so that what it saves is the target as it was. Here Delta is a LoRA of its own rank and scale 1 (a
+  one-hot factor times Delta), and not a merged model, so that it is saved, measured, pushed and loaded on the unchanged target
+  as every other method's result is;
+- its learning rate is 3e-5 in one place and 3e-4 in another: here it is the one whose Delta leaves the lower answer loss on
+  align rows that pre-alignment has not seen, never on the eval split;
+- its script builds the one-cycle schedule and never steps it, and torch's would move the first beta as well: here the schedule
+  is stepped, and beta is 0.9 as announced;
+- under grouped-query attention it leaves value out: here an attention neuron is a query head's channel, and neurons that share
+  a row of value add to it together;
+- which of its checkpoints is injected is a setting, with no rule: here it is the last.
+
+Faithful are the hypernetworks' weights, N(0, 1e-5) with 1e-5 the standard deviation (it is ``std`` in their code), the sum of
+the examples' gradients, each with its own penalty, and that an answer's trailing punctuation does not count.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, NotFiniteError
+from hf_semalign.experiments.baselines.neurons import Located, Unembedding, answer_label, check_neurons, locate
+from hf_semalign.experiments.evaluation import answer_loss
+from hf_semalign.method.frontier import FrontierSchedule, train_only
+from hf_semalign.method.losses import answer_cross_entropy
+from hf_semalign.models.anatomy import Anatomy, CausalLM, Head, NeuronParts, Size, add_lora, dissect, neuron_parts
+from hf_semalign.models.hooks import without_cudnn_attention
+from hf_semalign.models.loading import is_quantised, is_set
+from hf_semalign.splits import Collator, Record, valid_positions
+from hf_semalign.trainer import SemAlignTrainer, timed
+from hf_semalign.training.checkpoints import claimed, disk_errors_explained
+from hf_semalign.training.preparation import Counts, Preparation
+
+logger = logging.getLogger(__name__)
+RATE = 0.1  # of the target's FFN and hidden width: neurons in each layer
+PENALTY = 1000.0  # on the mean square of Delta
+DEVIATION = 1e-5  # of the hypernetworks' weights
+LEARNING_RATES = (3e-5, 3e-4)  # those of the authors' README and script
+POOL = 80  # align rows that pre-alignment draws from
+DRAWN = 15  # in each step
+VALIDATION = 80  # align rows that the learning rate is chosen on, at most
+BY_COLUMNS = ("down", "output")  # a neuron is a column of these, and a row of up and value
+OF_FFN = ("up", "down")
+ROLES = ("up", "down", "value", "output")
+
+
+class Hypernetworks(nn.Module):
+    """From the source's width to the target's: one network a module type, shared by all layers and neurons, in float32."""
+
+    def __init__(self, source_width: int, target_width: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(
+            {
+                role: nn.Sequential(
+                    nn.Linear(source_width, source_width, bias=False),
+                    nn.ReLU(),
+                    nn.Linear(source_width, target_width, bias=False),
+                )
+                for role in ROLES
+            }
+        )
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=DEVIATION)
+
+    def forward(self, knowledge: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights of neurons ``[L, n, D_src]`` by role to Delta ``[L, n, D_tgt]``."""
+        return {role: self.networks[role](weights) for role, weights in knowledge.items()}
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the neurons of one role lie in a model.
+
+    Attributes:
+        layers: ``L`` layers.
+        indices: rows or columns of the role's module in each of them, ``[L, n]``.
+    """
+
+    layers: list[int]
+    indices: torch.Tensor
+
+
+def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
+    """Rows or columns that located neurons have in the modules of one role; two neurons may share a row of value."""
+    if role in OF_FFN:
+        return Sites(located.ffn_layers, located.ffn)
+    layers = located.attention_layers
+    if role == "output":
+        return Sites(layers, located.attention)
+    rows = [parts[k].value_rows[neurons] for k, neurons in zip(layers, located.attention, strict=True)]
+    return Sites(layers, torch.stack(rows))
+
+
+@torch.no_grad()
+def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, torch.Tensor]:
+    """The weights of located neurons by role, ``[L, n, D]`` in float32."""
+    found = {}
+    for role in ROLES:
+        where = sites(parts, located, role)
+        weights = []
+        for k, indices in zip(where.layers, where.indices, strict=True):
+            weight = getattr(parts[k], role).get_parameter("weight")
+            indices = indices.to(weight.device)
+            weights.append((weight[:, indices].T if role in BY_COLUMNS else weight[indices]).float())
+        found[role] = torch.stack(weights)
+    return found
+
+
+class Carrier:
+    """LoRA that is exactly Delta: of ``B A`` one factor is one-hot and names rows or columns, the other one is Delta.
+
+    Args:
+        model: the target with LoRA on the modules of its neurons, of as many ranks as neurons are located, at scale 1.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._parts = neuron_parts(dissect(model))[1]
+
+    def clear(self) -> None:
+        """The target as it was."""
+        with torch.no_grad():
+            for part in self._parts:
+                for role in ROLES:
+                    for factor in self._factors(part, role):
+                        factor.zero_()
+
+    def write(self, located: Located, deltas: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:
+        """Put Delta where neurons were located.
+
+        Args:
+            located: of the target, all of its layers.
+            deltas: ``[L, n, D]`` by role.
+
+        Returns:
+            The factors that hold Delta, for each role those of its layers, as :meth:`gradients` reads them.
+        """
+        held = []
+        for role, delta in deltas.items():
+            where = sites(self._parts, located, role)
+            for k, indices, rows in zip(where.layers, where.indices, delta.detach(), strict=True):
+                a, b = self._factors(self._parts[k], role)
+                places, neurons = indices.to(a.device), torch.arange(len(indices), device=a.device)
+                with torch.no_grad():
+                    if role in BY_COLUMNS:
+                        a.zero_()[neurons, places] = 1
+                        b.copy_(rows.T)
+                    else:
+                        b.zero_()[places, neurons] = 1
+                        a.copy_(rows)
+                held.append(b if role in BY_COLUMNS else a)
+        return held
+
+    @staticmethod
+    def gradients(held: Sequence[nn.Parameter], deltas: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What arrived at the factors of :meth:`write`, as gradients of the deltas."""
+        found, factors = [], iter(held)
+        for role, delta in deltas.items():
+            arrived = [cast(torch.Tensor, next(factors).grad) for _ in delta]
+            found.append(torch.stack([gradient.T if role in BY_COLUMNS else gradient for gradient in arrived]))
+        return found
+
+    @staticmethod
+    def _factors(part: NeuronParts, role: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """``A`` ``[r, in]`` and ``B`` ``[out, r]`` of the module of one role."""
+        module: Any = getattr(part, role)
+        return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def example_losses(model: CausalLM, head: Head, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of each example's answer ``[B]``, with gradient."""
+    valid = valid_positions(batch["labels"])
+    hidden = dissect(model).decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    losses = answer_cross_entropy(hidden[valid], head, batch["labels"][:, 1:][valid[:, :-1]])
+    return losses.new_zeros(len(valid)).index_add(0, valid.nonzero()[:, 0], losses) / valid.sum(1)
+
+
+def penalty(deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum over the module types of the mean square of Delta, without its weight."""
+    return torch.stack([delta.square().mean() for delta in deltas.values()]).sum()
+
+
+def one_cycle(step: int, steps: int, *, warmup: float = 0.1, start: float = 1 / 25) -> float:
+    """Factor on the learning rate: torch's ``OneCycleLR`` by cosines, back to where it started; without warmup below 11 steps.
+
+    Args:
+        step: from 0.
+        steps: of the run.
+        warmup: share of the steps that rise.
+        start: factor at the first step and at the last.
+    """
+    peak = max(warmup * steps - 1, 0.0)
+    rising = step <= peak and peak > 0
+    done = step / peak if rising else (step - peak) / max(steps - 1 - peak, 1)
+    first, last = (start, 1.0) if rising else (1.0, start)
+    return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pre-alignment at one learning rate: the Delta of the injected example, the steps, the loss on held-out align rows."""
+
+    deltas: dict[str, torch.Tensor]
+    history: list[dict[str, float]]
+    held_out_loss: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are used for what: a function of their number and the seed.
+
+    Attributes:
+        order: extract rows, one a step.
+        drawn: align rows of each step, beside the extract row.
+        injected: the align row that says what is injected.
+        held_out: align rows that the learning rate is chosen on.
+    """
+
+    order: list[int]
+    drawn: list[list[int]]
+    injected: int
+    held_out: list[int]
+
+    @classmethod
+    def draw(cls, align: int, extract: int, seed: int) -> Plan:
+        """Of the align rows the first, up to ``POOL`` and four fifths, are for pre-alignment, the others for what follows.
+
+        Raises:
+            ValueError: too few align rows.
+        """
+        pool = min(POOL, align * 4 // 5)
+        if pool < DRAWN or align - pool < 2:
+            raise InputError(
+                f"The align split has {align} rows: LaTen needs {DRAWN} to draw from, one to inject by and one to choose the "
+                "learning rate on, at least 19 in all."
+            )
+        random_state = random.Random(seed)
+        order = random_state.sample(range(extract), extract)
+        drawn = [random_state.sample(range(pool), DRAWN) for _ in order]
+        injected = random_state.randrange(pool, align)
+        others = [row for row in range(pool, align) if row != injected]
+        return cls(order, drawn, injected, others[:VALIDATION])
+
+
+def neuron_counts(source: Anatomy, target: Anatomy) -> tuple[int, int]:
+    """Attention and FFN neurons that are transferred in each layer; weights are not looked at.
+
+    Raises:
+        ValueError: models whose neurons are not known, a target that is too narrow, or a source with fewer layers or neurons.
+    """
+    ours, theirs = neuron_parts(target)[1], neuron_parts(source)[1]
+    width = target.head_weight().shape[1]
+    attention, ffn = int(RATE * width), int(RATE * _neurons(ours)[1])
+    if min(attention, ffn) < 1:
+        raise InputError(f"A tenth of the target's {width} channels or FFN neurons is none: LaTen has nothing to transfer.")
+    if len(theirs) < len(ours):
+        raise InputError(f"The source has {len(theirs)} layers for {len(ours)} of the target: LaTen pairs each with another.")
+    for model, parts in (("source", theirs), ("target", ours)):
+        heads, inner = _neurons(parts)
+        if heads < attention or inner < ffn:
+            raise InputError(
+                f"The {model} has {heads} attention and {inner} FFN neurons a layer: LaTen transfers {attention} and {ffn}."
+            )
+    return attention, ffn
+
+
+def _neurons(parts: Sequence[NeuronParts]) -> tuple[int, int]:
+    """Attention and FFN neurons that the narrowest layer has."""
+    return min(len(part.value_rows) for part in parts), min(cast(Any, part.down).in_features for part in parts)
+
+
+def states_read(anatomy: Anatomy, layers: int) -> int:
+    """States that go through a model's head when one example is located, with the neurons of so many layers."""
+    parts = neuron_parts(anatomy)[1]
+    return 4 * len(parts) + layers * sum(_neurons(parts))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy) -> set[int]:
+    """Tokens that no answer is located by: the tokenizer's special ones, or without one the model's end and padding."""
+    if tokenizer is not None:
+        return set(tokenizer.all_special_ids)
+    config: Any = anatomy.decoder.config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return {token for token in (*ends, config.pad_token_id) if token is not None}
+
+
+def _shared(rows: torch.Tensor) -> int:
+    """How many of the rows ``[L, n]`` another neuron of the layer has as well, less one for each such row."""
+    return sum(len(some) - len(some.unique()) for some in rows)
+
+
+class LaTenTrainer(SemAlignTrainer):
+    """LaTen with the interface of SemAlign's trainer: the same splits, evaluation, folder and record.
+
+    ``LaTenTrainer(..., args=SemAlignConfig(**LaTenTrainer.settings, ...))``. Of the other settings count ``seed``, batch sizes
+    (rows at a time; a step is of 16 examples) and ``bf16``; budget, learning rate and LoRA rank are the method's own. It holds
+    the source whole, beside the target.
+
+    It runs no loop of the Trainer's: of the callbacks' events there is ``on_log`` alone, after training. It writes no
+    checkpoints: a run that is interrupted is repeated, with the same result.
+
+    Attributes:
+        located: of the injected example, the source's and the target's neurons; unset before :meth:`train`.
+        deltas: what was injected, ``[L, n, D]`` by role (``up``, ``down``, ``value``, ``output``); likewise.
+
+    Raises:
+        ValueError: also for models whose neurons are not known, a source with fewer layers or neurons, several processes.
+    """
+
+    method = "laten"
+    takes_steps = False
+    needs_extract = True
+    settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "answers"}
+    located: tuple[Located, Located]
+    deltas: dict[str, torch.Tensor]
+
+    @classmethod
+    def check(cls, known: Preparation, args: SemAlignConfig) -> None:
+        """Refuse settings, models and rows that LaTen cannot work with; of the models the shape is looked at."""
+        refused = {
+            "several processes": args.world_size > 1 or is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"),
+            "fp16, where its gradients would vanish": args.fp16,
+            "source_memory='stream', because it reads the source's weights at every step": args.source_memory == "stream",
+            "a quantised source": known.source.quantised,
+            "a quantised target": is_quantised(cast(Any, known.target.decoder).config),
+        }
+        for what, given in refused.items():
+            if given:
+                raise InputError(
+                    f"LaTen does not work with {what}: run it in one process, in bf16 or float32, with plain weights and "
+                    "source_memory='resident'."
+                )
+        neuron_counts(dissect(known.source.shape), known.target)
+        extract = known.splits["extract"]
+        Plan.draw(len(known.splits["align"]), len(extract), args.seed)
+        specials = special_ids(known.tokenizer, known.target)
+        for row in extract:
+            answer_label(cast(Record, row), known.tokenizer, specials)
+
+    @classmethod
+    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
+        """Multiplications: locating in both models, pre-alignment and the held-out rows at every learning rate."""
+        anatomies = dissect(known.source.shape), known.target
+        source, target = (Size.of(anatomy) for anatomy in anatomies)
+        extract, align = (Counts.of(known.splits[split]) for split in ("extract", "align"))
+        plan, depth = Plan.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
+        tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an align row
+        seen = len(plan.order) * DRAWN * tokens + extract.tokens, len(plan.order) * DRAWN * valid + extract.valid
+        translated = len(plan.order) * 2 * depth * sum(neuron_counts(*anatomies))
+        networks = 3 * translated * source.width * (source.width + target.width)
+        held_out, tried = len(plan.held_out) * target.forward(tokens, valid), len(LEARNING_RATES)
+        return {
+            "locating": sum(
+                size.forward(extract.tokens + tokens, (extract.rows + 1) * states_read(anatomy, depth))
+                for size, anatomy in zip((source, target), anatomies, strict=True)
+            ),
+            "training": tried * (target.forward(2 * seen[0], 3 * seen[1]) + networks),
+            "choosing the learning rate": (tried + 1) * held_out,
+        }
+
+    def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
+        """The target with LoRA that has room for Delta."""
+        self._attention, self._ffn = neuron_counts(dissect(self.source.shape), self.known.target)
+        names, _ = neuron_parts(dissect(target))
+        value, output, _, _ = names
+        self._lora_targets = sorted(names)
+        ranks = {value: self._attention, output: self._attention}
+        return add_lora(target, self._lora_targets, rank=self._ffn, alpha=self._ffn, ranks=ranks)
+
+    def _ask_source(self) -> None:
+        """Look whether the neurons of both models are where they are expected."""
+        self._extract = self.known.splits["extract"]
+        self._plan = Plan.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), self.args.seed)
+        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
+        self._facts: dict[str, Any] = {}
+        self.schedule = FrontierSchedule(1, len(self._extract))
+        check_neurons(self._adapted)
+        check_neurons(self.source.model(self.args.device))
+
+    @property
+    def _adapted(self) -> PeftModel:
+        return cast(PeftModel, self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Locate, learn to translate at each learning rate, inject the better one's Delta.
+
+        Args:
+            resume_from_checkpoint: there are none; ``True`` starts anew, as every call does.
+            *args: the Trainer's, without meaning here.
+            **kwargs: likewise.
+
+        Raises:
+            ValueError: a checkpoint by name, or another process at work in this ``output_dir``.
+            FloatingPointError: a loss that is not finite.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            raise InputError(f"LaTen writes no checkpoints to go on from, got {resume_from_checkpoint}: start it anew.")
+        folder = str(self.args.output_dir)
+        was_training = self._adapted.training
+        self._adapted.eval()
+        try:
+            with claimed(folder) if self.args.should_save else nullcontext(), disk_errors_explained(folder):
+                return self._transfer()
+        finally:
+            self._rest()
+            train_only(self.lora_layers, range(len(self.lora_layers)))
+            self._adapted.train(was_training)
+
+    def _transfer(self) -> TrainOutput:
+        carrier = Carrier(self._adapted)
+        carrier.clear()  # of an earlier call
+        try:
+            return self._locate_and_inject(carrier)
+        except BaseException:
+            carrier.clear()  # of what a step was trying
+            raise
+
+    def _locate_and_inject(self, carrier: Carrier) -> TrainOutput:
+        rows, source = cast(Dataset, self.train_dataset), self.source.model(self.args.device)
+        examples = [*(self._extract[k] for k in self._plan.order), rows[self._plan.injected]]
+        with timed("locating neurons", self.seconds):
+            sources = self._locate(source, examples)
+            targets = self._locate(self._adapted, examples)
+        parts = neuron_parts(dissect(source))[1]
+        held_out = rows.select(self._plan.held_out)
+        before = self._answer_loss(held_out)
+        runs: dict[float, Run] = {}
+        for rate in LEARNING_RATES:
+            with timed(f"pre-alignment at {rate}", self.seconds):
+                networks, history = self._pre_align(rate, carrier, parts, examples[:-1], sources, targets)
+                with torch.no_grad():
+                    deltas = networks(knowledge_of(parts, sources[-1]))
+                carrier.write(targets[-1], deltas)
+                runs[rate] = Run(deltas, history, self._answer_loss(held_out))
+            if not math.isfinite(runs[rate].held_out_loss):
+                raise NotFiniteError(f"Not finite: the answer loss with what LaTen has learnt at {rate}. Nothing was injected.")
+        best = min(runs, key=lambda rate: runs[rate].held_out_loss)
+        self.located, self.deltas = (sources[-1], targets[-1]), runs[best].deltas
+        carrier.write(targets[-1], self.deltas)
+        for step, entry in enumerate(runs[best].history, start=1):
+            self.state.global_step = step
+            self.log({**entry, "stage": 1})
+        self._facts = self._results(best, runs, before)
+        return TrainOutput(len(examples) - 1, sum(entry["answers"] for entry in runs[best].history) / (len(examples) - 1), {})
+
+    def _locate(self, model: CausalLM, examples: Sequence[Record]) -> list[Located]:
+        """The neurons that matter for each label, see :func:`~hf_semalign.experiments.baselines.neurons.answer_label`."""
+        unembedding, found = Unembedding(model), []
+        for row in examples:
+            position = answer_label(row, cast(Any, self.processing_class), self._specials)
+            ids = torch.as_tensor(row["input_ids"][:position])
+            counts = {"layers": self.frontier.num_layers, "attention": self._attention, "ffn": self._ffn}
+            found.append(locate(model, unembedding, ids, row["labels"][position], **counts))
+        return found
+
+    def _pre_align(
+        self,
+        rate: float,
+        carrier: Carrier,
+        parts: Sequence[NeuronParts],
+        examples: Sequence[Record],
+        sources: Sequence[Located],
+        targets: Sequence[Located],
+    ) -> tuple[Hypernetworks, list[dict[str, float]]]:
+        """Hypernetworks after one step for each extract example, and what they learnt by."""
+        torch.manual_seed(self.args.seed)
+        networks = Hypernetworks(self.source.width, self.objective.own_head.weight.shape[1]).to(self.args.device)
+        optimizer = torch.optim.AdamW(networks.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.95))
+        schedule = LambdaLR(optimizer, lambda step: one_cycle(step, len(examples)))
+        pool = cast(Dataset, self.train_dataset)
+        history: list[dict[str, float]] = []
+        for step, (row, source, target) in enumerate(zip(examples, sources, targets, strict=False)):
+            batch = [*(pool[k] for k in self._plan.drawn[step]), row]
+            deltas = networks(knowledge_of(parts, source))
+            loss = self._backward(carrier, target, deltas, batch)
+            square = penalty(deltas).item()
+            if not math.isfinite(loss + square):
+                raise NotFiniteError(
+                    f"Not finite at step {step + 1} of LaTen: answer loss {loss:.4g}, penalty {square:.4g}. Nothing "
+                    "was injected."
+                )
+            history.append({"answers": loss, "penalty": square, "learning_rate": float(schedule.get_last_lr()[0])})
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        return networks, history
+
+    @without_cudnn_attention()
+    def _backward(self, carrier: Carrier, target: Located, deltas: dict[str, torch.Tensor], batch: Sequence[Record]) -> float:
+        """Gradients of the hypernetworks, summed over examples, each with its penalty; the mean answer loss.
+
+        The target runs with Delta in its LoRA, whose gradient then goes on into the hypernetworks, once for all examples.
+        """
+        held = carrier.write(target, deltas)
+        train_only(self.lora_layers, range(0))
+        for factor in held:
+            factor.requires_grad_(True)
+        total = 0.0
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(batch), size):
+            collated = cast(Collator, self.data_collator)(batch[start : start + size])
+            with self.accelerator.autocast():
+                some = {key: tensor.to(self.args.device) for key, tensor in collated.items()}
+                loss = example_losses(self._adapted, self.objective.own_head, some).sum()
+            loss.backward()
+            total += loss.item()
+        weighted = len(batch) * PENALTY * penalty(deltas)
+        torch.autograd.backward([*deltas.values(), weighted], [*carrier.gradients(held, deltas), None])
+        return total / len(batch)
+
+    def _answer_loss(self, rows: Dataset) -> float:
+        with self.accelerator.autocast():
+            return answer_loss(self._adapted, self._batches(rows))
+
+    def _results(self, best: float, runs: Mapping[float, Run], before: float) -> dict[str, Any]:
+        """What the record says of a finished run: what was chosen, why, and what it took."""
+        source, target = self.located
+        steps, batch, depth = len(self._plan.order), DRAWN + 1, self.frontier.num_layers
+        held_out, located = len(self._plan.held_out), len(self._plan.order) + 1
+        return {
+            "learning_rate": best,
+            "held_out_rows": held_out,
+            "held_out_loss": {"target": before, **{str(rate): run.held_out_loss for rate, run in runs.items()}},
+            "source_attention_layers": source.attention_layers,
+            "source_ffn_layers": source.ffn_layers,
+            "shared_value_rows": _shared(sites(neuron_parts(self.target_anatomy)[1], target, "value").indices),
+            "delta_norm": {role: delta.norm().item() for role, delta in self.deltas.items()},
+            "penalty": penalty(self.deltas).item(),
+            "cost": {
+                "source_forward": located,
+                "target_forward": located + len(runs) * (steps * batch + held_out) + held_out,
+                "target_backward": len(runs) * steps * batch,
+                "source_states_read": located * states_read(dissect(self.source.shape), depth),
+                "target_states_read": located * states_read(self.target_anatomy, depth),
+            },
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Also what LaTen chose and what it took; LoRA is described as it is, and not as ``args`` would have it."""
+        record = super().record()
+        record["settings"] |= {"lora_r": self._ffn, "lora_alpha": self._ffn}
+        if "learning_rate" in self._facts:
+            record["settings"]["learning_rate"] = self._facts["learning_rate"]
+        counts = {"rate": RATE, "ffn_neurons": self._ffn, "attention_neurons": self._attention, "steps": len(self._extract)}
+        return {**record, self.method: {**counts, **self._facts}}

@@ -1,0 +1,1 @@
+"""The four benchmarks, through lm-eval."""

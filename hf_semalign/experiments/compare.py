@@ -1,0 +1,502 @@
+"""Comparisons: methods x tasks x seeds of one YAML file, run cell by cell, in one table and one figure.
+
+    semalign compare recipes/quickstart/compare.yaml --jobs 2
+
+A cell is a run folder of its own, made by ``semalign train`` in a process of its own, so that its time and memory are its own.
+Cells that are whole are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.ticker import EngFormatter
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from hf_semalign.config import MOST_SEED, SemAlignConfig, check_numbers
+from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
+from hf_semalign.experiments.figures import draw_gaps
+from hf_semalign.experiments.paired import paired_difference
+from hf_semalign.experiments.plan import Plan, plan_recipe
+from hf_semalign.experiments.recipe import (
+    METHODS,
+    DataSettings,
+    Recipe,
+    check_answers,
+    check_names,
+    load_recipe,
+    read_settings,
+    read_yaml,
+)
+from hf_semalign.experiments.tables import latex, markdown
+from hf_semalign.hub.card import benchmark_scores
+from hf_semalign.models.loading import make_folder, read_json
+from hf_semalign.training.checkpoints import claimed
+
+logger = logging.getLogger(__name__)
+BUDGETS = ("equal data", "equal compute")
+RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
+LAST_LINES = 5
+OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
+PLACED = {  # keys of the training section that a method may not change
+    "seed": "by seeds, for all methods", "output_dir": "by the comparison's own output_dir",
+    "signals_dir": "by the comparison's own output_dir", "max_length": "in the task's recipe, as data.max_length",
+}  # fmt: skip
+PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Figures that somebody else has reported, under a protocol of their own.
+
+    Attributes:
+        origin: where they stand.
+        rows: by method, and then by task, in percent.
+    """
+
+    origin: str
+    rows: dict[str, dict[str, float]]
+
+    def __post_init__(self) -> None:
+        rows = self.rows.values() if isinstance(self.rows, dict) else [None]
+        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
+            raise InputError(f"rows of reported is {self.rows!r}: expected by method, and then by task, a number.")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a dry run estimates times for.
+
+    Attributes:
+        name: for readers.
+        tflops: 10^12 floating-point operations a second, sustained and not peak.
+    """
+
+    name: str
+    tflops: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tflops < math.inf:
+            raise InputError(f"tflops of hardware is {self.tflops}: expected a number above 0.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison.
+
+    Attributes:
+        output_dir: gets a folder for each cell, the tables and the figure.
+        tasks: recipe by the task's name; a path from the comparison's own folder.
+        methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
+            that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
+            ``equal compute`` is measured by.
+        seeds: of training.
+        budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
+            method do.
+        reported: figures of others, to stand beside.
+        hardware: what a dry run estimates times for.
+        recipes: the recipes of the tasks.
+    """
+
+    output_dir: str
+    tasks: dict[str, str]
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    budgets: list[str] = field(default_factory=lambda: [BUDGETS[0]])
+    reported: Reported | None = None
+    hardware: Hardware | None = None
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        task: name of the task.
+        name: name of the method.
+        recipe: what is run; its ``output_dir`` is the cell's folder.
+        budgets: those that it stands under.
+    """
+
+    task: str
+    name: str
+    recipe: Recipe
+    budgets: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def label(self) -> str:
+        """For the log."""
+        return f"{self.task}, {self.name}, {' and '.join(self.budgets)}, seed {self.recipe.training['seed']}"
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison and its recipes, and check every key.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value``; a key of :class:`Comparison` changes that, any other one every recipe.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: keys or values that cannot be used.
+    """
+    if not Path(path).is_file():
+        raise MissingFileError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
+    where = f"comparison {path}"
+    content = read_yaml(Path(path).read_bytes(), f"The {where}")
+    if not isinstance(content, dict):
+        raise InputError(f"The {where} holds a {type(content).__name__}, not keys and values.")
+    known = [item.name for item in fields(Comparison) if item.name != "recipes"]
+    ours = [text for text in overrides if text.partition("=")[0] in known]
+    for text in ours:
+        key, _, value = text.partition("=")
+        content[key] = read_yaml(value, f"The override {text!r}")
+    check_names(content, known, where)
+    if missing := {"output_dir", "tasks", "methods", "seeds"} - content.keys():
+        raise InputError(f"The {where} lacks {sorted(missing)}.")
+    for name, kind in (("tasks", dict), ("methods", dict), ("seeds", list), ("budgets", list)):
+        if name in content and not (isinstance(content[name], kind) and content[name]):
+            raise InputError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
+    check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
+    for seed in content["seeds"]:
+        check_numbers({"seed": seed}, SemAlignConfig)
+        if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
+            raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
+    for name, changes in content["methods"].items():
+        place = f"methods.{name} of the {where}"
+        if not isinstance(changes, dict) or not isinstance(name, str):
+            raise InputError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
+        check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
+        check_names([changes.get("method", Recipe.method)], METHODS, place)
+        read_settings(changes)
+        for key, home in PLACED.items():
+            if key in changes:
+                raise InputError(f"{place} has {key}, which is set {home}.")
+        if not isinstance(written := changes.get("data", {}), dict):
+            raise InputError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
+        check_names(written, OF_ANSWERS, f"data of {place}")
+        check_numbers(written, DataSettings)
+    for section in ("tasks", "methods"):
+        folders: dict[str, str] = {}
+        for name in map(str, content[section]):
+            if (other := folders.setdefault(_slug(name), name)) != name:
+                raise InputError(
+                    f"{section} of the {where} has {other!r} and {name!r}, whose runs would have one folder, {_slug(name)!r}: "
+                    "rename one of them, so that they differ in letters or digits."
+                )
+    theirs = [text for text in overrides if text not in ours]
+    recipes = {}
+    for task, file in content["tasks"].items():
+        recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
+        for name, changes in content["methods"].items():
+            data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
+            check_answers(data, changes.get("method", Recipe.method), (), place)
+    return Comparison(
+        **{
+            **content,
+            "reported": _section(Reported, content.get("reported"), f"reported of the {where}"),
+            "hardware": _section(Hardware, content.get("hardware"), f"hardware of the {where}"),
+            "recipes": recipes,
+        }
+    )
+
+
+def _section(kind: Any, content: Any, where: str) -> Any:
+    if content is None:
+        return None
+    names = [item.name for item in fields(kind)]
+    if not isinstance(content, dict) or set(content) != set(names):
+        raise InputError(f"The section {where} is {content!r}: expected {names}.")
+    check_numbers(content, kind)
+    return kind(**content)
+
+
+def plans(comparison: Comparison) -> dict[tuple[str, str], Plan]:
+    """What each method does on each task under ``equal data``, by task and name.
+
+    Raises:
+        ValueError: whatever a run would be refused for before weights are loaded.
+    """
+    planned: dict[tuple[str, str], Plan] = {}
+    for task, recipe in comparison.recipes.items():
+        data = recipe.data.load()
+        planned |= {(task, name): plan_recipe(_changed(comparison, task, name), data) for name in comparison.methods}
+    return planned
+
+
+def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
+    """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
+    found = []
+    for task, (name, changes), seed in _product(comparison):
+        first = planned[task, next(iter(comparison.methods))]
+        plan, trainer = planned[task, name], METHODS[changes.get("method", Recipe.method)]
+        steps = {budget: plan.steps for budget in comparison.budgets}
+        if "equal compute" in steps and trainer.takes_steps:
+            steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
+        recipe = _changed(comparison, task, name)
+        stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
+        steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
+        for count in dict.fromkeys(steps.values()):
+            budgets = tuple(budget for budget, wanted in steps.items() if wanted == count)
+            training = {**recipe.training, "seed": seed, "signals_dir": str(Path(comparison.output_dir) / "_signals")}
+            if count != plan.steps:
+                training = {**training, "max_steps": count // stages}
+            folder = Path(comparison.output_dir) / _slug(task) / f"{_slug(name)}-{count}-seed{seed}"
+            found.append(Cell(task, name, replace(recipe, output_dir=str(folder), training=training), budgets))
+    return found
+
+
+def _product(comparison: Comparison) -> Iterator[tuple[str, tuple[str, dict[str, Any]], int]]:
+    """Seed by seed, so that whole tables come as early as may be."""
+    for seed in comparison.seeds:
+        for task in comparison.recipes:
+            for method in comparison.methods.items():
+                yield task, method, seed
+
+
+def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
+    """A task's recipe by one of the methods. Its run is not published: under one name, the last of them would be left."""
+    recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
+    method = changes.pop("method", Recipe.method)
+    data = replace(recipe.data, **changes.pop("data", {}))
+    training = {key: value for key, value in {**recipe.training, **changes}.items() if not key.startswith(PUBLISHING)}
+    return replace(recipe, method=method, data=data, training=training, baselines=())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "cell"
+
+
+def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
+    """Run the cells that are missing, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
+
+    Args:
+        comparison: see :func:`load_comparison`.
+        jobs: cells at a time; with more than one, times are those of a shared machine.
+
+    Returns:
+        What ``compare.json`` holds.
+
+    Raises:
+        ValueError: settings that a run would be refused for; cells that were run with other ones.
+        ChildProcessError: cells that failed; those that are whole are in the tables.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}: expected at least 1.")
+    folder = Path(comparison.output_dir)
+    make_folder("output_dir", folder)
+    with claimed(folder):
+        planned = plans(comparison)
+        wanted = cells(comparison, planned)
+        for cell in wanted:
+            _check(cell)
+        missing = [cell for cell in wanted if not _is_whole(cell)]
+        logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        with ThreadPoolExecutor(jobs) as pool:
+            done = pool.map(partial(_run, environment=environment), missing)
+            failed = [cell for cell, fine in zip(missing, done, strict=True) if not fine]
+        record = summary(comparison, planned, [cell for cell in wanted if cell not in failed])
+        write(record, folder)
+    if failed:
+        raise FailedRunsError(
+            f"{len(failed)} of {len(wanted)} cells failed ({'; '.join(cell.label for cell in failed[:3])}): see log.txt in "
+            f"their folders under {folder}. The same command again runs them alone."
+        )
+    return record
+
+
+def costs_table(comparison: Comparison) -> Group:
+    """The plan of a comparison for the terminal, a table a task: everything but weights was looked at.
+
+    Raises:
+        ValueError: whatever a run would be refused for before weights are loaded.
+    """
+    planned, hardware = plans(comparison), comparison.hardware
+    tables = {task: Table(title=f"{task}, each over {len(comparison.seeds)} seeds", box=SIMPLE) for task in comparison.recipes}
+    for table in tables.values():
+        for heading in ("method", "equal"):
+            table.add_column(heading)
+        for heading in ("steps", "forwards", "operations", "disk", "memory", *(["hours"] if hardware else [])):
+            table.add_column(heading, justify="right", no_wrap=True)
+    hours = 0.0
+    for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
+        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe)
+        seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
+        hours += len(comparison.seeds) * seconds / 3600
+        budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
+        row = [cell.name, budgets, f"{plan.steps:,}", EngFormatter(places=1, sep="")(sum(plan.cost.values()))]
+        row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
+        row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
+        tables[cell.task].add_row(*map(Text, row))
+    notes = "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
+    if hardware:
+        notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
+    return Group(*tables.values(), Text(notes))
+
+
+def _check(cell: Cell) -> None:
+    """Refuse a folder whose run had other settings."""
+    path = cell.folder / RECIPE_NAME
+    if path.is_file() and load_recipe(path) != cell.recipe:
+        raise InputError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
+
+
+def _is_whole(cell: Cell) -> bool:
+    return (cell.folder / "results.json").is_file()
+
+
+def _yaml(recipe: Recipe) -> str:
+    content = {name: value for name, value in asdict(recipe).items() if value is not None}
+    content["data"] = {name: value for name, value in content["data"].items() if value is not None}
+    content["baselines"] = list(content["baselines"])
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
+    """Train and measure a cell; its output goes to ``log.txt`` in its folder."""
+    logger.info("%s", cell.label)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    path, log = cell.folder / RECIPE_NAME, cell.folder / "log.txt"
+    path.write_text(_yaml(cell.recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "hf_semalign.cli", "train", "--config", str(path)]
+    with log.open("w", encoding="utf-8") as out:
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
+    if code != 0:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        logger.error("%s failed (exit code %d):\n  %s", cell.label, code, "\n  ".join(last))
+    return code == 0
+
+
+def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
+    """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
+    read = cache(lambda cell_folder: read_json(cell_folder / "results.json", "metrics", "seconds", "cost"))
+    tables = []
+    for task in comparison.recipes:
+        for budget in comparison.budgets:
+            chosen = [cell for cell in done if cell.task == task and budget in cell.budgets]
+            if not chosen:
+                continue
+            ends = read(chosen[0].folder)["metrics"]
+            rows = []
+            runs = {name: [(cell, read(cell.folder)) for cell in chosen if cell.name == name] for name in comparison.methods}
+            first, *_ = comparison.methods
+            for name, found in runs.items():
+                if found:
+                    ahead = {} if name == first else _ahead(_outcomes(found), _outcomes(runs[first]))
+                    rows.append({"name": name, **_row(found, ends), **ahead})
+            target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
+            tables.append({"task": task, "budget": budget, "target": target, "source": source, "methods": rows})
+    return {
+        "pair": {"source": next(iter(planned.values())).source, "target": next(iter(planned.values())).target},
+        "seeds": comparison.seeds,
+        "reference": next(iter(comparison.methods)),
+        "tables": tables,
+        "reported": asdict(comparison.reported) if comparison.reported else None,
+    }
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """The figures of one model on one task: a score in 0 to 1 where there is one, ``kl`` and ``loss``; what it forgot."""
+    found: dict[str, float] = {name: metrics[name] for name in ("kl", "loss") if name in metrics}
+    if scores := benchmark_scores(metrics):
+        found["score"] = sum(one["value"] * one["rows"] for one in scores) / sum(one["rows"] for one in scores)
+        if len(scores) > 1:
+            found |= {f"score:{one['task']}": one["value"] for one in scores}
+    elif metrics.get("exact_match"):
+        found["score"] = statistics.mean(metrics["exact_match"].values())
+    if metrics.get("forgetting"):
+        others = metrics["forgetting"].values()
+        found["forgotten_kl"] = statistics.mean(other["kl"] for other in others)
+        found["kept_accuracy"] = statistics.mean(other["accuracy"] for other in others)
+    return found
+
+
+def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, str], str]:
+    """Of each seed and benchmark, which problems were solved."""
+    return {
+        (cell.recipe.training["seed"], one["task"]): one["outcomes"]
+        for cell, results in runs
+        for one in benchmark_scores(results["metrics"][cell.recipe.method])
+        if "outcomes" in one
+    }
+
+
+def _ahead(ours: Mapping[tuple[int, str], str], reference: Mapping[tuple[int, str], str]) -> dict[str, Any]:
+    """How far a method is ahead of the reference on all benchmarks together, problem by problem, averaged over shared seeds."""
+    shared = ours.keys() & reference.keys()
+    if not shared:
+        return {}
+    tasks, seeds = sorted({task for _, task in shared}), sorted({seed for seed, _ in shared})
+
+    def means(outcomes: Mapping[tuple[int, str], str]) -> list[float]:
+        solved = [[int(one) for task in tasks for one in outcomes[seed, task]] for seed in seeds]
+        return [statistics.mean(problem) for problem in zip(*solved, strict=True)]
+
+    difference, low, high = paired_difference(means(ours), means(reference))
+    return {"ahead": {"mean": difference, "low": low, "high": high}}
+
+
+def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> dict[str, Any]:
+    target, source = _figures(ends["target"]), _figures(ends["source"])
+    samples: dict[str, list[float]] = {}
+    for cell, results in runs:
+        found = _figures(results["metrics"][cell.recipe.method])
+        if "score" in found and source.get("score") is not None:
+            found["gap"] = source["score"] - found["score"]
+            if source["score"] > target["score"]:
+                found["closed"] = (found["score"] - target["score"]) / (source["score"] - target["score"])
+        if target["kl"] > 0:
+            found["kl_closed"] = 1 - found["kl"] / target["kl"]
+        if "kept_accuracy" in found:
+            found["accuracy_change"] = found["kept_accuracy"] - target["kept_accuracy"]
+        found |= {
+            "cost": sum(results["cost"].values()),
+            "steps": results["steps"],
+            "seconds": results["seconds"]["total"],
+            "memory_mb": results["peak_memory_mb"],
+        }
+        if "adapter_mb" in results:  # earlier versions did not write it
+            found["adapter_mb"] = results["adapter_mb"]
+        for name, value in found.items():
+            samples.setdefault(name, []).append(value)
+    row: dict[str, Any] = {"method": runs[0][0].recipe.method, "seeds": len(runs)}
+    for name, values in samples.items():
+        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    return row
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """Write the tables and the figure of :func:`summary`."""
+    (folder / "compare.json").write_text(json.dumps(record, indent=1))
+    (folder / "compare.md").write_text(markdown(record), encoding="utf-8")
+    (folder / "compare.tex").write_text(latex(record), encoding="utf-8")
+    if record["tables"]:
+        draw_gaps(record, folder)

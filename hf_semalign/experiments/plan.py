@@ -1,0 +1,307 @@
+"""What a run will do and cost, counted before any weight is loaded: dry runs, equal compute, and the cost in comparisons.
+
+Cost is counted in multiplications of a state with a weight, and told in **target forwards**: one forward of the whole target
+over an align example of mean length, heads on its valid positions. Backward through a frozen layer costs what its forward
+does; layers below the frontier cost nothing where the target prefix holds them. LoRA, the products of attention, the losses
+between positions and the singular value decompositions of Seeking are not counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.ticker import EngFormatter
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.cache.states import Examples
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
+from hf_semalign.experiments.answers import question
+from hf_semalign.experiments.recipe import METHODS, DataSettings, Recipe, load_tokenizer
+from hf_semalign.experiments.rows import Row
+from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.experiments.tasks import TaskData
+from hf_semalign.method.losses import LOGIT_ROWS
+from hf_semalign.models.anatomy import Size, dissect
+from hf_semalign.models.loading import product_seconds
+from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
+from hf_semalign.trainer import PREFIX_PAYS
+from hf_semalign.training.preparation import Counts, Preparation, prepare
+
+logger = logging.getLogger(__name__)
+ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
+# What backward keeps of a layer and position: so many times what its weights give, and states of its width (measured on Qwen2);
+# under autocast norms keep float32 besides.
+KEPT_OUTPUTS, KEPT_STATES, KEPT_IN_HALF = 1.5, 7, 1.25
+LOGIT_BUFFERS = 3  # of LOGIT_ROWS x vocabulary in float32, in the output loss
+LIBRARIES = 0.7e9  # what torch, transformers and the others take of a process's memory
+CPU_SHARE = 0.7  # of the speed of a product of 64 states with a square weight
+GPU_FLOPS = 1e14  # sustained, of a large GPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        source: name of the source.
+        target: name of the target.
+        source_layers: the source layer of each target layer; ``None`` where attribution will choose it.
+        stages: first step of each stage, and the end.
+        splits: what is in each split.
+        sizes: of ``source`` and ``target``.
+        cost: target forwards by phase.
+        multiplications: of one target forward.
+        disk_bytes: signals and target prefix, at most.
+        memory_bytes: estimate, by phase: the source's pass, and training; of a GPU's memory, or on a CPU of the process's.
+        shared_tokens: rows of both heads that map and KL are over.
+        machine: what the time is told for.
+        flops: floating-point operations a second that it sustains.
+    """
+
+    method: str
+    source: str
+    target: str
+    source_layers: tuple[int, ...] | None
+    stages: tuple[int, ...]
+    splits: dict[str, Counts]
+    sizes: dict[str, Size]
+    cost: dict[str, float]
+    multiplications: float
+    disk_bytes: int
+    memory_bytes: dict[str, int]
+    shared_tokens: int
+    machine: str = "100 TFLOP/s sustained"
+    flops: float = GPU_FLOPS
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1]
+
+    def seconds(self, flops: float) -> float:
+        """Time on hardware that does so many floating-point operations a second, sustained."""
+        return 2 * sum(self.cost.values()) * self.multiplications / flops
+
+    def steps_for(self, budget: float) -> int:
+        """Steps that cost a budget in target forwards, of a method whose cost grows with its steps; at least one a stage.
+
+        Raises:
+            ValueError: what comes before training costs more.
+        """
+        fixed = sum(self.cost.values()) - self.cost["training"]
+        steps = round((budget - fixed) * self.steps / self.cost["training"])
+        if steps < len(self.stages) - 1:
+            raise InputError(
+                f"{self.method} costs {fixed:.0f} target forwards before training, and {budget:.0f} are to be spent in all, "
+                f"which leaves {steps} steps for {len(self.stages) - 1} stages: raise the budget."
+            )
+        return steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it."""
+        return asdict(self)
+
+
+def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
+    """Plan a recipe's run: its data are read, and of the models all but their weights.
+
+    Args:
+        recipe: the recipe.
+        data: its data, where they have been read already.
+
+    Raises:
+        ValueError: whatever the run would be refused for before weights are loaded.
+    """
+    planned, dtype = plans_of(recipe, data or recipe.data.load())
+    if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
+        return planned
+    # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
+    size = 2048
+    flops = CPU_SHARE * 2 * 64 * size**2 / product_seconds(dtype, size)
+    return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
+
+
+def plans_of(recipe: Recipe, data: TaskData) -> tuple[Plan, torch.dtype]:
+    """The plan of all rounds of a recipe together, and the dtype that training computes in.
+
+    Raises:
+        ValueError: whatever the run would be refused for before weights are loaded.
+    """
+    args, tokenizer = recipe.config(Path(recipe.output_dir)), load_tokenizer(recipe)
+    source, target = resolve_model(recipe.source), resolve_model(recipe.target)
+    align = data.align
+    if recipe.data.answers != "dataset":
+        check_disjoint({"extract": data.extract, "align": align, "eval": data.eval})
+        align = _as_if_answered(recipe.data, align, tokenizer)
+    plans, cost, stages = [], dict[str, float](), [0]
+    for settings in recipe.rounds(args, len(data.align)):
+        known = prepare(target, source, settings, align, data.eval, data.extract, tokenizer)
+        plans.append(plan(known, settings, recipe.method, recipe.data.answers))
+        stages += [stages[-1] + boundary for boundary in plans[-1].stages[1:]]
+        for phase, amount in plans[-1].cost.items():
+            if phase != "attribution" or phase not in cost:  # its scores are kept
+                cost[phase] = cost.get(phase, 0.0) + amount
+    dtype = torch.bfloat16 if args.bf16 else known.target_dtype
+    disk = sum(one.disk_bytes for one in plans)
+    return replace(plans[0], cost=cost, stages=tuple(stages), disk_bytes=disk), dtype
+
+
+def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be."""
+    if all(row.get("completion") or (row.get("messages") or [{}])[-1].get("role") == "assistant" for row in rows):
+        logger.info("The %s has not written its answers yet: they are counted as long as the data set's.", settings.answers)
+        return rows
+    length = settings.max_new_tokens
+    logger.info("The %s has not written its answers yet: %d tokens are counted for each.", settings.answers, length)
+    filled = []
+    for number, row in enumerate(rows):
+        ids, answer = prompt_ids(question(row), tokenizer, f"Row {number}"), [tokenizer.eos_token_id] * length
+        filled.append({"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer})
+    return filled
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan for the terminal."""
+    table = Table(title=f"{plan.source} to {plan.target}, by {plan.method}", show_header=False)
+    pairs = "chosen by attribution"
+    if plan.source_layers:
+        pairs = ", ".join(f"{layer} to {k}" for k, layer in enumerate(plan.source_layers))
+    spans = [f"{first}-{last}" for first, last in pairwise(plan.stages)]
+    splits = [f"{name} {counts.rows:,} rows, {counts.valid:,} answer tokens" for name, counts in plan.splits.items()]
+    rows = {
+        "layers": f"{plan.sizes['source'].layers} source, {plan.sizes['target'].layers} target",
+        "pairs (source to target)": pairs,
+        "stages (optimizer steps)": f"{len(spans)}: {', '.join(spans)}",
+        "splits": "; ".join(splits),
+        "shared tokens": f"{plan.shared_tokens:,}",
+        "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
+        "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
+        "time": f"{timedelta(seconds=round(plan.seconds(plan.flops)))} at {plan.machine}",
+        "disk": f"{decimal(plan.disk_bytes)} at most",
+        "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "dataset") -> Plan:
+    """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``.
+
+    Args:
+        known: the parts.
+        args: the settings.
+        method: a key of ``METHODS``.
+        answers: who writes the answers of the align split, see :class:`hf_semalign.experiments.recipe.DataSettings`.
+    """
+    METHODS[method].check(known, args)
+    splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
+    stored = Size.of(dissect(known.source.shape))
+    source = replace(stored, bytes=known.source.dtype.itemsize)
+    target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
+    align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
+    mapped = distinct if args.relation_weight else 0
+    prefix, seen = _has_prefix(known, args), _batch(known, args)
+    cost = {}
+    if answers != "dataset":
+        cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
+    if args.relation_weight and known.pairing is None:
+        extract = splits["extract"]  # layers run again on the way back for what is in them
+        cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
+    if args.learns_from_source and args.signals == "cached":
+        cost["signals"] = source.forward(align.tokens) + align.valid * mapped * source.width * target.width
+    if prefix:
+        cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
+    example = align.tokens / align.rows, align.valid / align.rows
+    cost["training"] = seen * sum(
+        known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
+        for stage in range(known.schedule.num_stages)
+    )
+    cost |= METHODS[method].own_cost(known, args)
+    unit = target.forward(*example)
+    evaluated = sum(counts.valid for name, counts in splits.items() if name.startswith("eval"))
+    disk = evaluated * (source.width + distinct * target.width) * source.bytes
+    if args.learns_from_source:
+        disk += align.valid * (source.width + mapped * target.width) * source.bytes
+    return Plan(
+        method,
+        known.source.name,
+        known.target_id,
+        known.pairing.source_layers if known.pairing else None,
+        known.schedule.boundaries,
+        splits,
+        {"source": source, "target": target},
+        {phase: amount / unit for phase, amount in cost.items()},
+        unit,
+        (disk if args.signals == "cached" else 0) + 2 * prefix * align.tokens * target.width * 4,
+        _memory(known, args, source, target, stored.bytes),
+        len(known.token_ids),
+    )
+
+
+def _batch(known: Preparation, args: SemAlignConfig) -> int:
+    """Examples of an optimizer step."""
+    return min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, len(known.splits["align"]))
+
+
+def _has_prefix(known: Preparation, args: SemAlignConfig) -> bool:
+    epochs = known.schedule.total_steps * _batch(known, args) / len(known.splits["align"])
+    strict = known.frontier.kind == "single" and known.frontier.num_layers > 1
+    return strict and args.signals == "cached" and epochs > PREFIX_PAYS
+
+
+def _step(
+    known: Preparation,
+    args: SemAlignConfig,
+    source: Size,
+    target: Size,
+    tokens: float,
+    valid: float,
+    stage: int,
+    prefix: bool,
+) -> float:
+    """An example of a stage: forward from where it enters, backward down to the lowest layer that trains, and the heads."""
+    above = target.layers - known.frontier.trained(stage)[0]
+    layers = above + (above if prefix else target.layers)
+    heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
+    if args.relation_weight and args.layer_loss == "fisher":
+        heads += 3 * target.head * len(known.frontier.supervised(stage))
+    online = source.forward(tokens) if args.learns_from_source and args.signals == "online" else 0
+    return target.forward(tokens, layers=layers) + valid * heads + online
+
+
+def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size, stored: int) -> dict[str, int]:
+    """What the source's pass and training hold at their largest; ``stored``: bytes of a weight in the source's files."""
+    longest = max(int(Examples(rows).tokens.max()) for rows in known.splits.values())
+    above = max(target.layers - known.frontier.trained(stage)[0] for stage in range(known.schedule.num_stages))
+    names = set(known.lora_targets)
+    trained = args.lora_r * sum(
+        sum(module.get_parameter("weight").shape)
+        for layer in known.target.layers
+        for path, module in layer.named_modules()
+        if path.rpartition(".")[2] in names
+    )
+    half = args.bf16 or args.fp16
+    always: float = target.parameters * target.bytes + source.head * source.bytes + trained * ADAM_BYTES
+    always += LIBRARIES if args.use_cpu else 0
+
+    kept = (KEPT_OUTPUTS * target.outputs + KEPT_STATES * target.width) * (KEPT_IN_HALF if half else 1) * target.layers
+    states = args.per_device_train_batch_size * longest * kept * above / target.layers * (2 if half else target.bytes)
+    training = always + states + LOGIT_BUFFERS * LOGIT_ROWS * target.head / target.width * 4
+
+    whole = args.source_memory == "resident"
+    weights = (source.parameters if whole else 2 * source.layer) * source.bytes
+    loading = source.parameters * stored if whole and source.bytes != stored else 0  # weights as they are stored stand beside
+    window = args.per_device_eval_batch_size * longest * (source.outputs + source.width * source.layers) * source.bytes
+    return {"source": int(always + weights + max(loading, window)), "training": int(training)}

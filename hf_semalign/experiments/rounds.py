@@ -1,0 +1,201 @@
+"""Training by a recipe: in one round, or in several, before each of which the target answers anew."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import digest, file_digest, writing_lock
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
+from hf_semalign.experiments.answers import answered, question, write_answers
+from hf_semalign.experiments.plan import plan, plans_of
+from hf_semalign.experiments.recipe import METHODS, Recipe
+from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.experiments.tasks import TaskData
+from hf_semalign.hub.card import restriction
+from hf_semalign.models.anatomy import CausalLM
+from hf_semalign.models.loading import load_model
+from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+from hf_semalign.training.checkpoints import damage, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def train_recipe(
+    recipe: Recipe,
+    folder: Path,
+    args: SemAlignConfig,
+    source: Source,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    measure_before: Callable[[SemAlignTrainer], None],
+    seconds: dict[str, float],
+) -> tuple[SemAlignTrainer, TaskData, dict[str, Any]]:
+    """Train, in one round or several, and save the adapter of each.
+
+    ``measure_before`` is called with the first trainer, which has learnt nothing yet; ``seconds`` gets the wall time of phases.
+
+    Returns:
+        The last trainer; the data that it trained on; ``steps``, ``history`` and ``cost`` of all rounds together.
+    """
+    trainer: Any = None
+    learnt: Path | None = None
+    steps, history = 0, []
+    cost: dict[str, float] = {}
+    if recipe.data.answers != "dataset":
+        plans_of(recipe, data)  # whatever the run would be refused for, before hours of writing
+    for settings in recipe.rounds(args, len(data.align)):
+        trainer = None  # before another target is loaded
+        checkpoint = start_of(settings, args.resume_from_checkpoint)
+        rows, written = with_answers(recipe, data, source, args, tokenizer, folder, seconds, learnt)
+        trainer = make_trainer(recipe, recipe.method, source, settings, rows, tokenizer)
+        add(seconds, trainer.seconds)
+        if written is not None:
+            trainer.data_record["align"]["answers"] = written
+        if learnt is not None:
+            if settings.signals == "cached":
+                source.release()
+            _begin_at(trainer, learnt)
+        else:
+            if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
+                logger.warning("%s The card is going to say so.", warning)
+            with timed("evaluation before", seconds):
+                measure_before(trainer)
+        learnt = Path(str(settings.output_dir))
+        with timed("training", seconds):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if trainer.is_world_process_zero():
+                (learnt / "results.json").unlink(missing_ok=True)  # of an earlier adapter, if one was here
+            trainer.save_model()
+            trainer.accelerator.wait_for_everyone()  # the others are going to read it
+        history += [{**entry, "step": entry["step"] + steps} for entry in trainer.state.log_history if "stage" in entry]
+        steps += trainer.state.global_step
+        spent = plan(trainer.known, settings, recipe.method, recipe.data.answers).cost
+        add(cost, {phase: amount for phase, amount in spent.items() if phase != "attribution" or phase not in cost})
+    return trainer, rows, {"steps": steps, "history": history, "cost": cost}
+
+
+def add(sums: dict[str, float], values: dict[str, float]) -> None:
+    """Add values to sums by name."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def with_answers(
+    recipe: Recipe,
+    data: TaskData,
+    source: Source,
+    args: SemAlignConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seconds: dict[str, float],
+    learnt: Path | None = None,
+) -> tuple[TaskData, dict[str, Any] | None]:
+    """The data with the answers that the recipe wants to be trained on, and the facts of these, if a model wrote them.
+
+    The source's lie with what else it said, and are found by every run and machine that has the folder; the target's lie in the
+    run folder. All processes train on those of the main one.
+
+    Args:
+        recipe: the recipe.
+        data: its data.
+        source: its source.
+        args: its settings.
+        tokenizer: the target's.
+        folder: the run folder.
+        seconds: gets the wall time.
+        learnt: folder of the adapter that the target has by now.
+
+    Raises:
+        ValueError: see :func:`hf_semalign.experiments.answers.write_answers`; a source that is never held whole.
+    """
+    settings = recipe.data
+    if settings.answers == "dataset":
+        return data, None
+    if settings.answers == "source":
+        if args.source_memory == "stream":
+            raise InputError("data.answers is source, which has to be held whole to write: source_memory must be 'resident'.")
+        place, writer = source.folder(signals_root(args)), [source.identity]
+        model: Callable[[], CausalLM] = partial(source.model, args.device)
+    else:
+        target = Source(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+        place, writer = folder, [target.identity]
+        writer += [] if learnt is None else [file_digest(learnt / SAFETENSORS_WEIGHTS_NAME)]
+        model = partial(_target, recipe, args, learnt)
+        place.mkdir(parents=True, exist_ok=True)
+    sampling = settings.sampling
+    asked = [question(record) for record in data.align]
+    facts = [writer, asked, asdict(sampling), digest(tokenizer.get_vocab()), tokenizer.chat_template, version("hf_semalign")]
+    path = place / f"answers-{digest(facts)[:16]}.jsonl"
+    with timed("answers", seconds), writing_lock(place):
+        entries = write_answers(data.align, tokenizer, model, path, sampling, progress=not args.disable_tqdm)
+    (entries,) = broadcast_object_list([entries])
+    source.rest()
+    rows, counts = answered(entries, settings.max_length)
+    if args.should_save and place != folder:
+        shutil.copyfile(path, folder / path.name)
+    return replace(data, align=rows), {"by": settings.answers, **asdict(sampling), **counts}
+
+
+def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> CausalLM:
+    """The target as it is by now, on the run's device."""
+    target = load_model(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+    model: Any = target if learnt is None else PeftModel.from_pretrained(target, learnt)
+    return model.to(args.device)
+
+
+def _begin_at(trainer: SemAlignTrainer, learnt: Path) -> None:
+    """Have training begin at an adapter of the same modules and rank."""
+    found: Any = set_peft_model_state_dict(trainer.model, load_file(learnt / SAFETENSORS_WEIGHTS_NAME))
+    if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+        raise InputError(f"The adapter in {learnt} is not of this run's modules and rank: delete the folder, and start anew.")
+
+
+def start_of(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
+    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere.
+
+    Raises:
+        ValueError: a named checkpoint that is not whole.
+    """
+    if wanted is None or wanted is True:
+        return last_checkpoint(str(args.output_dir))
+    if wanted and (found := damage(Path(wanted))):
+        raise InputError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
+    return wanted
+
+
+def make_trainer(
+    recipe: Recipe,
+    method: str,
+    source: Source,
+    args: SemAlignConfig,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    like: SemAlignTrainer | None = None,
+) -> SemAlignTrainer:
+    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
+    return METHODS[method](
+        resolve_model(recipe.target),
+        source,
+        args,
+        data.align,
+        eval_dataset=data.eval,
+        extract_dataset=data.extract,
+        processing_class=tokenizer,
+        pairing=None if like is None else like.pairing,
+        semantic_map=None if like is None else like.semantic_map,
+    )

@@ -1,0 +1,1 @@
+"""Cards, publishing and inspection of adapters."""

@@ -1,0 +1,164 @@
+"""What an adapter is: its pair of models, layers, size and checksums, from metadata alone.
+
+Of a repository only the record and peft's configuration are downloaded, and the header of the weights; their checksum is the
+one that the Hub keeps. What these files say is data of strangers: checked, and shown to the letter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import SafetensorsParsingError
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+
+from hf_semalign.cache.states import file_digest, sha256
+from hf_semalign.errors import InputError, MissingFileError
+from hf_semalign.experiments.symbols import is_hub_id
+from hf_semalign.hub.push import hub_errors_explained, read_record
+from hf_semalign.models.loading import ADAPTER, RECORD_NAME, brief, check_adapter, read_json
+
+LOSSES = {"layer_loss": "relation_weight", "output_loss": "kl_weight"}
+MOST = 2**24  # bytes of a record or configuration that are read; real ones have some kilobytes
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter and what its record says of it.
+
+    Attributes:
+        record: content of ``semalign.json``.
+        config: content of ``adapter_config.json``.
+        shapes: tensors of the weights by name.
+        size: bytes of the weights.
+        commit: of a repository.
+        checksums: what was compared with the record, by name: the same, another, or ``None`` where it says nothing of it.
+    """
+
+    record: dict[str, Any]
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    size: int
+    commit: str | None
+    checksums: dict[str, bool | None]
+
+    def check(self) -> None:
+        """Refuse weights that are not the recorded ones.
+
+        Raises:
+            ValueError: a checksum differs.
+        """
+        if wrong := [name for name, same in self.checksums.items() if same is False]:
+            raise InputError(
+                f"{ADAPTER[0]} is not the one that {RECORD_NAME} is about, by {', '.join(wrong)}: copy or download both again."
+            )
+
+
+def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Inspection:
+    """Read what an adapter is.
+
+    Args:
+        repo_id_or_folder: a run folder, or a Hub id.
+        revision: of a Hub id: a tag, branch or commit.
+
+    Raises:
+        FileNotFoundError: a folder that is no run folder.
+        ValueError: a name that is neither, a revision of a folder, or damaged files.
+        OSError: the Hub cannot be reached, or fails.
+    """
+    if Path(repo_id_or_folder).is_dir():
+        if revision is not None:
+            raise InputError(f"{repo_id_or_folder} is a folder, without a revision {revision!r}: name a Hub id, or none.")
+        return _inspect_folder(Path(repo_id_or_folder))
+    if not is_hub_id(repo_id_or_folder):
+        raise InputError(f"{repo_id_or_folder!r} is no folder and no Hub id: name a run folder, or owner/name.")
+    return _inspect_repo(repo_id_or_folder, revision)
+
+
+def _inspect_folder(folder: Path) -> Inspection:
+    record, weights = read_record(folder), folder / ADAPTER[0]
+    check_adapter(folder)
+    with safe_open(weights, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    checksums = _compare(record, {"adapter_checksum": file_digest(weights), "adapter_sha256": sha256(weights)})
+    return Inspection(record, read_json(folder / ADAPTER[1]), shapes, weights.stat().st_size, None, checksums)
+
+
+def _inspect_repo(repo_id: str, revision: str | None) -> Inspection:
+    api, names = HfApi(library_name="hf_semalign"), (RECORD_NAME, ADAPTER[1])
+    with hub_errors_explained(repo_id):
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    files, commit = {file.rfilename: file for file in info.siblings or ()}, info.sha
+    if missing := [name for name in (*names, ADAPTER[0]) if name not in files]:
+        raise MissingFileError(f"{repo_id} lacks {missing}: it holds no transfer of hf_semalign.")
+    if large := [name for name in names if (files[name].size or 0) > MOST]:
+        raise InputError(f"{large} of {repo_id} have more than {MOST >> 20} MB: they are not read.")
+    with hub_errors_explained(repo_id):
+        path, config = (Path(api.hf_hub_download(repo_id, name, revision=commit)) for name in names)
+        try:
+            header = api.parse_safetensors_file_metadata(repo_id, ADAPTER[0], revision=commit)
+        except SafetensorsParsingError as error:
+            raise InputError(f"{ADAPTER[0]} of {repo_id} is damaged: push it again. ({brief(error)})") from error
+    record, weights = read_record(path.parent), files[ADAPTER[0]]
+    shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+    checksums = _compare(record, {"adapter_sha256": weights.lfs.sha256} if weights.lfs is not None else {})
+    return Inspection(record, read_json(config), shapes, weights.size or 0, commit, checksums)
+
+
+def _compare(record: dict[str, Any], found: dict[str, str]) -> dict[str, bool | None]:
+    return {name: value == record[name] if name in record else None for name, value in found.items()}
+
+
+def inspection_table(name: str, facts: Inspection) -> Table:
+    """An inspection for the terminal, without interpreting anything in it.
+
+    Raises:
+        ValueError: record or configuration have another form than this package and peft write.
+    """
+    try:
+        rows = _rows(facts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{RECORD_NAME} or {ADAPTER[1]} of {name} is damaged ({error!r}): copy both again.") from error
+    table = Table(title=Text(printable(name)), show_header=False)
+    for heading, value in rows.items():
+        table.add_row(Text(heading, style="bold"), Text(printable(value)))
+    return table
+
+
+def _rows(facts: Inspection) -> dict[str, str]:
+    record, config = facts.record, facts.config
+    settings, pairing = record["settings"], record["pairing"]
+    pairs = [f"{int(layer)} → {k}" for k, layer in enumerate(pairing["source_layers"])]
+    layers = sorted({int(found[1]) for one in facts.shapes if (found := re.search(r"\.(\d+)\.", one))})
+    modules = sorted({found[1] for one in facts.shapes if (found := re.search(r"([^.]+)\.lora_[A-Z]", one))})
+    count = sum(math.prod(shape) for shape in facts.shapes.values())
+    states = {True: "the recorded one", False: "NOT the recorded one", None: "not in the record"}
+    rows = {
+        "What": f"{config['peft_type']} adapter, {config['task_type']}, method {record['method']}",
+        "Source → target": f"{record['source']} → {record['target']}",
+        "Base model": str(config["base_model_name_or_path"]),
+        "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)" if record["method"] == "semalign" else "",
+        "Layers with LoRA": f"{len(layers)}: {', '.join(map(str, layers))}",
+        "Modules": ", ".join(modules),
+        "Rank, alpha": f"{int(config['r'])}, {float(config['lora_alpha']):g}",
+        "Parameters": f"{count:,} in {len(facts.shapes)} tensors, {facts.size / 1e6:.2f} MB",
+        "Losses": ", ".join(f"{float(settings[weight]):g} times {settings[loss]}" for loss, weight in LOSSES.items()),
+        "Data": ", ".join(f"{split} {int(one['rows']):,} rows" for split, one in record["data"].items()),
+        "Versions": ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
+        "Commit": facts.commit or "",
+    }
+    rows |= {name: states[same] for name, same in facts.checksums.items()}
+    if not facts.checksums:
+        rows["adapter_sha256"] = "not kept by the Hub: the file is not in LFS"
+    return {heading: value for heading, value in rows.items() if value}
+
+
+def printable(text: str) -> str:
+    """Text from data with its control characters, which a terminal would obey, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,0 +1,1 @@
+"""The method, section by section of the paper."""

@@ -1,0 +1,150 @@
+"""Layer attribution: which source layers matter for the task (method, section 1).
+
+Layer Gradient x Activation (captum) of the answer loss at the output of every source layer, in one backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from captum.attr import LayerGradientXActivation
+from transformers import PreTrainedModel
+
+from hf_semalign.errors import InputError
+from hf_semalign.method.losses import answer_cross_entropy
+from hf_semalign.models.anatomy import dissect
+from hf_semalign.models.hooks import checkpointed, without_cudnn_attention
+from hf_semalign.splits import valid_positions
+
+logger = logging.getLogger(__name__)
+Aggregate = Literal["dot", "signed", "l1", "l2"]
+AGGREGATES = {
+    "dot": lambda product: product.sum(-1).abs(),
+    "signed": lambda product: product.sum(-1),
+    "l1": lambda product: product.abs().sum(-1),
+    "l2": lambda product: product.norm(dim=-1),
+}
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores of the source layers.
+
+    Attributes:
+        values: one score a source layer, shallow to deep.
+        deviations: standard deviation of each score across examples.
+        num_examples: examples seen.
+        aggregate: how channels were aggregated.
+    """
+
+    values: tuple[float, ...]
+    deviations: tuple[float, ...]
+    num_examples: int
+    aggregate: str
+
+    @property
+    def flat(self) -> bool:
+        """Whether the layers differ by less than one layer's score differs between examples: a ranking says little."""
+        return max(self.values) - min(self.values) < sum(self.deviations) / len(self.deviations)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the scores to a JSON file."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> LayerScores:
+        """Read what :meth:`to_json` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, record: dict) -> LayerScores:
+        """Rebuild from plain values, also after JSON."""
+        return cls(**{**record, "values": tuple(record["values"]), "deviations": tuple(record["deviations"])})
+
+
+@without_cudnn_attention()
+def attribute_layers(
+    source: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, aggregate: Aggregate = "dot"
+) -> LayerScores:
+    """Score every source layer by gradient x activation.
+
+    ``score_l`` is the mean over examples, and within an example over its valid positions, of ``|<dL/dh_l, h_l>|``, with
+    ``h_l`` the layer's output and ``L`` the example's mean answer cross-entropy; the batch size changes nothing. Of the
+    activations, the outputs of all layers are held, and the inside of one layer at a time.
+
+    Under a final RMSNorm or LayerNorm the loss does not depend on the length of the last state, so ``dot`` and ``signed`` give
+    the last layer zero, whatever it does; ``l1`` and ``l2`` do not.
+
+    Args:
+        source: the source model; needs no gradient on its weights and gets none.
+        batches: dicts of ``input_ids, attention_mask, labels``, ``[B, T]`` each.
+        aggregate: ``dot`` (the above), ``signed`` (no absolute value), ``l1`` or ``l2`` norm over channels.
+
+    Raises:
+        ValueError: an unknown aggregate, no batches, or an example without a valid position.
+    """
+    if aggregate not in AGGREGATES:
+        raise InputError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
+    if isinstance(batches, Mapping):
+        raise InputError("batches is one batch: expected several, such as a list of it.")
+    anatomy = dissect(source)
+    device, head = anatomy.device, anatomy.output_head()
+
+    def answer_losses(embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = anatomy.decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)[0]
+        valid = valid_positions(labels)
+        losses = answer_cross_entropy(hidden[valid], head, labels[:, 1:][valid[:, :-1]])
+        row = valid.nonzero()[:, 0]
+        return torch.zeros(len(labels), device=device).index_add(0, row, losses) / valid.sum(1)
+
+    captum = LayerGradientXActivation(answer_losses, list(anatomy.layers))
+    embed = source.get_input_embeddings()
+    was_training, needed_gradient = source.training, [p.requires_grad for p in source.parameters()]
+    source.eval().requires_grad_(False)
+    rows: list[torch.Tensor] = []
+    try:
+        for batch in batches:
+            mask, labels = batch["attention_mask"].to(device), batch["labels"].to(device)
+            valid = valid_positions(labels)
+            if not valid.any(1).all():
+                raise InputError("No valid positions in an example of the extract split: every example needs an answer.")
+            embeds = embed(batch["input_ids"].to(device)).detach().requires_grad_()
+            with checkpointed(anatomy.layers):
+                products = captum.attribute(embeds, additional_forward_args=(mask, labels))
+            tensors = [product if isinstance(product, torch.Tensor) else product[0] for product in products]
+            rows.append(torch.stack([example_scores(tensor.detach(), valid, aggregate) for tensor in tensors], dim=1))
+    finally:
+        source.train(was_training)
+        for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
+            parameter.requires_grad_(needed)
+    if not rows:
+        raise InputError("Layer attribution got no batches: the extract split is empty.")
+    return summarise(torch.cat(rows), aggregate)
+
+
+def example_scores(product: torch.Tensor, valid: torch.Tensor, aggregate: Aggregate = "dot") -> torch.Tensor:
+    """Score of each example at one layer: gradient x activation ``[B, T, D]``, ``valid`` ``[B, T]`` to ``[B]`` float64."""
+    return ((AGGREGATES[aggregate](product.float()) * valid).sum(1) / valid.sum(1)).cpu().double()
+
+
+def summarise(table: torch.Tensor, aggregate: Aggregate) -> LayerScores:
+    """Scores of the layers from those of each example, ``[E, L_src]``; a warning where they are flat."""
+    scores = LayerScores(
+        values=tuple(table.mean(0).tolist()),
+        deviations=tuple(table.std(0, unbiased=False).tolist()),
+        num_examples=len(table),
+        aggregate=aggregate,
+    )
+    if scores.flat:
+        logger.warning(
+            "Layer scores are flat: they span %.3g to %.3g across layers, and one layer's score deviates by %.3g between "
+            "examples, so their ranking says little. The pairing strategy `banded` limits what a bad ranking can do.",
+            min(scores.values), max(scores.values), sum(scores.deviations) / len(scores.deviations),
+        )  # fmt: skip
+    return scores

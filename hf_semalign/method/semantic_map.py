@@ -1,0 +1,356 @@
+"""Semantic bases and the training-free map between two spaces (method, section 3; equations 1 to 3).
+
+A hidden state is decomposed into the source's vocabulary semantics and recomposed in the target's space. Both steps are
+linear, so they collapse into one matrix ``M`` ``[D_tgt, D_src]``, found from Gram matrices that are accumulated in float64
+over chunks of the vocabulary: neither a basis nor a pseudoinverse ``[V, D]`` is ever held (docs/maps.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_semalign.errors import InputError
+from hf_semalign.models.anatomy import CausalLM, dissect
+
+logger = logging.getLogger(__name__)
+KINDS = ("readout", "projection", "cosine")
+CHUNK = 1024  # vocabulary rows in float64 at a time
+BLOCK = 512  # columns of a Gram matrix at a time: what lies above the diagonal is left out
+TOLERANCE = 1e-10  # relative error of a pseudoinverse by one Gram matrix, from which on a second one is taken
+EPSILON = torch.finfo(torch.float64).eps
+MIN_SHARED = 0.9  # share of the smaller vocabulary that two tokenizers must have in common
+SAMPLE = "The 3 foxes' naïve re-run: 12.50 km -> 1,024 tests?\n\tdef f_1(x):\n        return x**2  # 東京 😀"
+
+
+def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
+    """Semantic bases ``S = pinv(W^T) = W G^-1`` of a head, for inspection (equation 1).
+
+    Args:
+        head_weight: ``W`` ``[V, D]``, with ``logits = h W^T``.
+
+    Returns:
+        ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
+    """
+    rows, dual, _ = _pseudoinverse(head_weight)
+    return torch.cat([chunk @ dual.T for chunk in rows])
+
+
+class SemanticMap(nn.Module):
+    """Maps source hidden states into the target's space, ``[..., D_src]`` to ``[..., D_tgt]``.
+
+    Attributes:
+        matrix: ``M`` ``[D_tgt, D_src]``; float64 as built.
+        kind: ``readout``: ``pinv(W_tgt) W_src``, the target state whose logits are closest to the source's in least
+            squares, the identity when both heads are the same; ``projection``: ``S_tgt^T S_src``; ``cosine``: equation 2
+            as printed, ``S_tgt^T diag(1 / |s_i|) S_src`` and ``1 / |h|`` a token.
+        shared_tokens: vocabulary rows used.
+        condition_number: of the target head, ``sqrt(max / min)`` of its Gram matrix' eigenvalues.
+        fingerprint: digest of both heads, the rows and the kind.
+    """
+
+    matrix: torch.Tensor
+
+    def __init__(
+        self, matrix: torch.Tensor, *, kind: str, shared_tokens: int, condition_number: float, fingerprint: str
+    ) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.kind = kind
+        self.shared_tokens = shared_tokens
+        self.condition_number = condition_number
+        self.fingerprint = fingerprint
+        self._built = ""  # what the heads of the fingerprint led to, see _content
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden.to(self.matrix.dtype)
+            if self.kind == "cosine":
+                states = F.normalize(states, dim=-1)
+            return F.linear(states, self.matrix).to(hidden.dtype)
+
+    def _content(self) -> str:
+        return hashlib.sha256(f"{self.kind} {checksum(self.matrix.float())}".encode()).hexdigest()
+
+    def by_content(self) -> SemanticMap:
+        """A copy; its fingerprint is of the matrix, where somebody made that by hand or changed it since it was built."""
+        matrix = self.matrix.detach().clone()
+        content = self._content()
+        copied = SemanticMap(
+            matrix,
+            kind=self.kind,
+            shared_tokens=self.shared_tokens,
+            condition_number=self.condition_number,
+            fingerprint=self.fingerprint if content == self._built else content,
+        )
+        copied._built = self._built
+        return copied
+
+    @classmethod
+    def from_heads(
+        cls,
+        source_weight: torch.Tensor,
+        target_weight: torch.Tensor,
+        *,
+        kind: str = "readout",
+        cache: str | Path | None = None,
+    ) -> SemanticMap:
+        """Build the map from two heads over one vocabulary.
+
+        Args:
+            source_weight: ``[V, D_src]``.
+            target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token.
+            kind: see the class.
+            cache: file that keeps the map; used again while both heads are the same.
+
+        Raises:
+            ValueError: an unknown kind, or heads with different numbers of rows.
+        """
+        if kind not in KINDS:
+            raise InputError(f"map_kind is {kind!r}: expected one of {KINDS}.")
+        if len(source_weight) != len(target_weight):
+            raise InputError(
+                f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
+                "SemanticMap.from_models with both tokenizers."
+            )
+        for name, weight in (("source", source_weight), ("target", target_weight)):
+            if weight.dim() != 2 or not len(weight) or weight.is_complex() or not weight.any() or not weight.isfinite().all():
+                raise InputError(
+                    f"The {name} head is {weight.dtype} of shape {tuple(weight.shape)}: expected [V, D] of finite real numbers "
+                    "that are not all zero."
+                )
+        fingerprint = _fingerprint(kind, source_weight, target_weight)
+        known = cls.load(cache) if cache is not None else None
+        if known is not None and known.fingerprint == fingerprint:
+            return known.to(target_weight.device)
+        source_weight = source_weight.to(target_weight.device)
+        target, target_dual, condition = _pseudoinverse(target_weight)
+        if kind == "readout":
+            matrix = target_dual @ _cross_gram(target, _Rows(source_weight))
+        else:
+            source, source_dual, _ = _pseudoinverse(source_weight)
+            matrix = target_dual @ _cross_gram(target, source, source_dual if kind == "cosine" else None) @ source_dual.T
+        built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
+        built._built = built._content()
+        if cache is not None:
+            built.save(cache)
+        return built
+
+    @classmethod
+    def from_models(
+        cls,
+        source: CausalLM,
+        target: CausalLM,
+        source_tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        kind: str = "readout",
+        cache: str | Path | None = None,
+    ) -> SemanticMap:
+        """Build the map from two models: finds the heads, folds logit scales, keeps the shared vocabulary.
+
+        Args:
+            source: the source model.
+            target: the target model, bare or inside a peft model.
+            source_tokenizer: without tokenizers both heads must have the same rows.
+            target_tokenizer: as above.
+            kind: see the class.
+            cache: see :meth:`from_heads`.
+
+        Raises:
+            ValueError: see :func:`shared_token_ids` and :meth:`from_heads`.
+        """
+        ours, theirs = dissect(source).output_head(), dissect(target).output_head()
+        ids = shared_token_ids(source_tokenizer, target_tokenizer, len(ours.weight), len(theirs.weight))
+        return cls.from_heads(ours.rows(ids).weight, theirs.rows(ids).weight, kind=kind, cache=cache)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a safetensors file; the file appears whole or not at all."""
+        record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number")}
+        record["fingerprint"] = self.by_content().fingerprint
+        record["checksum"] = _record_checksum(self.matrix, record)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        save_file({"matrix": self.matrix.cpu()}, unfinished, metadata={"semantic_map": json.dumps(record)})
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SemanticMap | None:
+        """Read what :meth:`save` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+        if not Path(path).exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
+            if record.pop("checksum") != _record_checksum(matrix, record):
+                raise InputError("its checksum does not fit")
+            known = cls(matrix, **record)
+            known._built = known._content()
+            return known
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)
+            return None
+
+
+def _record_checksum(matrix: torch.Tensor, record: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{checksum(matrix)} {json.dumps(record, sort_keys=True)}".encode()).hexdigest()
+
+
+def shared_token_ids(
+    source_tokenizer: PreTrainedTokenizerBase | None,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    source_rows: int,
+    target_rows: int,
+) -> torch.Tensor:
+    """Ids of the tokens that both vocabularies hold, matched by token string; padded rows and added tokens drop out.
+
+    Args:
+        source_tokenizer: tokenizer of the source.
+        target_tokenizer: tokenizer of the target. Without both, the heads must have the same number of rows.
+        source_rows: rows of the source's head.
+        target_rows: rows of the target's head.
+
+    Returns:
+        ``[V_shared]`` ascending ids.
+
+    Raises:
+        ValueError: too few shared tokens, shared tokens under different ids, or a sample text that they cut differently, with
+            the place where they part. One sequence of ids feeds both models: transfer across tokenizers would need its own
+            alignment of positions here, and is not supported yet.
+    """
+    if source_tokenizer is None or target_tokenizer is None:
+        if source_rows != target_rows:
+            raise InputError(
+                f"The heads have {source_rows} (source) and {target_rows} (target) rows: pass both tokenizers, so that the "
+                "shared tokens can be matched."
+            )
+        return torch.arange(source_rows)
+    source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    shared = source_vocabulary.keys() & target_vocabulary.keys()
+    moved = [token for token in shared if source_vocabulary[token] != target_vocabulary[token]]
+    smaller = min(len(source_vocabulary), len(target_vocabulary))
+    parting = _first_difference(source_tokenizer, target_tokenizer, SAMPLE)
+    if len(shared) < MIN_SHARED * smaller or moved or parting:
+        raise InputError(
+            f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
+            f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}: source and "
+            "target need one tokenizer (up to added tokens and padded rows). Choose a pair from one model family."
+        )
+    limit = min(source_rows, target_rows)
+    return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
+
+
+def _first_difference(
+    source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, text: str
+) -> str | None:
+    """Where two tokenizers first cut a text differently, in words."""
+    source, target = _cut(source_tokenizer, text), _cut(target_tokenizer, text)
+    place = next((k for k, (ours, theirs) in enumerate(zip_longest(source, target)) if ours != theirs), None)
+    if place is None:
+        return None
+    return (
+        f"and part at token {place} of {text!r}: after {source[max(0, place - 3) : place]} the source has "
+        f"{source[place : place + 3]}, the target {target[place : place + 3]}"
+    )
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Tokens of a text; none from a tokenizer of whole words that knows not all of them and has no token for such."""
+    try:
+        return list(tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    except Exception as error:  # tokenizers has no narrower type
+        if "[UNK]" not in str(error):
+            raise
+        return []
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """``W B`` ``[V, rank]`` in float64, a chunk of rows at a time; a basis ``B`` ``[D, rank]`` that is None is the identity."""
+
+    weight: torch.Tensor
+    basis: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for chunk in self.weight.detach().split(CHUNK):
+            yield chunk.double() if self.basis is None else chunk.double() @ self.basis
+
+    @property
+    def rank(self) -> int:
+        return (self.weight if self.basis is None else self.basis).shape[1]
+
+
+def _pseudoinverse(weight: torch.Tensor) -> tuple[_Rows, torch.Tensor, float]:
+    """``W B``, ``K`` ``[D, rank]`` and the condition number of a head, with ``pinv(W) = K (W B)^T``.
+
+    With ``K = G^-1`` and no ``B`` the error is the rounding of ``G = W^T W`` times the condition number squared. Where that is
+    too much, ``B`` holds the principal directions, each divided by its singular value: ``W B`` is orthonormal up to this same
+    error, and its own Gram matrix shows what is left, which ``K`` takes away (as CholeskyQR2 does in a QR decomposition).
+    Directions below the numerical rank are dropped, with a warning.
+    """
+    values, vectors = torch.linalg.eigh(_gram(_Rows(weight)))
+    cutoff = values[-1] * len(values) * EPSILON
+    condition = (values[-1] / values[0].clamp_min(cutoff)).sqrt().item()
+    missing = int((values <= cutoff).sum())
+    if missing:
+        logger.warning(
+            "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map says nothing "
+            "about the missing directions.", len(values), len(values) - missing,
+        )  # fmt: skip
+    basis = vectors[:, missing:].mul_(values[missing:].rsqrt())
+    if condition**2 * EPSILON <= TOLERANCE:
+        return _Rows(weight), basis @ basis.T, condition
+    rows = _Rows(weight, basis)
+    return rows, torch.cholesky_solve(basis.T, torch.linalg.cholesky(_gram(rows))).T, condition
+
+
+def _gram(rows: _Rows) -> torch.Tensor:
+    """Gram matrix ``[rank, rank]`` of rows; only the lower triangle is right."""
+    total = torch.zeros(rows.rank, rows.rank, dtype=torch.float64, device=rows.weight.device)
+    for chunk in rows:
+        for i in range(0, rows.rank, BLOCK):
+            total[i:, i : i + BLOCK].addmm_(chunk[:, i:].T, chunk[:, i : i + BLOCK])
+    return total
+
+
+def _cross_gram(left: _Rows, right: _Rows, right_dual: torch.Tensor | None = None) -> torch.Tensor:
+    """``left^T right``; with ``right_dual``, each row of ``right`` is divided by the norm of its token's basis, if not zero."""
+    total = torch.zeros(left.rank, right.rank, dtype=torch.float64, device=left.weight.device)
+    for left_chunk, right_chunk in zip(left, right, strict=True):
+        if right_dual is not None:
+            norms = (right_chunk @ right_dual.T).norm(dim=-1, keepdim=True)
+            right_chunk = right_chunk / torch.where(norms > 0, norms, 1.0)
+        total.addmm_(left_chunk.T, right_chunk)
+    return total
+
+
+def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for weight in (source_weight, target_weight):
+        digest.update(checksum(weight).encode())
+    return digest.hexdigest()
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's shape, dtype and bytes, by xxh3: it guards against damage, not attack, and is as fast as a disk."""
+    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for chunk in content.split(2**24):  # from a GPU: the system clears larger memory every time
+        digest.update(chunk.cpu().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Language models: their parts, LoRA, hooks and loading."""

@@ -1,0 +1,488 @@
+"""Where a causal language model keeps its decoder layers, its head and its LoRA modules.
+
+The one place that knows architectures. It asks transformers first (``get_decoder``, ``get_output_embeddings``) and looks
+at structure before names; what it cannot find can be named by hand (:func:`name_parts`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_semalign.errors import InputError
+
+logger = logging.getLogger(__name__)
+CausalLM = PreTrainedModel | PeftModel
+Parts = Mapping[str, str] | str | None  # module paths by part, as JSON from a command line
+PARTS = ("decoder", "layers", "head")
+HEAD_TOLERANCE = 1e-3  # relative error of logits that rounding makes in float32
+HALF_TOLERANCE = 0.02  # and in half precisions, and from quantised heads
+
+# Modules that carry LoRA (method, section 6): FFN up and down, attention value and output, or what a family fuses them into.
+FFN_TARGETS: tuple[str, ...] = (
+    "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "input_linear",
+    "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear",
+)  # fmt: skip
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|embed_position)$")  # tables of learned positions
+LORA_TARGETS: tuple[str, ...] = (
+    *FFN_TARGETS,
+    "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv",
+    "o_proj", "out_proj", "dense",
+    "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # of blocks without attention
+)  # fmt: skip
+
+# Attention's value and output, FFN's up and down: the modules whose rows and columns are a layer's neurons.
+NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
+    ("v_proj", "o_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen2, Qwen3
+    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+)
+
+
+class Head(NamedTuple):
+    """What makes logits of a final hidden state: ``z = h W^T + b``, then ``c tanh(z / c)`` where the family caps them.
+
+    Attributes:
+        weight: ``W`` ``[V, D]``, with the family's factor on the logits folded in (Cohere, Granite, Falcon-H1).
+        bias: ``b`` ``[V]`` (Phi, GPT-J), with the same factor.
+        softcap: ``c`` (Gemma).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def rows(self, ids: torch.Tensor) -> Head:
+        """The head of some tokens only, by ascending ids; the same memory where these are all or the first ones."""
+        count = len(ids)
+        if count == len(self.weight):
+            return self
+        # The rows behind a padded vocabulary come last, and a copy of all others would take as much memory as the head.
+        chosen: Any = slice(count) if torch.equal(ids, torch.arange(count, device=ids.device)) else ids.to(self.weight.device)
+        return self._replace(weight=self.weight[chosen], bias=None if self.bias is None else self.bias[chosen])
+
+    def begins(self, other: Head) -> bool:
+        """Whether these are the first rows of another head, in the same memory."""
+        return self.weight.data_ptr() == other.weight.data_ptr() and self.weight.stride() == other.weight.stride()
+
+    def to(self, device: torch.device | str) -> Head:
+        """The head on a device."""
+        return self._replace(weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` to ``[..., V]``: a product in the states' dtype, in float32 or better from there on."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model.
+
+    Attributes:
+        name: of the model's class, for messages.
+        decoder: the model without its head; the first item of its output is the final hidden state, after the last
+            norm, ``[B, T, D]``.
+        layers: decoder layers, shallow to deep.
+        head: output embeddings, ``weight`` ``[V, D]``.
+        logit_scale: factor on the logits; 1 in most families.
+        softcap: bound of the logits, where the family has one.
+    """
+
+    name: str
+    decoder: nn.Module
+    layers: nn.ModuleList
+    head: nn.Module
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is, and so where token ids go."""
+        return self.head.get_parameter("weight").device
+
+    def output_head(self) -> Head:
+        """The head as tensors, detached, dequantised where it has to be, with the logit scale folded in."""
+        weight: torch.Tensor = dequantize_module_weight(self.head)
+        bias: torch.Tensor | None = getattr(self.head, "bias", None)
+        if self.logit_scale != 1.0:
+            weight, bias = weight * self.logit_scale, None if bias is None else bias * self.logit_scale
+        return Head(weight.detach(), None if bias is None else bias.detach(), self.softcap)
+
+    def head_weight(self) -> torch.Tensor:
+        """Weight of :meth:`output_head`, ``[V, D]``: what the map between two spaces is made of."""
+        return self.output_head().weight
+
+
+@dataclass(frozen=True)
+class NeuronParts:
+    """Where the neurons of one decoder layer have their weights.
+
+    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with a gate before it or without. Attention neuron
+    ``h d_h + e`` (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]``
+    of ``value``: with grouped queries the heads of a group share their rows, and where query, key and value are one module the
+    row lies among the others.
+
+    Attributes:
+        value: ``[rows, D]``.
+        output: ``[D, H d_h]``.
+        up: ``[D_ff, D]``.
+        down: ``[D, D_ff]``.
+        value_rows: ``[H d_h]``.
+    """
+
+    value: nn.Module
+    output: nn.Module
+    up: nn.Module
+    down: nn.Module
+    value_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a forward multiplies with.
+
+    Attributes:
+        layers: decoder layers.
+        layer: weights of one of them, on average; of experts, those that a token is sent to.
+        head: weights of the head.
+        width: channels of a state.
+        parameters: all weights of the model.
+        outputs: channels that the weights of a layer give, all together; of experts, likewise.
+        bytes: of one weight, as the model is stored.
+    """
+
+    layers: int
+    layer: float
+    head: int
+    width: int
+    parameters: int
+    outputs: float
+    bytes: int
+
+    @staticmethod
+    def of(anatomy: Anatomy) -> Size:
+        """The size of a model, with or without weights."""
+        config: Any = getattr(anatomy.decoder, "config", None)
+        experts = _setting(config, "num_local_experts", "num_experts") or 1
+        share = (_setting(config, "num_experts_per_tok") or experts) / experts
+        used = [(p, share if "experts" in path.split(".") else 1) for path, p in anatomy.layers.named_parameters()]
+        layers = sum(p.numel() * part for p, part in used)
+        outputs = sum(p.numel() / p.shape[-1] * part for p, part in used if p.dim() > 1)
+        weight = anatomy.head.get_parameter("weight")
+        everything = {id(p): p.numel() for p in (*anatomy.decoder.parameters(), *anatomy.head.parameters())}
+        depth, (rows, width) = len(anatomy.layers), anatomy.head_weight().shape
+        return Size(
+            depth, layers / depth, rows * width, width, sum(everything.values()), outputs / depth, weight.element_size()
+        )
+
+    def forward(self, tokens: float, valid: float = 0, layers: float | None = None) -> float:
+        """Multiplications of a forward over some tokens through all layers, or so many, and through the head at valid ones."""
+        return tokens * self.layer * (self.layers if layers is None else layers) + valid * self.head
+
+
+def base_model(model: CausalLM) -> PreTrainedModel:
+    """The transformers model inside a peft model, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of tokens that a model has embeddings for."""
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model has embeddings for; ``None`` where positions are not learned one by one."""
+    given = model.get_input_embeddings()
+    tables = [
+        module
+        for name, module in dissect(model).decoder.named_modules()
+        if isinstance(module, nn.Embedding) and module is not given and POSITIONS.search(name)
+    ]
+    return min((table.num_embeddings - getattr(table, "offset", 0) for table in tables), default=None)
+
+
+def name_parts(config: PretrainedConfig, parts: Parts) -> None:
+    """Say by hand where the models of a configuration keep their parts; :func:`dissect` follows it, also after saving.
+
+    Args:
+        config: the model's configuration; gets a key ``semalign_parts``.
+        parts: module paths of some of ``decoder``, ``layers`` and ``head``, as ``named_modules`` gives them; nothing to do
+            without.
+
+    Raises:
+        ValueError: another key, or no keys.
+    """
+    if not parts:
+        return
+    try:
+        parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise InputError(f"Unknown parts {unknown} of a model: name some of {PARTS} by their module paths.")
+    config.semalign_parts = parts
+
+
+def dissect(model: CausalLM) -> Anatomy:
+    """Find the parts of a causal language model.
+
+    Args:
+        model: a transformers causal LM, bare or inside a peft model.
+
+    Raises:
+        ValueError: no head, no list of decoder layers of the announced length, a part that was named by hand and does not
+            exist, or a head of another width than the layers.
+    """
+    model = base_model(model)
+    name, config = type(model).__name__, model.config.get_text_config()
+    named = {part: _module(model, part, path) for part, path in (getattr(model.config, "semalign_parts", None) or {}).items()}
+    head = named.get("head") or model.get_output_embeddings()
+    if head is None:
+        raise InputError(
+            f"{name} has no output embeddings: SemAlign needs a causal LM (AutoModelForCausalLM), or the path of its head "
+            "(settings source_parts and target_parts)."
+        )
+    decoder = named.get("decoder") or model.get_decoder()
+    if decoder is model:
+        raise InputError(
+            f"The decoder of {name} is not found: name the path of the part that ends with its final norm, and that of its "
+            "layers, by hand (settings source_parts and target_parts)."
+        )
+    layers = named.get("layers") or _layers(decoder, name, getattr(config, "num_hidden_layers", None))
+    scale = _setting(config, "logit_scale", "lm_head_multiplier") or 1.0
+    scale /= _setting(config, "logits_scaling") or 1.0
+    softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    width = getattr(head, "in_features", None) or head.get_parameter("weight").shape[1]  # packed weights have other shapes
+    if width != config.hidden_size:
+        raise InputError(
+            f"{name} has layers of {config.hidden_size} channels and a head of {width}: the map between spaces needs the same."
+        )
+    return Anatomy(name, decoder, cast(nn.ModuleList, layers), head, scale, softcap)
+
+
+def _setting(config: PretrainedConfig, *names: str) -> float | None:
+    """The first of some settings that a configuration has."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
+def _module(model: nn.Module, part: str, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = [place for place, _ in model.named_modules() if place and place.count(".") < 2]
+        raise InputError(
+            f"{type(model).__name__} has no module {path!r}, which was named as its {part}. It has {known}."
+        ) from None
+
+
+def _layers(decoder: nn.Module, name: str, expected: int | None) -> nn.ModuleList:
+    lists = {path: child for path, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    found = [child for child in lists.values() if len(child) == expected]
+    if len(found) != 1:
+        raise InputError(
+            f"Hidden layers of {name} not found: looked in {type(decoder).__name__} for one ModuleList of {expected} "
+            f"layers (config.num_hidden_layers) and found { ({path: len(child) for path, child in lists.items()}) }. Name "
+            "the path of its layers by hand (settings source_parts and target_parts)."
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
+    """Compare the model's logits for some tokens, each alone, with those of its head on its decoder's output.
+
+    Args:
+        model: a causal LM; its mode is restored.
+        embeds: what to enter with instead of the first tokens of the vocabulary, ``[B, 1, D]``.
+
+    Raises:
+        ValueError: they differ: the family does something to its logits that :class:`Head` does not know; or its layers give
+            no states of the announced width.
+    """
+    model, anatomy = base_model(model), dissect(model)
+    given = torch.arange(min(8, embedding_rows(model)), device=anatomy.device).unsqueeze(1) if embeds is None else embeds
+    mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+    inputs = {"input_ids" if embeds is None else "inputs_embeds": given, "attention_mask": mask}
+    finals: list[Any] = []
+    watched = (anatomy.layers[0], anatomy.decoder)
+    handles = [part.register_forward_hook(lambda module, args, output: finals.append(output)) for part in watched]
+    was_training = model.training
+    model.eval()
+    try:
+        theirs = model(**inputs, use_cache=False).logits.float()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    states, final = (output if isinstance(output, torch.Tensor) else output[0] for output in (finals[0], finals[-1]))
+    if states.shape != (*mask.shape, model.config.get_text_config().hidden_size):
+        raise InputError(
+            f"The layers of {anatomy.name} give states of shape {tuple(states.shape)} for {tuple(mask.shape)} tokens: expected "
+            "one stream of hidden_size channels."
+        )
+    if not theirs.isfinite().all():
+        raise InputError(
+            f"The logits of {anatomy.name} {model.name_or_path!r} are not finite: its weights hold nan or inf, or overflow in "
+            f"{model.dtype}. Copy or download them again, or load them in another dtype."
+        )
+    head = anatomy.output_head()
+    off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()
+    full = anatomy.head.get_parameter("weight").dtype in (torch.float32, torch.float64)
+    if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
+        raise InputError(
+            f"The logits of {anatomy.name} are not those of its head on its decoder's output (relative difference {off:.2g}): "
+            "the family scales, shifts or caps them in a way that is not known here, and the KL would be wrong."
+        )
+
+
+def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[NeuronParts]]:
+    """The modules that a model's neurons lie in: their names (value, output, up, down), and they themselves by layer.
+
+    Names and shapes alone are looked at: whether the layers compute with them what a family of these names does is for
+    :func:`hf_semalign.experiments.baselines.neurons.check_neurons`.
+
+    Args:
+        anatomy: of a causal LM, also of one that has LoRA, or no weights.
+
+    Raises:
+        ValueError: a family whose layers do not have exactly one each of a row of ``NEURON_MODULES``.
+    """
+    heads = getattr(getattr(anatomy.decoder, "config", None), "num_attention_heads", None)
+    for names in NEURON_MODULES:
+        found = [
+            [[module for path, module in layer.named_modules() if path.rpartition(".")[2] == name] for name in names]
+            for layer in anatomy.layers
+        ]
+        if heads and all(len(modules) == 1 for layer in found for modules in layer):
+            return names, [
+                NeuronParts(value, output, up, down, _value_rows(anatomy.name, heads, value, output))
+                for (value,), (output,), (up,), (down,) in found
+            ]
+    raise InputError(
+        f"The neurons of {anatomy.name} are not known: expected layers with one each of "
+        f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
+    )
+
+
+def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
+    """Row of the value module for each attention neuron, see :class:`NeuronParts`."""
+    channels, rows = output.in_features, value.out_features
+    size, neurons = channels // heads, torch.arange(channels)
+    head, place = neurons // size, neurons % size
+    if channels % heads == 0 and rows == 3 * channels:  # query, key and value of one head after those of the other
+        return (3 * head + 2) * size + place
+    if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
+        return head // (channels // rows) * size + place
+    raise InputError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")
+
+
+def final_norm(anatomy: Anatomy) -> nn.Module:
+    """The norm between the last layer and the head: the last part of the decoder with one weight a channel.
+
+    Raises:
+        ValueError: there is none.
+    """
+    width = anatomy.head.get_parameter("weight").shape[-1]
+    shapes = {part: getattr(getattr(part, "weight", None), "shape", None) for part in anatomy.decoder.children()}
+    norms = [part for part, shape in shapes.items() if shape == (width,)]
+    if not norms:
+        raise InputError(f"The final norm of {anatomy.name} is not found: expected a part of its decoder of {width} weights.")
+    return norms[-1]
+
+
+def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:
+    """Module names that get LoRA, in every layer at least one of them.
+
+    In a mixture of experts the attention modules alone get it: experts see few tokens each, and peft takes FFN names there for
+    theirs. Of state-space mixers the input projection gets it: fused kernels read the others past their modules.
+
+    Args:
+        layers: decoder layers of the target.
+        wanted: names to use; by default those of ``LORA_TARGETS`` that occur.
+
+    Raises:
+        ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
+    """
+    experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
+    candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
+    if experts:
+        candidates = [names.difference(FFN_TARGETS) for names in candidates]
+    everywhere = set().union(*candidates)
+    chosen = [name for name in wanted or LORA_TARGETS if name in everywhere]
+    bare = [index for index, names in enumerate(candidates) if not names.intersection(chosen)]
+    missing = sorted(set(wanted or ()) - everywhere)
+    if missing or bare:
+        what = f"{missing} occur in no layer" if missing else f"none of {wanted or 'the known names'} in layers {bare}"
+        raise InputError(
+            f"LoRA modules not found: {what}. Candidates: {sorted(everywhere)}. Set lora_targets to some of them, at "
+            "least one for every layer."
+        )
+    if experts:
+        logger.warning("The target is a mixture of experts: LoRA goes on %s, and its FFNs stay as they are.", chosen)
+    return chosen
+
+
+def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a layer that may get LoRA, by path."""
+    found: dict[str, nn.Module] = {}
+    for path, module in layer.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, (nn.Linear, Conv1D)) and "experts" not in path.split("."):
+            mixer = hasattr(layer.get_submodule(parent), "A_log")
+            if not mixer or name.startswith("in_proj"):
+                found[path] = module
+    return found
+
+
+def add_lora(
+    target: PreTrainedModel, names: list[str], *, rank: int, alpha: int, ranks: Mapping[str, int] | None = None
+) -> PeftModel:
+    """A target with LoRA on the modules of :func:`lora_targets` in its decoder layers, and nowhere else.
+
+    Args:
+        target: the target.
+        names: module names.
+        rank: ``r``.
+        alpha: ``lora_alpha``.
+        ranks: other ranks by name, each with an ``alpha`` as large.
+
+    Raises:
+        ValueError: peft put LoRA elsewhere.
+    """
+    layers = dissect(target).layers
+    allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
+    named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
+    excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=dict(ranks or {}),
+        alpha_pattern=dict(ranks or {}),
+        target_modules=names,
+        exclude_modules="|".join(excluded) or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(target, config)
+    carriers = {path for path, module in target.named_modules() if isinstance(module, LoraLayer)}
+    if carriers != (wanted := {path for path, module in named.items() if id(module) in allowed}):
+        raise InputError(
+            f"peft put LoRA on other modules than those named in the decoder layers: on {sorted(carriers - wanted)[:5]} as "
+            f"well, and not on {sorted(wanted - carriers)[:5]}. Set lora_targets to other names."
+        )
+    return adapted

@@ -1,0 +1,344 @@
+"""Engines, folders, models and tokenizers that a trainer is given: loaded, or refused with a clear error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from yaml import YAMLError
+
+from hf_semalign.config import REFUSED, SemAlignConfig
+from hf_semalign.errors import InputError, MissingFileError
+from hf_semalign.experiments.symbols import public_name, resolve_model
+from hf_semalign.models.anatomy import Parts, name_parts
+from hf_semalign.training.engines import check_sharding, check_zero
+
+logger = logging.getLogger(__name__)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+RECORD_NAME = "semalign.json"
+HALVES = (torch.bfloat16, torch.float16)
+SLOW = 1.5  # times as long as in float32: bfloat16 is worth a warning
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is: the product's name of a GPU by CUDA or ROCm, the type of any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_engine(args: SemAlignConfig) -> None:
+    """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
+    folders that cannot be written to.
+    """
+    if not isinstance(args, SemAlignConfig):
+        raise InputError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
+    available = get_available_reporting_integrations()
+    named = args.report_to or ()  # a list, after the Trainer's own checks
+    if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
+        raise InputError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
+    if args.n_gpu > 1:
+        raise InputError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
+    if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
+        name = "torch_compile"
+        raise InputError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        check_zero(args)
+    if is_set("ACCELERATE_USE_FSDP"):
+        check_sharding(args)
+    for name in ("output_dir", "signals_dir"):
+        if args.should_save and getattr(args, name) is not None:
+            make_folder(name, getattr(args, name))
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable of accelerate's asks for something."""
+    return os.environ.get(variable, "no").lower() not in ("no", "false", "0", "")
+
+
+def make_folder(name: str, folder: str | Path) -> None:
+    """Make a folder that a setting or option names.
+
+    Raises:
+        ValueError: nothing can be written to it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Content of a JSON file that this package or one of its companions has written.
+
+    Raises:
+        ValueError: it is broken, or lacks one of the keys.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
+    if missing := [key for key in keys if key not in content]:
+        raise InputError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
+    return content
+
+
+def licence_of(origin: str) -> dict[str, str] | None:
+    """What the card of a model names as its licence: ``license``, and ``license_name`` and ``license_link`` where it has them.
+
+    Args:
+        origin: folder, Hub id or embedded model; empty for one that was made in memory.
+
+    Returns:
+        ``None`` where there is no card, it names none, or it cannot be had now: no run fails for it.
+    """
+    if not origin:  # a model made in memory
+        return None
+    place = resolve_model(origin)
+    card = Path(place) / "README.md"
+    if Path(place).is_dir() and not card.is_file():
+        return None
+    try:
+        data = ModelCard.load(card if card.is_file() else place, ignore_metadata_errors=True).data
+    except (OSError, ValueError, HTTPError, YAMLError) as error:
+        logger.info("The card of %s, which names its licence, was not read: %s", public_name(origin), brief(error))
+        return None
+    named = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in named.items() if isinstance(value, str)} if isinstance(data.license, str) else None
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is damaged.
+    """
+    if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
+        raise MissingFileError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
+    weights, config = ADAPTER
+    _check_header(folder / weights)
+    read_json(folder / config)
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
+
+
+@contextmanager
+def _readable(name_or_path: str) -> Iterator[None]:
+    """What a library cannot read of a model is told in one sentence, with what to do."""
+    try:
+        yield
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
+        raise InputError(
+            f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
+            f"whole causal language model. ({brief(error)})"
+        ) from error
+
+
+def brief(error: object) -> str:
+    """A library's message on one line, without most of what it lists."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
+
+
+def find_config(name_or_path: str) -> PretrainedConfig:
+    """The configuration of a Hub id or folder.
+
+    Raises:
+        ValueError: there is none, or it is broken.
+    """
+    with _readable(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one.
+
+    Raises:
+        ValueError: its files are broken.
+    """
+    name = public_name(name_or_path)
+    try:
+        if name_or_path:
+            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        reason = "it was made in memory"
+    except json.JSONDecodeError as error:
+        raise InputError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0].replace(name_or_path, name)
+    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
+    return None
+
+
+def warn_of_slow_bf16(args: SemAlignConfig) -> None:
+    """Say so where this CPU has no instructions for bfloat16."""
+    if args.bf16 and args.device.type == "cpu":
+        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times > SLOW:
+            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: set bf16 to false.", times)
+
+
+def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
+    """The dtype to load a model in.
+
+    Args:
+        name_or_path: Hub id or folder.
+        precision: of the run. Under ``bf16`` float16 weights are loaded in bfloat16, lest layers give out float32. ``no`` is
+            training in 32 bits, as transformers says of ``bf16=False``: half-precision weights are loaded in float32. Otherwise
+            weights keep their own dtype.
+    """
+    own: Any = find_config(name_or_path).dtype or torch.float32
+    if precision == "no" and own in HALVES and not is_quantised(find_config(name_or_path)):
+        return torch.float32
+    return torch.bfloat16 if precision == "bf16" and own == torch.float16 else own
+
+
+def product_seconds(dtype: torch.dtype, size: int = 1024) -> float:
+    """The least time that this CPU takes, of five tries, for a product of 64 states with a square weight."""
+    states, weight, seconds = torch.ones(64, size, dtype=dtype), torch.ones(size, size, dtype=dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether a model's weights are quantised.
+
+    Raises:
+        ValueError: by another method than bitsandbytes: none was tried.
+    """
+    quantisation: Any = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return False
+    facts = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    if facts.get("quant_method") != "bitsandbytes":
+        raise InputError(
+            f"Weights quantised by {facts.get('quant_method')} are not supported: use bitsandbytes, or plain weights."
+        )
+    return True
+
+
+def keep_layout(model: PreTrainedModel) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are stored.
+
+    On CPUs with AVX512-BF16 it would pack them anew at the first forward in evaluation mode, for a kernel of its own that wants
+    rows by 32, and neither dequantising nor training reads that layout.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes.nn.Linear4bit
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
+    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading.
+
+    Args:
+        name_or_path: Hub id or folder.
+        parts: see :func:`hf_semalign.models.anatomy.name_parts`.
+        weights: whether a folder has to hold weights; of those in safetensors the headers are read.
+
+    Raises:
+        ValueError: no causal language model, or weights that are missing, damaged or quantised in a way that is not supported.
+    """
+    config = find_config(name_or_path)
+    name_parts(config, parts)
+    is_quantised(config)
+    if weights and Path(name_or_path).is_dir():
+        files = list(Path(name_or_path).glob("model*.safetensors"))
+        if not files:
+            raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
+        for file in files:
+            _check_header(file)
+    with torch.device("meta"), _readable(name_or_path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, with all weights from safetensors files, none as it was drawn.
+
+    Nothing is unpickled, and no code of a repository is run.
+
+    Raises:
+        ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
+    """
+    with _readable(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path, **settings, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    model, report = loaded
+    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unfit:
+        raise InputError(
+            f"The weights of {name_or_path} do not fit its config.json: {len(unfit)} of them are missing or of another shape, "
+            f"such as {unfit[:3]}. Copy or download both again."
+        )
+    keep_layout(model)
+    return model
+
+
+def load_model(model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
+    """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
+
+    Args:
+        model: a model, an id or a folder.
+        precision: of the run, see :func:`load_dtype`.
+        parts: see :func:`hf_semalign.models.anatomy.name_parts`.
+
+    Raises:
+        ValueError: a model that carries LoRA already, weights that do not fit, or that are quantised in a way that is not
+            supported.
+    """
+    if isinstance(model, str):
+        model = load_weights(model, dtype=load_dtype(model, precision))
+    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
+    is_quantised(model.config)
+    keep_layout(model)
+    name_parts(model.config, parts)
+    return model
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, rows: int) -> int:
+    """Id to pad with: the tokenizer's, or without one the model's; 0 where one of the models has no embedding for it.
+
+    Args:
+        tokenizer: the target's.
+        model: the target.
+        rows: embeddings that both models have; padding is masked, so that any of them will do.
+    """
+    pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
+    if pad is None:
+        raise InputError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
+    return pad if pad < rows else 0

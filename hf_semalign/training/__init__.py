@@ -1,0 +1,1 @@
+"""The layerwise trainer and what it stands on."""

@@ -1,0 +1,177 @@
+"""What keeps a run whole: one at a time in a folder, a checkpoint before it ends on a signal, and no damaged checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_semalign.cache.states import file_digest, write_text
+from hf_semalign.errors import InputError, StorageError
+
+logger = logging.getLogger(__name__)
+LOCK = "_lock"
+CHECKSUMS = "checksums.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Hold a run folder for this process; inside, it may be claimed again.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / LOCK, is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"Another run is at work in {folder}: wait for its end, or choose another output_dir. Both would write there."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down the checksums of a checkpoint's files, as the last thing of it: without them it is unfinished."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_text(
+        checkpoint / CHECKSUMS,
+        json.dumps({path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}, indent=1),
+    )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; ``None`` when its files are as :func:`seal` found them."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / CHECKSUMS).is_file():
+        return f"it was never finished: {CHECKSUMS} is missing"
+    try:
+        known = dict(json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} is damaged"
+    missing = [name for name in known if not (checkpoint / name).is_file()]
+    altered = [name for name in known if name not in missing and file_digest(checkpoint / name) != known[name]]
+    found = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("altered", altered)) if names]
+    return "; ".join(found) or None
+
+
+def checkpoints_of(folder: str | Path | None) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; ``checkpoint-2-keep`` is somebody's own copy, and none of them."""
+    found = [path for path in Path(str(folder)).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 of a folder with another name."""
+    step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdecimal() else -1
+
+
+def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints over ``save_total_limit``, but never the newest and the best."""
+    found = checkpoints_of(folder)
+    if not limit or len(found) <= limit:
+        return
+    protected = {found[-1].resolve(), *([Path(best).resolve()] if best else [])}
+    spare = [path for path in found if path.resolve() not in protected]
+    for path in spare[: len(found) - max(limit, len(protected))]:
+        shutil.rmtree(path)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a run that is whole; what is wrong with a newer one is logged."""
+    for checkpoint in reversed(checkpoints_of(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return str(checkpoint)
+        logger.warning("%s is not used: %s.", checkpoint, wrong)
+    return None
+
+
+@contextmanager
+def disk_errors_explained(folder: str | Path) -> Iterator[None]:
+    """Say what to do where a disk has no room for a file, whichever library was writing it.
+
+    Raises:
+        OSError: in the place of that library's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        written = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save gives no reason
+        full = getattr(error, "errno", None) in FULL or (
+            isinstance(error, SafetensorError) and any(f"(os error {number})" in str(error) for number in FULL)
+        )
+        if not (written or full):
+            raise
+        raise StorageError(
+            f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
+            "set signals_dir to another disk, and start the same command again; it goes on from there."
+        ) from error
+
+
+class CheckpointOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM the step in hand is finished and a checkpoint written, and training ends; a second signal is obeyed
+    at once.
+
+    Attributes:
+        received: the signal, once there was one.
+        agreed: whether some rank had received one when the step's gradient was there; all ranks end after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.agreed = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the signals inside the block; elsewhere than in the main thread they cannot be taken, and are left alone."""
+        self.received, self.agreed = None, False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        usual: dict[signal.Signals, Any] = {}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number)
+            signal.signal(number, usual[self.received])
+            logger.warning("%s: training ends with a checkpoint after this step.", self.received.name)
+
+        for one in (signal.SIGINT, signal.SIGTERM):
+            usual[one] = signal.signal(one, note)
+        try:
+            yield
+        finally:
+            for one, handler in usual.items():
+                signal.signal(one, handler)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Have a checkpoint written, and end."""
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+    def leave(self) -> None:
+        """End the process as the signal would have: Ctrl-C with ``KeyboardInterrupt``, SIGTERM, of any rank, with 143."""
+        if self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.agreed:
+            raise SystemExit(128 + signal.SIGTERM)

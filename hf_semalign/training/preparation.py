@@ -1,0 +1,212 @@
+"""A transfer as far as it is known without weights: what can be refused is refused here, before any long work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_semalign.cache.source import Source
+from hf_semalign.cache.states import Examples
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
+from hf_semalign.experiments.symbols import public_name
+from hf_semalign.method.frontier import Frontier, FrontierSchedule, stage_learning_rate
+from hf_semalign.method.pairing import NEEDS_SCORES, LayerPairing, pair_layers
+from hf_semalign.method.semantic_map import SemanticMap, shared_token_ids
+from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, lora_targets, position_limit
+from hf_semalign.models.loading import check_engine, find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
+from hf_semalign.splits import Collator, Record, check_disjoint, check_rows, check_token_ids, encode, hold_out
+
+logger = logging.getLogger(__name__)
+Rows: TypeAlias = Dataset | Sequence[Record]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is in a split: distinct rows, their tokens, and the valid positions among them."""
+
+    rows: int
+    tokens: int
+    valid: int
+
+    @staticmethod
+    def of(dataset: Dataset) -> Counts:
+        """Those of an encoded split."""
+        examples = Examples(dataset)
+        return Counts(len(examples.ids), int(examples.tokens.sum()), int(examples.answers.sum()))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a run is made of, but for weights.
+
+    Attributes:
+        source: the source.
+        target: the parts of the target; without weights where it was given by name.
+        target_dtype: of its weights in the run.
+        target_id: its name for records.
+        tokenizer: the target's, if any.
+        splits: encoded rows: ``align``, and if given ``extract`` and ``eval``, or ``eval_<name>`` of several.
+        collator: rows to a batch.
+        pairing: the pairs of layers; ``None`` where scores have to be made first.
+        token_ids: rows of both heads that map and KL are over.
+        frontier: which layers train when.
+        schedule: the stages in optimizer steps.
+        learning_rate_factor: share of the peak learning rate at a step.
+        lora_targets: names of the modules that get LoRA.
+    """
+
+    source: Source
+    target: Anatomy
+    target_dtype: torch.dtype
+    target_id: str
+    tokenizer: PreTrainedTokenizerBase | None
+    splits: dict[str, Dataset]
+    collator: Collator
+    pairing: LayerPairing | None
+    token_ids: torch.Tensor
+    frontier: Frontier
+    schedule: FrontierSchedule
+    learning_rate_factor: Callable[[int], float]
+    lora_targets: list[str]
+
+
+def prepare(
+    model: PreTrainedModel | str,
+    source_model: PreTrainedModel | str | Source,
+    args: SemAlignConfig,
+    train_dataset: Rows,
+    eval_dataset: Rows | dict[str, Any] | None = None,
+    extract_dataset: Rows | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    pairing: LayerPairing | None = None,
+    semantic_map: SemanticMap | None = None,
+    *,
+    needs_extract: bool = False,
+) -> Preparation:
+    """Look at all that a :class:`hf_semalign.trainer.SemAlignTrainer` is given; its arguments, and its ``needs_extract``.
+
+    Raises:
+        ValueError: bad settings, data, models or tokenizers.
+    """
+    check_engine(args)
+    if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
+        raise InputError("One model object is source and target: what trains the one would change the other. Load it twice.")
+    kinds = {
+        "processing_class": (processing_class, PreTrainedTokenizerBase, "a tokenizer of transformers"),
+        "pairing": (pairing, LayerPairing, "what pair_layers gives; the name of a strategy goes into args.pairing"),
+        "semantic_map": (semantic_map, SemanticMap, "a SemanticMap; the name of a kind goes into args.map_kind"),
+    }
+    for name, (value, kind, words) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is a {type(value).__name__}: expected {words}.")
+    source_origin = source_model.origin if isinstance(source_model, Source) else source_model
+    for role, origin in (("source", source_origin), ("target", model)):
+        if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
+            raise InputError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
+    tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        raise InputError(
+            "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
+        )
+    needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+    check_rows(train_dataset, "align")
+    if extract_dataset is None and needs_extract:
+        train_dataset, extract_dataset = hold_out(train_dataset)
+    evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
+    if without := [name for name, rows in evals.items() if rows is None]:
+        raise InputError(f"eval_dataset has None as {without}: leave these out.")
+    given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
+    splits = {name: rows for name, rows in given.items() if rows is not None}
+    encoded = {name: encode(rows, tokenizer, split=name, max_length=args.max_length) for name, rows in splits.items()}
+    check_disjoint(splits)
+
+    source = source_model if isinstance(source_model, Source) else _source(source_model, args)
+    for role, shape in (("source", source.shape), ("target", model)):
+        if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
+            raise InputError(
+                f"The {role} was loaded with parts of it offloaded (device_map {shape.hf_device_map}): give its name or folder "
+                "instead, with source_memory 'stream' where it is too large to be held whole."
+            )
+    if args.source_memory == "stream" and source.quantised:
+        raise InputError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
+    shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
+    target = dissect(shape)
+    depths = source.num_layers, len(target.layers)
+    rows, width = target.head_weight().shape
+    if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, source.width):
+        raise InputError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, source.width)}.")
+    if semantic_map is not None and not (semantic_map.matrix.is_floating_point() and semantic_map.matrix.isfinite().all()):
+        raise InputError(
+            f"The map is {semantic_map.matrix.dtype}, with numbers that are not finite or not real: build it anew."
+        )
+    token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, rows)
+    if len(token_ids) < max(source.head_rows, rows):
+        logger.warning(
+            "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
+            "hold, with both distributions renormalised.", source.head_rows, rows, len(token_ids),
+        )  # fmt: skip
+    embedded = {"source": source.embedding_rows, "target": embedding_rows(shape)}
+    check_token_ids(encoded, embedded, tokenizer)
+    _check_lengths(encoded, {"source": source.shape, "target": shape})
+    frontier = Frontier(args.frontier, depths[1])
+    schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
+    return Preparation(
+        source,
+        target,
+        load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
+        public_name(str(shape.name_or_path)),
+        tokenizer,
+        encoded,
+        Collator(pad_token_id(tokenizer, shape, min(embedded.values()))),
+        _pairing(pairing, args.pairing, depths),
+        token_ids,
+        frontier,
+        schedule,
+        stage_learning_rate(
+            schedule,
+            args.lr_scheduler_type,
+            args.learning_rate,
+            args.get_warmup_steps,
+            cast(dict, args.lr_scheduler_kwargs),
+        ),
+        lora_targets(target.layers, args.lora_targets),
+    )
+
+
+def _check_lengths(splits: dict[str, Dataset], models: dict[str, PreTrainedModel]) -> None:
+    """Refuse rows that are longer than a model has learned positions."""
+    for split, rows in splits.items():
+        longest = int(Examples(rows).tokens.max())
+        for role, model in models.items():
+            limit = position_limit(model)
+            if limit is not None and longest > limit:
+                raise InputError(
+                    f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
+                    f"max_length to {limit} or less, in a recipe data.max_length."
+                )
+
+
+def _source(model: PreTrainedModel | str, args: SemAlignConfig) -> Source:
+    return Source(model, precision=args.mixed_precision, parts=args.source_parts)
+
+
+def _pairing(given: LayerPairing | None, wanted: Any, depths: tuple[int, int]) -> LayerPairing | None:
+    """The pairs of layers, where they need no scores; what no score could pair is refused."""
+    if given is None:
+        if wanted not in NEEDS_SCORES:
+            return pair_layers(*depths, wanted)
+        pair_layers([0.0] * depths[0], depths[1], wanted)
+    elif (given.num_source_layers, len(given.source_layers)) != depths:
+        raise InputError(
+            f"The pairing is for {given.num_source_layers} source and {len(given.source_layers)} target layers; these "
+            f"models have {depths[0]} and {depths[1]}."
+        )
+    return given

@@ -13,8 +13,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
 from hf_semalign.experiments.benchmarks.harness import TASKS, run_benchmark
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.models.loading import find_tokenizer, load_weights
+from hf_semalign.models.names import resolve_model
 
 ANSWERS = {  # task: from a row to a right answer, and to a wrong one
     "gsm8k": (

@@ -155,7 +155,7 @@ class Bench:
         """What is looked at before training: splits that share no prompt, ids in range, digests, the examples' order."""
         from datasets import load_from_disk
 
-        from hf_semalign.cache.states import Examples
+        from hf_semalign.cache.examples import Examples
         from hf_semalign.splits import check_disjoint, check_token_ids, fingerprint
 
         rows, encoded = self.rows(), self._encoded()
@@ -223,8 +223,8 @@ class Bench:
 
     def prefix(self) -> None:
         """The target's inputs, moved from layer to layer."""
+        from hf_semalign.cache.examples import Examples
         from hf_semalign.cache.prefix import TargetPrefix
-        from hf_semalign.cache.states import Examples
         from hf_semalign.splits import Collator
 
         model, moves = self.model("target"), range(1, self.spec["target"][0])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ablation import RECIPE, RESULTS, SEEDS, spread
 
-from hf_semalign.experiments.figures import METHOD_NAMES, method_order
+from hf_semalign.hub.card import METHOD_NAMES, method_order
 
 LAUNCHER = RECIPE.parents[1] / "accelerate" / "single.yaml"
 

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from hf_semalign.experiments.benchmarks.harness import run_benchmark
 from hf_semalign.experiments.evaluation import answer_loss, final_states
 from hf_semalign.experiments.recipe import load_recipe, load_tokenizer
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.method.losses import token_kl
 from hf_semalign.models.anatomy import dissect
 from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.models.loading import load_model
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import Collator, encode
 
 

@@ -25,7 +25,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from hf_semalign import SemAlignConfig
-from hf_semalign.models.anatomy import dissect, lora_targets
+from hf_semalign.models.anatomy import dissect
+from hf_semalign.models.lora import lora_targets
 
 Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "prompts", "prompt_attention_mask")

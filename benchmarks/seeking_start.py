@@ -27,7 +27,7 @@ from hf_semalign.experiments.baselines.seeking import SeekingTrainer
 from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.recipe import load_recipe, load_tokenizer
-from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.models.names import resolve_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "two_skills.yaml"
 RESULTS = Path(__file__).parent / "results"

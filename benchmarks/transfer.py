@@ -20,9 +20,9 @@ from trials import TRIALS
 from hf_semalign.cache.source import Source
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.recipe import Recipe, load_recipe
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.method.losses import token_cross_entropy, token_kl
 from hf_semalign.models.anatomy import CausalLM, dissect
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import Collator, encode, valid_positions
 
 

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.cache.scores import layer_scores
-from hf_semalign.cache.signals import BatchSignals
 from hf_semalign.cache.source import Source
 from hf_semalign.method.frontier import FrontierSchedule, stage_learning_rate
-from hf_semalign.method.objective import Objective
+from hf_semalign.method.objective import BatchSignals, Objective
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import dissect, final_norm

@@ -33,10 +33,10 @@ from transformers.utils.logging import disable_progress_bar
 from hf_semalign import SemAlignTrainer
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.recipe import Recipe, load_recipe
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import token_kl
 from hf_semalign.models.anatomy import CausalLM, dissect
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import Collator, encode, valid_positions
 
 METHODS: dict[str, dict[str, Any]] = {  # what differs from the recipe's settings

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from hf_semalign.config import SemAlignConfig
     from hf_semalign.hub.push import load_transfer, push_transfer
     from hf_semalign.method.attribution import LayerScores, attribute_layers
-    from hf_semalign.method.frontier import FrontierCallback, FrontierSchedule
+    from hf_semalign.method.frontier import FrontierSchedule
     from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
     from hf_semalign.method.pairing import LayerPairing, pair_layers
     from hf_semalign.method.semantic_map import SemanticMap, semantic_bases
     from hf_semalign.trainer import SemAlignTrainer
+    from hf_semalign.training.stages import FrontierCallback
 
 __all__ = [
     "FrontierCallback",

@@ -6,6 +6,8 @@ command line prints the message and exits with code 2. Any other error is a bug 
 
 from __future__ import annotations
 
+import textwrap
+
 
 class SemAlignError(Exception):
     """What all of them are."""
@@ -29,3 +31,8 @@ class NotFiniteError(SemAlignError, FloatingPointError):
 
 class FailedRunsError(SemAlignError, ChildProcessError):
     """Runs of a comparison that failed."""
+
+
+def brief(error: object) -> str:
+    """A library's message on one line, without most of what it lists."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")

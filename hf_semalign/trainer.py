@@ -27,20 +27,21 @@ from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import digest, file_digest, sha256, write_text
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
+from hf_semalign.files import RECORD_NAME, digest, disk_errors_explained, file_digest, sha256, write_text
 from hf_semalign.hub.card import render_card
 from hf_semalign.hub.push import CARD, card_fault, hub_name, open_repo, push_transfer
 from hf_semalign.method.losses import relation_sequences
 from hf_semalign.method.objective import Objective
 from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
-from hf_semalign.models.anatomy import add_lora, base_model, check_head, dissect
+from hf_semalign.models.anatomy import base_model, check_head, dissect
 from hf_semalign.models.hooks import capture, without_logits
-from hf_semalign.models.loading import RECORD_NAME, device_name, licence_of, load_model, warn_of_slow_bf16
+from hf_semalign.models.loading import device_name, licence_of, load_model
+from hf_semalign.models.lora import add_lora
 from hf_semalign.splits import Collator, Record, encode, fingerprint, is_encoded, valid_positions
-from hf_semalign.training.checkpoints import disk_errors_explained
+from hf_semalign.training.engines import warn_of_slow_bf16
 from hf_semalign.training.layerwise import LayerwiseTrainer
 from hf_semalign.training.preparation import Preparation, prepare
 

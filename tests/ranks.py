@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_semalign.cache.states import StateFolder
-from hf_semalign.method.frontier import whole
+from hf_semalign.training.stages import whole
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(46)], seed=1)
 GLOBAL_BATCH = 16

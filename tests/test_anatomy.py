@@ -8,15 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_semalign.models import anatomy
-from hf_semalign.models.anatomy import (
-    add_lora,
-    base_model,
-    check_head,
-    dissect,
-    embedding_rows,
-    lora_targets,
-    name_parts,
-)
+from hf_semalign.models.anatomy import base_model, check_head, dissect, embedding_rows, name_parts
+from hf_semalign.models.lora import add_lora, lora_targets
 
 LAYERS, VOCAB = 3, 50
 

@@ -17,13 +17,13 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines.kd import KDTrainer
 from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.experiments.evaluation import answer_loss, drift, final_states
-from hf_semalign.experiments.figures import METHOD_NAMES
 from hf_semalign.experiments.recipe import load_recipe
 from hf_semalign.experiments.run import HeldOut, run_recipe
-from hf_semalign.experiments.symbols import resolve_model
+from hf_semalign.hub.card import METHOD_NAMES
 from hf_semalign.hub.push import load_transfer
 from hf_semalign.models.anatomy import dissect
 from hf_semalign.models.loading import load_weights
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import Collator
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(30)])

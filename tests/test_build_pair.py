@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.recipe import load_recipe
-from hf_semalign.experiments.symbols import PAIR_FOLDER, build_tokenizer
+from hf_semalign.experiments.symbols import build_tokenizer
+from hf_semalign.models.names import PAIR_FOLDER
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 

@@ -11,7 +11,6 @@ from hf_semalign.experiments.figures import (
     BLACK,
     BLUE,
     GREY,
-    METHOD_NAMES,
     _cka_figure,
     _comparison_figure,
     _layers_figure,
@@ -22,8 +21,8 @@ from hf_semalign.experiments.figures import (
     draw_layers,
     draw_losses,
     draw_vectors,
-    method_order,
 )
+from hf_semalign.hub.card import METHOD_NAMES, method_order
 
 SKILLS = ("copy", "sort")
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerControl, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from hf_semalign.method.frontier import Frontier, FrontierCallback, FrontierSchedule, stage_learning_rate, train_only
+from hf_semalign.method.frontier import Frontier, FrontierSchedule, stage_learning_rate
+from hf_semalign.training.stages import FrontierCallback, train_only
 
 
 def parameters(layers=4, each=2):

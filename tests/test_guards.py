@@ -12,11 +12,12 @@ import torch
 from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
-from hf_semalign.training.checkpoints import CheckpointOnSignal, checkpoints_of, claimed, damage, last_checkpoint, rotate, seal
+from hf_semalign.files import claimed
+from hf_semalign.training.checkpoints import CheckpointOnSignal, checkpoints_of, damage, last_checkpoint, rotate, seal
 
 HOLD = """
 import sys
-from hf_semalign.training.checkpoints import claimed
+from hf_semalign.files import claimed
 with claimed(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -25,7 +25,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_semalign.cache.states import file_digest
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.benchmarks import harness
@@ -33,6 +32,7 @@ from hf_semalign.experiments.benchmarks.harness import METRICS, TASKS, check_ben
 from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_chat_program, mbpp_program
 from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
 from hf_semalign.experiments.generation import continue_prompts
+from hf_semalign.files import file_digest
 from hf_semalign.hub.push import KEYS
 
 SUBJECTS = [

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_semalign.cache.states import file_digest
+from hf_semalign.files import file_digest
 from hf_semalign.hub import push as publishing
 
 PUBLIC = {

@@ -22,12 +22,13 @@ from hf_semalign.experiments.baselines.neurons import (
     answer_label,
     check_neurons,
     locate,
+    neuron_parts,
     neuron_scores,
     trace,
 )
 from hf_semalign.experiments.evaluation import answer_loss
 from hf_semalign.hub.push import load_transfer
-from hf_semalign.models.anatomy import Size, base_model, dissect, neuron_parts
+from hf_semalign.models.anatomy import Size, base_model, dissect
 from hf_semalign.splits import IGNORED
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(60)])

@@ -1,6 +1,7 @@
 """The package is a list of files, room by room: a file imports only from those above it."""
 
 import ast
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,23 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "errors", "experiments.symbols", "models.anatomy", "experiments.baselines.projections", "splits", "models.hooks",
-    "experiments.rows", "experiments.tasks", "method.losses", "method.attribution", "method.pairing", "method.semantic_map",
-    "method.frontier", "cache.states", "training.checkpoints", "config", "training.engines", "models.loading", "cache.source",
-    "cache.scores", "cache.signals", "cache.prefix", "training.preparation", "method.objective", "training.layerwise",
-    "experiments.figures", "hub.card", "hub.push", "hub.inspection", "trainer", "experiments.analysis",
-    "experiments.benchmarks.sandbox", "experiments.generation", "experiments.answers", "experiments.evaluation",
-    "experiments.benchmarks.problems", "experiments.benchmarks.harness", "experiments.baselines.neurons",
-    "experiments.baselines.extraction", "experiments.baselines.kd", "experiments.baselines.sft",
-    "experiments.baselines.seeking", "experiments.baselines.laten", "experiments.recipe", "experiments.plan",
-    "experiments.rounds", "experiments.run", "experiments.tables", "experiments.paired", "experiments.compare",
-    "experiments.studies", "experiments.report", "cli",
+    "errors", "files",
+    "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading",
+    "splits",
+    "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
+    "config",
+    "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",
+    "training.stages", "training.checkpoints", "training.engines", "training.preparation", "training.layerwise",
+    "hub.card", "hub.push", "hub.inspection",
+    "trainer",
+    "experiments.symbols", "experiments.rows", "experiments.tasks", "experiments.generation", "experiments.answers",
+    "experiments.evaluation", "experiments.analysis", "experiments.figures", "experiments.tables", "experiments.paired",
+    "experiments.benchmarks.sandbox", "experiments.benchmarks.problems", "experiments.benchmarks.harness",
+    "experiments.baselines.projections", "experiments.baselines.neurons", "experiments.baselines.extraction",
+    "experiments.baselines.kd", "experiments.baselines.sft", "experiments.baselines.seeking", "experiments.baselines.laten",
+    "experiments.recipe", "experiments.plan", "experiments.rounds", "experiments.run", "experiments.compare",
+    "experiments.studies", "experiments.report",
+    "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
@@ -45,6 +52,13 @@ def imported(tree):
 
 def test_every_file_has_its_place():
     assert sorted(map(module_of, FILES)) == sorted(ORDER)
+
+
+def test_rooms_have_an_order_as_files_have():
+    """All files of a room stand together, so that no two rooms import from each other."""
+    rooms = [room for room, _ in groupby(name.partition(".")[0] for name in ORDER)]
+    assert len(rooms) == len(set(rooms))
+    assert rooms[-2:] == ["experiments", "cli"]  # whoever uses the trainer alone never reads them
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

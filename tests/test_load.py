@@ -15,13 +15,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_semalign import SemanticMap, SourceSignals
 from hf_semalign.cache import source as source_module
 from hf_semalign.cache import states as states_module
+from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import TargetPrefix
 from hf_semalign.cache.scores import attribute_streamed
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Column, Examples, StateFolder
+from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.files import checksum
 from hf_semalign.method.losses import answer_cross_entropy
 from hf_semalign.method.pairing import pair_layers
-from hf_semalign.method.semantic_map import checksum
 from hf_semalign.models.anatomy import Head
 from hf_semalign.splits import Collator, check_disjoint, check_token_ids, encode, hold_out
 

@@ -13,8 +13,8 @@ from test_trainer import EVEN, ROWS, TARGET_LAYERS, adapter, make_trainer
 from transformers import TrainerCallback
 
 from hf_semalign.cache import prefix as prefix_module
+from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
-from hf_semalign.cache.states import Examples
 from hf_semalign.models.hooks import capture
 from hf_semalign.splits import encode
 from hf_semalign.trainer import PREFIX
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_from_the_generation_on_disk(tmp_path, damage
 
 @pytest.mark.parametrize("moment", [1, 2, 4, 6])
 def test_an_interrupted_advance_leaves_a_generation_to_go_on_from(data, tmp_path, monkeypatch, moment):
-    monkeypatch.setattr("hf_semalign.cache.states.SHARD_TOKENS", 24)
+    monkeypatch.setattr("hf_semalign.cache.examples.SHARD_TOKENS", 24)
     model = tiny_llama(4, 16)
     whole = make_prefix(model, data, tmp_path / "whole", batch_size=2)
     whole.move(3)

@@ -4,15 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_semalign.experiments.evaluation import exact_match
-from hf_semalign.experiments.symbols import (
-    PAIR_FOLDER,
-    SKILLS,
-    SYMBOLS,
-    build_tokenizer,
-    make_records,
-    public_name,
-    resolve_model,
-)
+from hf_semalign.experiments.symbols import SKILLS, SYMBOLS, build_tokenizer, make_records
+from hf_semalign.models.names import PAIR_FOLDER, public_name, resolve_model
 
 
 def test_skills_do_what_they_say():

@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.method.frontier import whole
 from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.models.hooks import capture
 from hf_semalign.splits import valid_positions
 from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.checkpoints import seal
+from hf_semalign.training.stages import whole
 
 SOURCE_LAYERS, TARGET_LAYERS, WIDTH = 5, 3, 16
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(40)])

@@ -27,10 +27,10 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.figures import draw_comparison
 from hf_semalign.experiments.recipe import load_recipe, load_run, load_tokenizer
 from hf_semalign.experiments.run import results_table
-from hf_semalign.experiments.symbols import PAIR_FOLDER, public_name, resolve_model
 from hf_semalign.experiments.tasks import load_task
 from hf_semalign.hub import push as hub
 from hf_semalign.models.loading import find_tokenizer, load_model, skeleton
+from hf_semalign.models.names import PAIR_FOLDER, public_name, resolve_model
 from hf_semalign.splits import encode
 from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.checkpoints import seal

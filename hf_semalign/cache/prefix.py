@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_semalign.cache.examples import Collate, Examples
+from hf_semalign.cache.layer_pass import Output, layer_pass, spread
 from hf_semalign.cache.source import config_facts
-from hf_semalign.cache.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread, writing_lock
-from hf_semalign.method.semantic_map import checksum
+from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.files import checksum, digest, writing_lock
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect
 from hf_semalign.models.hooks import bypass, capture, gives_tuples, stop_after
 

@@ -13,8 +13,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_semalign.cache.examples import Collate, Examples
+from hf_semalign.cache.layer_pass import Output, layer_pass, spread
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Collate, Column, Examples, Output, StateFolder, digest, layer_pass, spread
+from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.files import digest
 from hf_semalign.method.attribution import LayerScores, attribute_layers, example_scores, summarise
 from hf_semalign.method.losses import answer_cross_entropy
 from hf_semalign.models.hooks import bypass, capture, stop_after, without_cudnn_attention

@@ -19,9 +19,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from hf_semalign.cache.examples import Collate, Examples
+from hf_semalign.cache.layer_pass import Output, layer_pass, spread
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Collate, Column, Examples, Output, StateFolder, layer_pass, spread
+from hf_semalign.cache.states import Column, StateFolder
 from hf_semalign.errors import InputError
+from hf_semalign.method.objective import BatchSignals
 from hf_semalign.method.pairing import LayerPairing
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import Anatomy, CausalLM, dissect
@@ -30,20 +33,6 @@ from hf_semalign.splits import valid_positions
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class BatchSignals:
-    """Source signals of one batch.
-
-    Attributes:
-        supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one for each wanted target layer; what stands at positions that
-            are not valid means nothing.
-        final: the source's final hidden states at the valid positions, ``[N, D_src]``.
-    """
-
-    supervision: list[torch.Tensor]
-    final: torch.Tensor
 
 
 class OnlineSignals:

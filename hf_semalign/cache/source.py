@@ -20,31 +20,23 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from hf_semalign.cache.states import (
+from hf_semalign.errors import InputError
+from hf_semalign.files import (
+    checksum,
     digest,
     file_digest,
     keep_record,
     load_tensor,
+    read_json,
     recall_record,
     save_tensor,
     write_text,
     writing_lock,
 )
-from hf_semalign.errors import InputError
-from hf_semalign.experiments.symbols import public_name
-from hf_semalign.method.semantic_map import checksum
 from hf_semalign.models.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.models.hooks import bypass, gives_tuples
-from hf_semalign.models.loading import (
-    find_config,
-    find_tokenizer,
-    is_quantised,
-    load_dtype,
-    load_model,
-    load_weights,
-    read_json,
-    skeleton,
-)
+from hf_semalign.models.loading import find_config, find_tokenizer, is_quantised, load_dtype, load_model, load_weights, skeleton
+from hf_semalign.models.names import public_name
 
 logger = logging.getLogger(__name__)
 FACTS = "source.json"
@@ -157,7 +149,7 @@ class Source:
             write_text(folder / FACTS, json.dumps({**facts, "checksum": digest(facts)}, indent=1))
 
     def lock(self, root: Path) -> FileLock:
-        """Held while the source is asked for something that is kept, see :func:`hf_semalign.cache.states.writing_lock`."""
+        """Held while the source is asked for something that is kept, see :func:`hf_semalign.files.writing_lock`."""
         return writing_lock(self.folder(root))
 
     @property

@@ -1,1 +1,1 @@
-"""Recipes, comparisons and analyses; used by the command line alone."""
+"""Recipes, baselines, benchmarks, comparisons and analyses; only the command line imports this room."""

@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.cache.states import write_text
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.generation import (
     computing_in,
@@ -24,6 +23,7 @@ from hf_semalign.experiments.generation import (
     generating,
     rows_that_fit,
 )
+from hf_semalign.files import write_text
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
 

@@ -47,9 +47,8 @@ from hf_semalign.experiments.recipe import (
     read_yaml,
 )
 from hf_semalign.experiments.tables import latex, markdown
+from hf_semalign.files import claimed, make_folder, read_json
 from hf_semalign.hub.card import benchmark_scores
-from hf_semalign.models.loading import make_folder, read_json
-from hf_semalign.training.checkpoints import claimed
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")

@@ -6,7 +6,7 @@ matplotlib's objects alone, no pyplot; the colours are those of Okabe and Ito, w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-#: What readers call the methods; the order of the baselines is that of the run.
-METHOD_NAMES = {
-    "target": "Target before", "kd": "Distillation (KL only)", "sft": "Fine-tuning", "seeking": "Seeking", "laten": "LaTen",
-    "semalign": "SemAlign", "source": "Source",
-}  # fmt: skip
-KL_LABEL = "KL(source ‖ target)"
+from hf_semalign.hub.card import KL_LABEL, METHOD_NAMES, method_order
+
 WIDTH = 6.4  # inches; with 12 point text, legible at half of it
 BLUE, GREY, BLACK = "#0072B2", "#BBBBBB", "#333333"
 BASES = {
@@ -123,12 +119,6 @@ def draw_gaps(record: dict[str, Any], folder: Path) -> Path:
     """
     with rc_context(STYLE):
         return _save(_gaps_figure(record), folder, "compare")
-
-
-def method_order(methods: Iterable[str]) -> list[str]:
-    """Order methods for readers: target, baselines as they come, SemAlign, source."""
-    place = {"target": 0, "semalign": 2, "source": 3}
-    return sorted(methods, key=lambda method: place.get(method, 1))
 
 
 def _save(figure: Figure, folder: Path, name: str) -> Path:

@@ -22,17 +22,17 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.cache.states import Examples
+from hf_semalign.cache.examples import Examples
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import question
 from hf_semalign.experiments.recipe import METHODS, DataSettings, Recipe, load_tokenizer
 from hf_semalign.experiments.rows import Row
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import LOGIT_ROWS
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
 from hf_semalign.trainer import PREFIX_PAYS
 from hf_semalign.training.preparation import Counts, Preparation, prepare

@@ -27,10 +27,11 @@ from hf_semalign.experiments.baselines.kd import KDTrainer
 from hf_semalign.experiments.baselines.laten import LaTenTrainer
 from hf_semalign.experiments.baselines.seeking import SeekingTrainer
 from hf_semalign.experiments.baselines.sft import SFTTrainer
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
+from hf_semalign.files import read_json
 from hf_semalign.hub.push import read_record
-from hf_semalign.models.loading import find_config, find_tokenizer, read_json
+from hf_semalign.models.loading import find_config, find_tokenizer
+from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root
 
 logger = logging.getLogger(__name__)

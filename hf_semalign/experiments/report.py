@@ -16,12 +16,11 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from hf_semalign.cache.states import write_text
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.tables import markdown
+from hf_semalign.files import RECORD_NAME, make_folder, read_json, write_text
 from hf_semalign.hub.card import escaped, pipe_table, render_card
 from hf_semalign.hub.push import read_record
-from hf_semalign.models.loading import RECORD_NAME, make_folder, read_json
 
 FOLDED = ("Data", "Settings", "Versions", "Citation")  # for those who ask
 ANALYSES = {

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import digest, file_digest, writing_lock
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import answered, question, write_answers
 from hf_semalign.experiments.plan import plan, plans_of
 from hf_semalign.experiments.recipe import METHODS, Recipe
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.experiments.tasks import TaskData
+from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
+from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 from hf_semalign.training.checkpoints import damage, last_checkpoint
 

@@ -28,25 +28,24 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import digest, keep_record, recall_record
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, StorageError
 from hf_semalign.experiments.benchmarks.harness import check_benchmark, rows_digest, run_benchmark
 from hf_semalign.experiments.evaluation import answer_loss, drift, exact_match, final_states
-from hf_semalign.experiments.figures import METHOD_NAMES, draw_comparison, draw_layers, draw_losses, method_order
+from hf_semalign.experiments.figures import draw_comparison, draw_layers, draw_losses
 from hf_semalign.experiments.recipe import Recipe, load_tokenizer
 from hf_semalign.experiments.rounds import make_trainer, start_of, train_recipe, with_answers
-from hf_semalign.experiments.symbols import resolve_model
 from hf_semalign.experiments.tasks import BENCHMARKS, TaskData
-from hf_semalign.hub.card import benchmark_entries, benchmark_scores, render_card
+from hf_semalign.files import checksum, claimed, digest, disk_errors_explained, keep_record, recall_record
+from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card
 from hf_semalign.hub.inspection import printable
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer
-from hf_semalign.method.semantic_map import checksum
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.models.loading import check_engine, device_name, is_set
+from hf_semalign.models.loading import device_name
+from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import check_disjoint, encode
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
-from hf_semalign.training.checkpoints import claimed, disk_errors_explained
+from hf_semalign.training.engines import check_engine, is_set
 
 try:
     import resource

@@ -15,17 +15,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cache.source import Source
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, brief
 from hf_semalign.experiments.analysis import layer_cka, recomposition_cosines
 from hf_semalign.experiments.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.experiments.recipe import Recipe, load_recipe, load_run, load_tokenizer
-from hf_semalign.experiments.symbols import public_name, resolve_model
+from hf_semalign.files import make_folder
 from hf_semalign.hub.push import load_transfer, read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
-from hf_semalign.models.loading import brief, find_config, load_model, make_folder, skeleton
+from hf_semalign.models.loading import find_config, load_model, skeleton
+from hf_semalign.models.names import public_name, resolve_model
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
 from hf_semalign.trainer import signals_root
 

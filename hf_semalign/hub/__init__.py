@@ -1,1 +1,1 @@
-"""Cards, publishing and inspection of adapters."""
+"""Model cards, publishing, and a look at an adapter."""

@@ -10,16 +10,21 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from hf_semalign.experiments.figures import KL_LABEL, METHOD_NAMES, method_order
-from hf_semalign.experiments.symbols import EMBEDDED, is_hub_id
+from hf_semalign.models.names import EMBEDDED, is_hub_id
 
+#: What readers call the methods; the order of the baselines is that of the run.
+METHOD_NAMES = {
+    "target": "Target before", "kd": "Distillation (KL only)", "sft": "Fine-tuning", "seeking": "Seeking", "laten": "LaTen",
+    "semalign": "SemAlign", "source": "Source",
+}  # fmt: skip
+KL_LABEL = "KL(source ‖ target)"
 TAGS = ("lora", "transformers", "hf-semalign", "knowledge-transfer")
 SPLIT_USES = {"align": "training", "eval": "evaluation"}
 EXTRACT_USES = {"semalign": "layer attribution", "seeking": "sensitivities of weights", "laten": "neuron attribution"}
@@ -235,7 +240,7 @@ def _use(record: dict[str, Any]) -> str:
     name = json.dumps(target, ensure_ascii=False)
     base, extra = (name, "") if _on_hub(target) else (f"{name}  # or the folder that holds it", "")
     if target.startswith(EMBEDDED):
-        base, extra = f"resolve_model({name})", "from hf_semalign.experiments.symbols import resolve_model\n"
+        base, extra = f"resolve_model({name})", "from hf_semalign.models.names import resolve_model\n"
     return f"""In the folder of this card (from elsewhere, put the folder or its Hub id for the dot):
 
 ```python
@@ -463,3 +468,12 @@ def pipe_table(rows: Sequence[Sequence[str]], align: str = "---") -> str:
     """Rows, the first of them the heading, as a Markdown table."""
     lines = [rows[0], ["---", *[align] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+#: What readers call the methods; the order of the baselines is that of the run.
+
+
+def method_order(methods: Iterable[str]) -> list[str]:
+    """Order methods for readers: target, baselines as they come, SemAlign, source."""
+    place = {"target": 0, "semalign": 2, "source": 3}
+    return sorted(methods, key=lambda method: place.get(method, 1))

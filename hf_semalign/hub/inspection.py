@@ -18,11 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import safe_open
 
-from hf_semalign.cache.states import file_digest, sha256
-from hf_semalign.errors import InputError, MissingFileError
-from hf_semalign.experiments.symbols import is_hub_id
+from hf_semalign.errors import InputError, MissingFileError, brief
+from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, file_digest, read_json, sha256
 from hf_semalign.hub.push import hub_errors_explained, read_record
-from hf_semalign.models.loading import ADAPTER, RECORD_NAME, brief, check_adapter, read_json
+from hf_semalign.models.names import is_hub_id
 
 LOSSES = {"layer_loss": "relation_weight", "output_loss": "kl_weight"}
 MOST = 2**24  # bytes of a record or configuration that are read; real ones have some kilobytes

@@ -33,12 +33,12 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from yaml import YAMLError
 
-from hf_semalign.cache.states import digest, file_digest, sha256
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.errors import InputError, MissingFileError, StorageError
-from hf_semalign.experiments.symbols import EMBEDDED, is_hub_id, resolve_model
+from hf_semalign.errors import InputError, MissingFileError, StorageError, brief
+from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, digest, file_digest, read_json, sha256
 from hf_semalign.hub.card import TAGS
-from hf_semalign.models.loading import ADAPTER, RECORD_NAME, brief, check_adapter, load_weights, read_json
+from hf_semalign.models.loading import load_weights
+from hf_semalign.models.names import EMBEDDED, is_hub_id, resolve_model
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"

@@ -1,1 +1,1 @@
-"""The method, section by section of the paper."""
+"""The method, section by section of the paper: attribution, pairing, map, losses and frontier."""

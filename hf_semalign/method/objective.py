@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_semalign.cache.signals import BatchSignals
 from hf_semalign.method.losses import (
     answer_cross_entropy,
     relation_sequences,
@@ -131,3 +130,17 @@ class Objective:
         ).mean(0)
         sums[:, 4] = relation_sequences(valid)
         return sums
+
+
+@dataclass(frozen=True)
+class BatchSignals:
+    """Source signals of one batch.
+
+    Attributes:
+        supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one for each wanted target layer; what stands at positions that
+            are not valid means nothing.
+        final: the source's final hidden states at the valid positions, ``[N, D_src]``.
+    """
+
+    supervision: list[torch.Tensor]
+    final: torch.Tensor

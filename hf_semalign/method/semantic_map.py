@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.errors import InputError
+from hf_semalign.files import checksum
 from hf_semalign.models.anatomy import CausalLM, dissect
 
 logger = logging.getLogger(__name__)
@@ -344,13 +344,4 @@ def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Te
     digest = hashlib.sha256(kind.encode())
     for weight in (source_weight, target_weight):
         digest.update(checksum(weight).encode())
-    return digest.hexdigest()
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's shape, dtype and bytes, by xxh3: it guards against damage, not attack, and is as fast as a disk."""
-    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for chunk in content.split(2**24):  # from a GPU: the system clears larger memory every time
-        digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()

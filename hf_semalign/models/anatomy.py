@@ -15,12 +15,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_semalign.errors import InputError
 
@@ -31,24 +29,7 @@ PARTS = ("decoder", "layers", "head")
 HEAD_TOLERANCE = 1e-3  # relative error of logits that rounding makes in float32
 HALF_TOLERANCE = 0.02  # and in half precisions, and from quantised heads
 
-# Modules that carry LoRA (method, section 6): FFN up and down, attention value and output, or what a family fuses them into.
-FFN_TARGETS: tuple[str, ...] = (
-    "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "input_linear",
-    "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear",
-)  # fmt: skip
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|embed_position)$")  # tables of learned positions
-LORA_TARGETS: tuple[str, ...] = (
-    *FFN_TARGETS,
-    "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv",
-    "o_proj", "out_proj", "dense",
-    "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # of blocks without attention
-)  # fmt: skip
-
-# Attention's value and output, FFN's up and down: the modules whose rows and columns are a layer's neurons.
-NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
-    ("v_proj", "o_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen2, Qwen3
-    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
-)
 
 
 class Head(NamedTuple):
@@ -126,30 +107,6 @@ class Anatomy:
     def head_weight(self) -> torch.Tensor:
         """Weight of :meth:`output_head`, ``[V, D]``: what the map between two spaces is made of."""
         return self.output_head().weight
-
-
-@dataclass(frozen=True)
-class NeuronParts:
-    """Where the neurons of one decoder layer have their weights.
-
-    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with a gate before it or without. Attention neuron
-    ``h d_h + e`` (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]``
-    of ``value``: with grouped queries the heads of a group share their rows, and where query, key and value are one module the
-    row lies among the others.
-
-    Attributes:
-        value: ``[rows, D]``.
-        output: ``[D, H d_h]``.
-        up: ``[D_ff, D]``.
-        down: ``[D, D_ff]``.
-        value_rows: ``[H d_h]``.
-    """
-
-    value: nn.Module
-    output: nn.Module
-    up: nn.Module
-    down: nn.Module
-    value_rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -350,47 +307,6 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
         )
 
 
-def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[NeuronParts]]:
-    """The modules that a model's neurons lie in: their names (value, output, up, down), and they themselves by layer.
-
-    Names and shapes alone are looked at: whether the layers compute with them what a family of these names does is for
-    :func:`hf_semalign.experiments.baselines.neurons.check_neurons`.
-
-    Args:
-        anatomy: of a causal LM, also of one that has LoRA, or no weights.
-
-    Raises:
-        ValueError: a family whose layers do not have exactly one each of a row of ``NEURON_MODULES``.
-    """
-    heads = getattr(getattr(anatomy.decoder, "config", None), "num_attention_heads", None)
-    for names in NEURON_MODULES:
-        found = [
-            [[module for path, module in layer.named_modules() if path.rpartition(".")[2] == name] for name in names]
-            for layer in anatomy.layers
-        ]
-        if heads and all(len(modules) == 1 for layer in found for modules in layer):
-            return names, [
-                NeuronParts(value, output, up, down, _value_rows(anatomy.name, heads, value, output))
-                for (value,), (output,), (up,), (down,) in found
-            ]
-    raise InputError(
-        f"The neurons of {anatomy.name} are not known: expected layers with one each of "
-        f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
-    )
-
-
-def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
-    """Row of the value module for each attention neuron, see :class:`NeuronParts`."""
-    channels, rows = output.in_features, value.out_features
-    size, neurons = channels // heads, torch.arange(channels)
-    head, place = neurons // size, neurons % size
-    if channels % heads == 0 and rows == 3 * channels:  # query, key and value of one head after those of the other
-        return (3 * head + 2) * size + place
-    if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
-        return head // (channels // rows) * size + place
-    raise InputError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")
-
-
 def final_norm(anatomy: Anatomy) -> nn.Module:
     """The norm between the last layer and the head: the last part of the decoder with one weight a channel.
 
@@ -403,86 +319,3 @@ def final_norm(anatomy: Anatomy) -> nn.Module:
     if not norms:
         raise InputError(f"The final norm of {anatomy.name} is not found: expected a part of its decoder of {width} weights.")
     return norms[-1]
-
-
-def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:
-    """Module names that get LoRA, in every layer at least one of them.
-
-    In a mixture of experts the attention modules alone get it: experts see few tokens each, and peft takes FFN names there for
-    theirs. Of state-space mixers the input projection gets it: fused kernels read the others past their modules.
-
-    Args:
-        layers: decoder layers of the target.
-        wanted: names to use; by default those of ``LORA_TARGETS`` that occur.
-
-    Raises:
-        ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
-    """
-    experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
-    candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
-    if experts:
-        candidates = [names.difference(FFN_TARGETS) for names in candidates]
-    everywhere = set().union(*candidates)
-    chosen = [name for name in wanted or LORA_TARGETS if name in everywhere]
-    bare = [index for index, names in enumerate(candidates) if not names.intersection(chosen)]
-    missing = sorted(set(wanted or ()) - everywhere)
-    if missing or bare:
-        what = f"{missing} occur in no layer" if missing else f"none of {wanted or 'the known names'} in layers {bare}"
-        raise InputError(
-            f"LoRA modules not found: {what}. Candidates: {sorted(everywhere)}. Set lora_targets to some of them, at "
-            "least one for every layer."
-        )
-    if experts:
-        logger.warning("The target is a mixture of experts: LoRA goes on %s, and its FFNs stay as they are.", chosen)
-    return chosen
-
-
-def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a layer that may get LoRA, by path."""
-    found: dict[str, nn.Module] = {}
-    for path, module in layer.named_modules():
-        parent, _, name = path.rpartition(".")
-        if isinstance(module, (nn.Linear, Conv1D)) and "experts" not in path.split("."):
-            mixer = hasattr(layer.get_submodule(parent), "A_log")
-            if not mixer or name.startswith("in_proj"):
-                found[path] = module
-    return found
-
-
-def add_lora(
-    target: PreTrainedModel, names: list[str], *, rank: int, alpha: int, ranks: Mapping[str, int] | None = None
-) -> PeftModel:
-    """A target with LoRA on the modules of :func:`lora_targets` in its decoder layers, and nowhere else.
-
-    Args:
-        target: the target.
-        names: module names.
-        rank: ``r``.
-        alpha: ``lora_alpha``.
-        ranks: other ranks by name, each with an ``alpha`` as large.
-
-    Raises:
-        ValueError: peft put LoRA elsewhere.
-    """
-    layers = dissect(target).layers
-    allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
-    named = {path: module for path, module in target.named_modules() if path.rpartition(".")[2] in names}
-    excluded = [re.escape(path) for path, module in named.items() if id(module) not in allowed]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern=dict(ranks or {}),
-        alpha_pattern=dict(ranks or {}),
-        target_modules=names,
-        exclude_modules="|".join(excluded) or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(target, config)
-    carriers = {path for path, module in target.named_modules() if isinstance(module, LoraLayer)}
-    if carriers != (wanted := {path for path, module in named.items() if id(module) in allowed}):
-        raise InputError(
-            f"peft put LoRA on other modules than those named in the decoder layers: on {sorted(carriers - wanted)[:5]} as "
-            f"well, and not on {sorted(wanted - carriers)[:5]}. Set lora_targets to other names."
-        )
-    return adapted

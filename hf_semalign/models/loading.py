@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,85 +23,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from yaml import YAMLError
 
-from hf_semalign.config import REFUSED, SemAlignConfig
-from hf_semalign.errors import InputError, MissingFileError
-from hf_semalign.experiments.symbols import public_name, resolve_model
+from hf_semalign.errors import InputError, brief
+from hf_semalign.files import _check_header
 from hf_semalign.models.anatomy import Parts, name_parts
-from hf_semalign.training.engines import check_sharding, check_zero
+from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-RECORD_NAME = "semalign.json"
 HALVES = (torch.bfloat16, torch.float16)
-SLOW = 1.5  # times as long as in float32: bfloat16 is worth a warning
 
 
 def device_name(device: torch.device) -> str:
     """What a device is: the product's name of a GPU by CUDA or ROCm, the type of any other."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def check_engine(args: SemAlignConfig) -> None:
-    """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
-    folders that cannot be written to.
-    """
-    if not isinstance(args, SemAlignConfig):
-        raise InputError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
-    available = get_available_reporting_integrations()
-    named = args.report_to or ()  # a list, after the Trainer's own checks
-    if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
-        raise InputError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
-    if args.n_gpu > 1:
-        raise InputError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
-    if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
-        name = "torch_compile"
-        raise InputError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
-    if is_set("ACCELERATE_USE_DEEPSPEED"):
-        check_zero(args)
-    if is_set("ACCELERATE_USE_FSDP"):
-        check_sharding(args)
-    for name in ("output_dir", "signals_dir"):
-        if args.should_save and getattr(args, name) is not None:
-            make_folder(name, getattr(args, name))
-
-
-def is_set(variable: str) -> bool:
-    """Whether an environment variable of accelerate's asks for something."""
-    return os.environ.get(variable, "no").lower() not in ("no", "false", "0", "")
-
-
-def make_folder(name: str, folder: str | Path) -> None:
-    """Make a folder that a setting or option names.
-
-    Raises:
-        ValueError: nothing can be written to it.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Content of a JSON file that this package or one of its companions has written.
-
-    Raises:
-        ValueError: it is broken, or lacks one of the keys.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
-    if missing := [key for key in keys if key not in content]:
-        raise InputError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
-    return content
 
 
 def licence_of(origin: str) -> dict[str, str] | None:
@@ -131,28 +63,6 @@ def licence_of(origin: str) -> dict[str, str] | None:
     return {name: value for name, value in named.items() if isinstance(value, str)} if isinstance(data.license, str) else None
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file is damaged.
-    """
-    if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
-        raise MissingFileError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
-    weights, config = ADAPTER
-    _check_header(folder / weights)
-    read_json(folder / config)
-
-
-def _check_header(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
-
-
 @contextmanager
 def _readable(name_or_path: str) -> Iterator[None]:
     """What a library cannot read of a model is told in one sentence, with what to do."""
@@ -163,11 +73,6 @@ def _readable(name_or_path: str) -> Iterator[None]:
             f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
             f"whole causal language model. ({brief(error)})"
         ) from error
-
-
-def brief(error: object) -> str:
-    """A library's message on one line, without most of what it lists."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...")
 
 
 def find_config(name_or_path: str) -> PretrainedConfig:
@@ -197,14 +102,6 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
         reason = str(error).split("\n")[0].replace(name_or_path, name)
     logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
     return None
-
-
-def warn_of_slow_bf16(args: SemAlignConfig) -> None:
-    """Say so where this CPU has no instructions for bfloat16."""
-    if args.bf16 and args.device.type == "cpu":
-        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-        if times > SLOW:
-            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: set bf16 to false.", times)
 
 
 def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""The layerwise trainer and what it stands on."""
+"""A Trainer that works in stages, with its checkpoints and engines."""

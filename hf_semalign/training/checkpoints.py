@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -14,39 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_semalign.cache.states import file_digest, write_text
-from hf_semalign.errors import InputError, StorageError
+from hf_semalign.files import file_digest, write_text
 
 logger = logging.getLogger(__name__)
-LOCK = "_lock"
 CHECKSUMS = "checksums.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def claimed(folder: str | Path) -> Iterator[None]:
-    """Hold a run folder for this process; inside, it may be claimed again.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / LOCK, is_singleton=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"Another run is at work in {folder}: wait for its end, or choose another output_dir. Both would write there."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def seal(checkpoint: Path) -> None:
@@ -105,28 +78,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
             return str(checkpoint)
         logger.warning("%s is not used: %s.", checkpoint, wrong)
     return None
-
-
-@contextmanager
-def disk_errors_explained(folder: str | Path) -> Iterator[None]:
-    """Say what to do where a disk has no room for a file, whichever library was writing it.
-
-    Raises:
-        OSError: in the place of that library's error.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        written = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save gives no reason
-        full = getattr(error, "errno", None) in FULL or (
-            isinstance(error, SafetensorError) and any(f"(os error {number})" in str(error) for number in FULL)
-        )
-        if not (written or full):
-            raise
-        raise StorageError(
-            f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
-            "set signals_dir to another disk, and start the same command again; it goes on from there."
-        ) from error
 
 
 class CheckpointOnSignal(TrainerCallback):

@@ -4,6 +4,7 @@ optimizer's states.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,15 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.optim import Optimizer
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hf_semalign.config import SemAlignConfig
+from hf_semalign.config import REFUSED, SemAlignConfig
 from hf_semalign.errors import InputError
+from hf_semalign.files import make_folder
+from hf_semalign.models.loading import product_seconds
+
+logger = logging.getLogger(__name__)
 
 
 def check_sharding(args: SemAlignConfig) -> None:
@@ -162,3 +169,43 @@ def check_sharded(layers: nn.ModuleList) -> None:
             f"FSDP has not wrapped the decoder layers {bare}: name their class ({type(layers[bare[0]]).__name__}) as "
             "fsdp_transformer_layer_cls_to_wrap in the accelerate config."
         )
+
+
+SLOW = 1.5  # times as long as in float32: bfloat16 is worth a warning
+
+
+def check_engine(args: SemAlignConfig) -> None:
+    """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
+    folders that cannot be written to.
+    """
+    if not isinstance(args, SemAlignConfig):
+        raise InputError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
+    available = get_available_reporting_integrations()
+    named = args.report_to or ()  # a list, after the Trainer's own checks
+    if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
+        raise InputError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
+    if args.n_gpu > 1:
+        raise InputError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
+    if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
+        name = "torch_compile"
+        raise InputError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        check_zero(args)
+    if is_set("ACCELERATE_USE_FSDP"):
+        check_sharding(args)
+    for name in ("output_dir", "signals_dir"):
+        if args.should_save and getattr(args, name) is not None:
+            make_folder(name, getattr(args, name))
+
+
+def is_set(variable: str) -> bool:
+    """Whether an environment variable of accelerate's asks for something."""
+    return os.environ.get(variable, "no").lower() not in ("no", "false", "0", "")
+
+
+def warn_of_slow_bf16(args: SemAlignConfig) -> None:
+    """Say so where this CPU has no instructions for bfloat16."""
+    if args.bf16 and args.device.type == "cpu":
+        times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+        if times > SLOW:
+            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: set bf16 to false.", times)

@@ -29,13 +29,27 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_seed
 
-from hf_semalign.cache.states import digest
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, NotFiniteError
-from hf_semalign.method.frontier import (
-    Frontier,
+from hf_semalign.files import RECORD_NAME, checksum, claimed, digest, disk_errors_explained
+from hf_semalign.method.frontier import Frontier, FrontierSchedule
+from hf_semalign.models.anatomy import Anatomy, base_model
+from hf_semalign.models.hooks import without_cudnn_attention
+from hf_semalign.models.loading import is_quantised
+from hf_semalign.splits import IGNORED, Collator
+from hf_semalign.training.checkpoints import (
+    CHECKSUMS,
+    CheckpointOnSignal,
+    checkpoints_of,
+    damage,
+    last_checkpoint,
+    rotate,
+    seal,
+    step_of,
+)
+from hf_semalign.training.engines import autocast_under_zero, check_sharded, check_shards, part_by_layer
+from hf_semalign.training.stages import (
     FrontierCallback,
-    FrontierSchedule,
     StageLog,
     StageProgress,
     lora_parameters,
@@ -44,24 +58,6 @@ from hf_semalign.method.frontier import (
     trainable,
     whole,
 )
-from hf_semalign.method.semantic_map import checksum
-from hf_semalign.models.anatomy import Anatomy, base_model
-from hf_semalign.models.hooks import without_cudnn_attention
-from hf_semalign.models.loading import RECORD_NAME, is_quantised
-from hf_semalign.splits import IGNORED, Collator
-from hf_semalign.training.checkpoints import (
-    CHECKSUMS,
-    CheckpointOnSignal,
-    checkpoints_of,
-    claimed,
-    damage,
-    disk_errors_explained,
-    last_checkpoint,
-    rotate,
-    seal,
-    step_of,
-)
-from hf_semalign.training.engines import autocast_under_zero, check_sharded, check_shards, part_by_layer
 
 logger = logging.getLogger(__name__)
 

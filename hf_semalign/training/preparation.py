@@ -12,17 +12,19 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Examples
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
-from hf_semalign.experiments.symbols import public_name
 from hf_semalign.method.frontier import Frontier, FrontierSchedule, stage_learning_rate
 from hf_semalign.method.pairing import NEEDS_SCORES, LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap, shared_token_ids
-from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, lora_targets, position_limit
-from hf_semalign.models.loading import check_engine, find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
+from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, position_limit
+from hf_semalign.models.loading import find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
+from hf_semalign.models.lora import lora_targets
+from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, Record, check_disjoint, check_rows, check_token_ids, encode, hold_out
+from hf_semalign.training.engines import check_engine
 
 logger = logging.getLogger(__name__)
 Rows: TypeAlias = Dataset | Sequence[Record]

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.recipe import load_recipe
-from hf_semalign.experiments.symbols import PAIR_FOLDER, build_tokenizer, make_records
+from hf_semalign.experiments.symbols import build_tokenizer, make_records
+from hf_semalign.models.names import PAIR_FOLDER
 from hf_semalign.splits import Collator, encode
 
 BATCH = 64

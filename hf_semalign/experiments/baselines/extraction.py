@@ -14,14 +14,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_semalign.cache.examples import Collate
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Collate, digest, load_tensor, save_tensor
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.baselines.projections import ROLES, Projection, oriented, projections
+from hf_semalign.files import digest, load_tensor, save_tensor
 from hf_semalign.method.losses import answer_cross_entropy
 from hf_semalign.method.pairing import pair_layers
-from hf_semalign.models.anatomy import Anatomy, dissect, lora_candidates, lora_targets
+from hf_semalign.models.anatomy import Anatomy, dissect
 from hf_semalign.models.hooks import without_cudnn_attention
+from hf_semalign.models.lora import lora_candidates, lora_targets
 from hf_semalign.splits import fingerprint, valid_positions
 
 
@@ -143,7 +145,7 @@ class Needs:
         Args:
             theirs: the parts of the source.
             ours: of the target, without LoRA.
-            names: see :func:`hf_semalign.models.anatomy.lora_targets`.
+            names: see :func:`hf_semalign.models.lora.lora_targets`.
 
         Raises:
             ValueError: a source with fewer layers; a target module whose rows' roles are not known; a source layer that lacks

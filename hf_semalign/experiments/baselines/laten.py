@@ -44,17 +44,28 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, NotFiniteError
-from hf_semalign.experiments.baselines.neurons import Located, Unembedding, answer_label, check_neurons, locate
+from hf_semalign.experiments.baselines.neurons import (
+    Located,
+    NeuronParts,
+    Unembedding,
+    answer_label,
+    check_neurons,
+    locate,
+    neuron_parts,
+)
 from hf_semalign.experiments.evaluation import answer_loss
-from hf_semalign.method.frontier import FrontierSchedule, train_only
+from hf_semalign.files import claimed, disk_errors_explained
+from hf_semalign.method.frontier import FrontierSchedule
 from hf_semalign.method.losses import answer_cross_entropy
-from hf_semalign.models.anatomy import Anatomy, CausalLM, Head, NeuronParts, Size, add_lora, dissect, neuron_parts
+from hf_semalign.models.anatomy import Anatomy, CausalLM, Head, Size, dissect
 from hf_semalign.models.hooks import without_cudnn_attention
-from hf_semalign.models.loading import is_quantised, is_set
+from hf_semalign.models.loading import is_quantised
+from hf_semalign.models.lora import add_lora
 from hf_semalign.splits import Collator, Record, valid_positions
 from hf_semalign.trainer import SemAlignTrainer, timed
-from hf_semalign.training.checkpoints import claimed, disk_errors_explained
+from hf_semalign.training.engines import is_set
 from hf_semalign.training.preparation import Counts, Preparation
+from hf_semalign.training.stages import train_only
 
 logger = logging.getLogger(__name__)
 RATE = 0.1  # of the target's FFN and hidden width: neurons in each layer

@@ -20,12 +20,12 @@ from hf_semalign.errors import InputError
 from hf_semalign.models.anatomy import (
     HALF_TOLERANCE,
     HEAD_TOLERANCE,
+    Anatomy,
     CausalLM,
     base_model,
     dissect,
     embedding_rows,
     final_norm,
-    neuron_parts,
 )
 from hf_semalign.models.hooks import capture
 from hf_semalign.splits import IGNORED, Record
@@ -222,7 +222,7 @@ class Located(NamedTuple):
     Attributes:
         attention_layers: ``L`` layers, ascending.
         ffn_layers: ``L`` layers, ascending.
-        attention: indices ``[L, n]`` of attention neurons, see :class:`hf_semalign.models.anatomy.NeuronParts`.
+        attention: indices ``[L, n]`` of attention neurons, see :class:`hf_semalign.experiments.baselines.neurons.NeuronParts`.
         ffn: indices ``[L, n]`` of FFN neurons.
     """
 
@@ -302,3 +302,75 @@ def answer_label(row: Record, tokenizer: PreTrainedTokenizerBase | None, special
         f"The answer of the row with input_ids {list(row['input_ids'])[:20]} has no token but special ones and punctuation, so "
         "that no neuron can be located by it: take this row out of the extract split."
     )
+
+
+# Attention's value and output, FFN's up and down: the modules whose rows and columns are a layer's neurons.
+NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
+    ("v_proj", "o_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen2, Qwen3
+    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+)
+
+
+@dataclass(frozen=True)
+class NeuronParts:
+    """Where the neurons of one decoder layer have their weights.
+
+    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with a gate before it or without. Attention neuron
+    ``h d_h + e`` (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]``
+    of ``value``: with grouped queries the heads of a group share their rows, and where query, key and value are one module the
+    row lies among the others.
+
+    Attributes:
+        value: ``[rows, D]``.
+        output: ``[D, H d_h]``.
+        up: ``[D_ff, D]``.
+        down: ``[D, D_ff]``.
+        value_rows: ``[H d_h]``.
+    """
+
+    value: nn.Module
+    output: nn.Module
+    up: nn.Module
+    down: nn.Module
+    value_rows: torch.Tensor
+
+
+def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[NeuronParts]]:
+    """The modules that a model's neurons lie in: their names (value, output, up, down), and they themselves by layer.
+
+    Names and shapes alone are looked at: whether the layers compute with them what a family of these names does is for
+    :func:`hf_semalign.experiments.baselines.neurons.check_neurons`.
+
+    Args:
+        anatomy: of a causal LM, also of one that has LoRA, or no weights.
+
+    Raises:
+        ValueError: a family whose layers do not have exactly one each of a row of ``NEURON_MODULES``.
+    """
+    heads = getattr(getattr(anatomy.decoder, "config", None), "num_attention_heads", None)
+    for names in NEURON_MODULES:
+        found = [
+            [[module for path, module in layer.named_modules() if path.rpartition(".")[2] == name] for name in names]
+            for layer in anatomy.layers
+        ]
+        if heads and all(len(modules) == 1 for layer in found for modules in layer):
+            return names, [
+                NeuronParts(value, output, up, down, _value_rows(anatomy.name, heads, value, output))
+                for (value,), (output,), (up,), (down,) in found
+            ]
+    raise InputError(
+        f"The neurons of {anatomy.name} are not known: expected layers with one each of "
+        f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
+    )
+
+
+def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
+    """Row of the value module for each attention neuron, see :class:`NeuronParts`."""
+    channels, rows = output.in_features, value.out_features
+    size, neurons = channels // heads, torch.arange(channels)
+    head, place = neurons // size, neurons % size
+    if channels % heads == 0 and rows == 3 * channels:  # query, key and value of one head after those of the other
+        return (3 * head + 2) * size + place
+    if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
+        return head // (channels // rows) * size + place
+    raise InputError(f"The value module of {name} has {rows} rows for {heads} heads of {channels / heads:g} channels.")

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_semalign.errors import InputError
-from hf_semalign.models.anatomy import lora_candidates
+from hf_semalign.models.lora import lora_candidates
 
 # By the end of a module's path. An FFN without a gate has its first matrix for "up".
 ROLES = {

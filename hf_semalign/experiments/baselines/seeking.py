@@ -34,16 +34,16 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from hf_semalign.cache.states import digest
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.baselines.extraction import Needs, extract_once
 from hf_semalign.experiments.baselines.projections import oriented
 from hf_semalign.experiments.baselines.sft import SFTTrainer
-from hf_semalign.method.semantic_map import checksum
+from hf_semalign.files import RECORD_NAME, checksum, digest
 from hf_semalign.models.anatomy import Size, dissect
-from hf_semalign.models.loading import RECORD_NAME, is_quantised, is_set
+from hf_semalign.models.loading import is_quantised
 from hf_semalign.trainer import signals_root, timed
+from hf_semalign.training.engines import is_set
 from hf_semalign.training.preparation import Counts, Preparation
 
 

@@ -1,1 +1,1 @@
-"""The four benchmarks, through lm-eval."""
+"""MMLU, GSM8K, HumanEval and MBPP, through lm-eval."""

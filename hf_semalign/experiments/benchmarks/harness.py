@@ -30,7 +30,6 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.cache.states import digest, file_digest, write_text
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import read_entries
 from hf_semalign.experiments.benchmarks.problems import CODE, METRICS, build_task, find_rows, quiet
@@ -43,10 +42,11 @@ from hf_semalign.experiments.generation import (
     generating,
     rows_that_fit,
 )
-from hf_semalign.experiments.symbols import public_name, resolve_model
+from hf_semalign.files import ADAPTER, check_adapter, digest, file_digest, make_folder, read_json, write_text
 from hf_semalign.hub.push import RECORD_NAME, find_folder, find_target, load_transfer, read_record
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.models.loading import ADAPTER, check_adapter, find_tokenizer, load_weights, make_folder, read_json
+from hf_semalign.models.loading import find_tokenizer, load_weights
+from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
 TASKS = tuple(METRICS)

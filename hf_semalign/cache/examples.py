@@ -1,0 +1,95 @@
+"""The distinct examples of a data set, in the order in which a pass meets them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_semalign.splits import IGNORED, column_chunks
+
+SHARD_TOKENS = 2**14  # shards of every column are held in memory, and are what an interrupted pass can lose
+Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
+
+
+class Examples:
+    """The distinct examples of a data set, longest first, so that a pass pads little and meets its largest batch at once.
+
+    Args:
+        dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
+
+    Attributes:
+        ids: example ids ``[E]``.
+        tokens: tokens of each example ``[E]``.
+        answers: valid positions of each example ``[E]``.
+        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens.
+        starts: first example of each shard.
+        offsets: positions of all examples before each, ``[E + 1]``; everywhere (``True``), or valid ones only.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        tokens, answers = _counts(dataset)
+        self._known, first = np.unique(
+            np.concatenate([ids.to_numpy() for ids in column_chunks(dataset, "example_id")]), return_index=True
+        )
+        order = np.lexsort((self._known, -tokens[first]))
+        self._places = np.argsort(order)  # of the known ids
+        self.ids, self._rows = self._known[order], first[order]
+        self.tokens, self.answers = tokens[self._rows], answers[self._rows]
+        self.dataset = dataset
+        self.shards = _cut(self.tokens)
+        self.starts = np.array([shard.start for shard in self.shards])
+        counts = {True: self.tokens, False: self.answers}
+        self.offsets = {key: np.concatenate([[0], np.cumsum(values)]) for key, values in counts.items()}
+
+    def __contains__(self, example_id: int) -> bool:
+        return bool(self._known[self._known.searchsorted(example_id) % len(self._known)] == example_id)
+
+    def places(self, example_ids: torch.Tensor) -> np.ndarray:
+        """Places of some examples by their ids.
+
+        Raises:
+            KeyError: an example of another data set.
+        """
+        wanted = example_ids.cpu().numpy()
+        found = self._known.searchsorted(wanted) % len(self._known)
+        if (unknown := wanted[self._known[found] != wanted]).size:
+            raise KeyError(int(unknown[0]))
+        return self._places[found]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of what the examples are: ids, which stand for content, and counts."""
+        return hashlib.sha256(np.stack([self.ids, self.tokens, self.answers]).tobytes()).hexdigest()[:32]
+
+    def batches(self, shard: slice, size: int) -> Iterator[list[dict]]:
+        """Rows of a shard, ``size`` at a time."""
+        for start in range(shard.start, shard.stop, size):
+            yield self.dataset.__getitems__(self._rows[start : min(start + size, shard.stop)].tolist())
+
+
+def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and valid positions of each row, read as arrays: 100,000 rows as Python integers would take gigabytes."""
+    tokens, answers = [], []
+    for labels in column_chunks(dataset, "labels"):
+        lengths = np.diff(labels.offsets.to_numpy())
+        supervised = labels.flatten().to_numpy() != IGNORED
+        supervised[np.cumsum(lengths) - lengths] = False  # nothing predicts a first token
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        tokens.append(lengths)
+        answers.append(np.bincount(row, weights=supervised, minlength=len(lengths)))
+    return np.concatenate(tokens).astype(np.int64), np.concatenate(answers).astype(np.int64)
+
+
+def _cut(tokens: np.ndarray) -> list[slice]:
+    shards, start, size = [], 0, 0
+    for place, count in enumerate(tokens):
+        if size and size + count > SHARD_TOKENS:
+            shards.append(slice(start, place))
+            start, size = place, 0
+        size += int(count)
+    return [*shards, slice(start, len(tokens))]

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import ModelCard
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
+from hf_semalign.cache.examples import Examples
+from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix, prefix_pays
 from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
-from hf_semalign.files import RECORD_NAME, digest, disk_errors_explained, file_digest, sha256, write_text
-from hf_semalign.hub.card import render_card
-from hf_semalign.hub.push import CARD, card_fault, hub_name, open_repo, push_transfer
+from hf_semalign.files import digest, disk_errors_explained
+from hf_semalign.hub.push import hub_name, open_repo, push_transfer, write_card
+from hf_semalign.hub.record import describe_run, save_adapter
 from hf_semalign.method.losses import relation_sequences
 from hf_semalign.method.objective import Objective
 from hf_semalign.method.pairing import LayerPairing, pair_layers
@@ -48,15 +45,6 @@ from hf_semalign.training.preparation import Preparation, prepare
 logger = logging.getLogger(__name__)
 PREFIX = "_prefix"  # in the run folder
 METRICS = ("loss", "kl", "relation")  # of an evaluation
-PREFIX_PAYS = 2  # epochs: a prefix costs one pass of the target over the split, and saves half a forward a step
-SETTINGS = (
-    "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
-    "lora_r", "lora_alpha", "lora_targets", "source_parts", "target_parts",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "seed",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "data_seed", "train_sampling_strategy",
-    "dataloader_drop_last",
-)  # fmt: skip
 
 
 @contextmanager
@@ -85,11 +73,14 @@ def signals_root(args: SemAlignConfig) -> Path:
 
 
 class SemAlignTrainer(LayerwiseTrainer):
-    """Transfers a source into a target, one layer at a time.
+    """Transfers a source into a target.
 
-    The losses of a step are the layer loss of the frontier's layer (equations 4 to 7) and the KL to the source's output
-    (equation 8), averaged over the sequences and over the valid positions of the global batch, so that accumulation and
-    data parallelism change nothing.
+    The loss of a step is the layer loss of the layers at the frontier (equations 4 to 7) plus the KL to the source's output
+    (equation 8), averaged over the sequences and over the valid positions of the global batch, so that gradient accumulation
+    and data parallelism change nothing.
+
+    The constructor checks models, data and settings and adds LoRA to the target. The long work on the source (attribution,
+    map, signals) is done once, by :meth:`prepare`, which :meth:`train` and :meth:`evaluate` call themselves.
 
     Args:
         model: the target: a causal LM, a Hub id or a local folder. LoRA is added to it.
@@ -110,10 +101,6 @@ class SemAlignTrainer(LayerwiseTrainer):
         settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
         takes_steps: whether the method's cost grows with the optimizer steps.
         needs_extract: whether the method needs an extract split whatever its settings.
-        objective: the losses.
-        pairing: the :class:`LayerPairing` in use.
-        semantic_map: the :class:`SemanticMap` in use.
-        scales: factor on the mapped states of each pair.
         known: the run as it was before weights were loaded.
         seconds: wall time of the phases before training.
 
@@ -156,22 +143,19 @@ class SemAlignTrainer(LayerwiseTrainer):
         )
         if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
             name = type(self).__name__
-            raise InputError(
-                f"{name} is what it is by {dict(self.settings)}, but args has {other}: SemAlignConfig(**{name}.settings, ...)."
-            )
+            raise InputError(f"{name} requires {dict(self.settings)}; got {other}: SemAlignConfig(**{name}.settings, ...).")
         self.check(known, args)
         if args.fp16 and args.device.type == "cpu":
             raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
-        self.known = known
-        processing_class, encoded, collator, pairing = known.tokenizer, known.splits, known.collator, known.pairing
-        self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
-        self._borrowed = isinstance(source_model, Source)  # whose maker may want more of it
-        self._lora_targets = known.lora_targets
-        self._encode = partial(encode, tokenizer=processing_class, max_length=args.max_length)
-        evals = {name.removeprefix("eval_"): rows for name, rows in encoded.items() if name.startswith("eval_")}
+        evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
         if not callbacks:  # which may add metrics of their own
             _check_metric(args, list(evals))
         warn_of_slow_bf16(args)
+        self.known = known
+        self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
+        self._borrowed = isinstance(source_model, Source)  # whose maker may want more of it
+        self._lora_targets = known.lora_targets
+        self._given_map = semantic_map
         with timed("loading the target", self.seconds):
             target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
         anatomy = dissect(target)
@@ -184,36 +168,14 @@ class SemAlignTrainer(LayerwiseTrainer):
             schedule=known.schedule,
             learning_rate_factor=known.learning_rate_factor,
             callbacks=callbacks,
-            data_collator=collator,
-            train_dataset=encoded["align"],
-            eval_dataset=evals or encoded.get("eval"),
-            processing_class=processing_class,
+            data_collator=known.collator,
+            train_dataset=known.splits["align"],
+            eval_dataset=evals or known.splits.get("eval"),
+            processing_class=known.tokenizer,
         )
-        adapted = cast(PeftModel, self.model)
-        check_head(adapted)  # where it is going to run
-
-        extract = encoded.get("extract")
-        root = None if args.signals == "online" else signals_root(args)
-        # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
-        (pairing,) = broadcast_object_list([pairing or self._attribute(cast(Dataset, extract), root)])
-        self.pairing = pairing.named(self.source_id, self.target_id)
-        self.objective: Objective = self._make_objective(semantic_map, root)
-        self.semantic_map = self.objective.semantic_map
-        self.scales: tuple[float, ...] = (1.0,) * self.frontier.num_layers
-        self.signals: OnlineSignals | CachedSignals
-        if root is None:
-            self.signals = OnlineSignals(self.source.model(args.device), self.pairing, self.semantic_map)
-        else:
-            with timed("source signals", self.seconds):
-                self.signals = self._cache(encoded, root, digest(processing_class.get_vocab()) if processing_class else None)
-        self._ask_source()
-        self._rest()
-        if args.scale == "match":
-            self.scales = match_scales(self.signals, adapted, self._batches(extract))
-            (self.scales,) = broadcast_object_list([self.scales])
-            self.signals.scales = self.scales
-        self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in encoded.items()}
-
+        check_head(cast(PeftModel, self.model))  # where it is going to run
+        self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
+        self._is_prepared = False
         self._prefix: TargetPrefix | None = None
         self._sequences_in_batch: torch.Tensor | None = None
         self._term_sums = torch.zeros(2, device=args.device)
@@ -232,7 +194,39 @@ class SemAlignTrainer(LayerwiseTrainer):
         """The target with LoRA that changes nothing yet."""
         return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
 
-    def _attribute(self, extract: Dataset, root: Path | None) -> LayerPairing:
+    # What the source says, computed once
+
+    def prepare(self) -> None:
+        """Score the source's layers, build the map and run the source over the data, as far as it is not cached; then let the
+        source go. A second call does nothing. With several processes, all of them call it.
+
+        Raises:
+            OSError: too little space on the disk for the signals.
+        """
+        if not self._is_prepared:
+            _ = self.pairing, self.objective, self.signals
+            self._ask_source()
+            self._rest()
+            self._is_prepared = True
+
+    @cached_property
+    def pairing(self) -> LayerPairing:
+        """The source layer of each target layer; with ``pairing="attribution"`` this scores the source's layers first."""
+        # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
+        (pairing,) = broadcast_object_list([self.known.pairing or self._attribute(self.known.splits["extract"])])
+        return pairing.named(self.source_id, self.target_id)
+
+    @property
+    def semantic_map(self) -> SemanticMap:
+        """The map from the source's space to the target's."""
+        return self.objective.semantic_map
+
+    @property
+    def _signals_folder(self) -> Path | None:
+        """Where the source's signals are kept, if they are."""
+        return None if self.args.signals == "online" else signals_root(self.args)
+
+    def _attribute(self, extract: Dataset) -> LayerPairing:
         """The pairs of layers that attribution scores on the extract split lead to."""
         args = self.args
         with timed("attribution", self.seconds):
@@ -240,7 +234,7 @@ class SemAlignTrainer(LayerwiseTrainer):
                 self.source,
                 extract,
                 cast(Collator, self.data_collator),
-                root,
+                self._signals_folder,
                 precision=self._precision,
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
@@ -249,11 +243,12 @@ class SemAlignTrainer(LayerwiseTrainer):
             )
             return pair_layers(scores, self.frontier.num_layers, args.pairing)
 
-    def _make_objective(self, semantic_map: SemanticMap | None, root: Path | None) -> Objective:
-        """The losses with both heads, and with the map between them, where none is given."""
-        args, tokens = self.args, self.known.token_ids
+    @cached_property
+    def objective(self) -> Objective:  # type: ignore[override]
+        """The losses with both heads, and with the map between them."""
+        args, tokens, semantic_map = self.args, self.known.token_ids, self._given_map
         with timed("semantic map", self.seconds):
-            source_head = self.source.head(root).to(args.device).rows(tokens)
+            source_head = self.source.head(self._signals_folder).to(args.device).rows(tokens)
             own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
             target_head = own_head.rows(tokens)
             semantic_map = None if semantic_map is None else semantic_map.by_content()
@@ -273,6 +268,55 @@ class SemAlignTrainer(LayerwiseTrainer):
             own_head,
         )
 
+    @cached_property
+    def signals(self) -> OnlineSignals | CachedSignals:
+        """What the source says of a batch: read from disk, after the source has run over what is missing, or asked online."""
+        if self._signals_folder is None:
+            signals: Any = OnlineSignals(self.source.model(self.args.device), self.pairing, self.semantic_map)
+        else:
+            with timed("source signals", self.seconds):
+                signals = self._cache(self._signals_folder)
+        if self.args.scale == "match":
+            batches = self._batches(self.known.splits["extract"])
+            (signals.scales,) = broadcast_object_list([match_scales(signals, cast(PeftModel, self.model), batches)])
+        return signals
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Factor on the mapped states of each pair."""
+        return tuple(self.signals.scales) if self.args.scale == "match" else (1.0,) * self.frontier.num_layers
+
+    def _cache(self, root: Path) -> CachedSignals:
+        """The signals of all splits on disk; the source runs over what is missing."""
+        args, tokenizer = self.args, self.known.tokenizer
+        signals = {
+            name: SourceSignals(
+                self.source,
+                self.pairing,
+                self.semantic_map,
+                rows,
+                root,
+                self.data_collator,
+                tokenizer=digest(tokenizer.get_vocab()) if tokenizer else None,
+                precision=self._precision,
+                device=args.device,
+                batch_size=args.per_device_eval_batch_size,
+                stream=args.source_memory == "stream",
+                progress=not args.disable_tqdm,
+            )
+            for name, rows in self.known.splits.items()
+            if name != "extract" or args.scale == "match"
+        }
+        cached = CachedSignals(signals, "align")
+        if not args.signals_dir:  # prefix and checkpoints lie on the same disk
+            trained = sum(p.numel() for layer in self.lora_layers for p in layer)
+            states = int(cached.training.examples.tokens.sum()) * self.objective.target_head.weight.shape[1] * 4
+            cached.training.reserve = 2 * states + 5 * 12 * trained
+        layers = range(self.frontier.num_layers if args.relation_weight else 0)
+        with self._autocast(), disk_errors_explained(root):
+            cached.prepare(layers if args.learns_from_source else None)
+        return cached
+
     def _ask_source(self) -> None:
         """What a method of its own wants of the source's weights, before they are let go."""
 
@@ -285,18 +329,56 @@ class SemAlignTrainer(LayerwiseTrainer):
         else:
             self.source.release()
 
-    # Signals and batches
+    # The target below the frontier
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = ["input_ids", "labels", "example_id"]
+    def enter_stage(self, stage: int) -> None:
+        """Before the first step of a stage: also what the target below it gives."""
+        super().enter_stage(stage)
+        if self._prefix is None:
+            return
+        try:
+            with self._autocast():
+                self._prefix.move(stage)
+        except PrefixUnavailable as reason:
+            logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
+            if self.accelerator.num_processes == 1:  # others may be reading it
+                self._prefix.close()
+            self._prefix = None
 
-    def _batches(self, dataset: Dataset, size: int | None = None) -> DataLoader:
-        return DataLoader(dataset, size or self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+    def _make_prefix(self) -> TargetPrefix | None:
+        """The target prefix, where it is exact and pays."""
+        args, examples = self.args, Examples(cast(Dataset, self.train_dataset))
+        if not prefix_pays(args, self.frontier, self.schedule.total_steps, len(examples.ids)):
+            return None
+        if self.is_fsdp_enabled:
+            logger.info("Under FSDP the target runs whole at every step: its prefix would run layers that are sharded.")
+            return None
+        try:
+            with self._autocast():
+                return TargetPrefix(
+                    self.accelerator.unwrap_model(self.model).train(),
+                    self.lora_layers,
+                    examples,
+                    self.data_collator,
+                    Path(str(args.output_dir)) / PREFIX,
+                    precision=self._precision,
+                    batch_size=args.per_device_eval_batch_size,
+                    device=args.device,
+                    progress=not args.disable_tqdm,
+                )
+        except PrefixUnavailable as reason:
+            logger.warning("The target runs whole at every step, without its prefix: %s.", reason)
+            return None
+
+    # Batches and losses
+
+    def _batches(self, dataset: Dataset) -> DataLoader:
+        return DataLoader(cast(Any, dataset), self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
-            eval_dataset = self._encode(eval_dataset, split="eval")
+            eval_dataset = encode(eval_dataset, self.known.tokenizer, split="eval", max_length=self.args.max_length)
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -306,108 +388,6 @@ class SemAlignTrainer(LayerwiseTrainer):
     def get_test_dataloader(self, test_dataset):
         """As of evaluation rows: ``predict`` measures what ``evaluate`` does."""
         return self.get_eval_dataloader(test_dataset)
-
-    def _cache(self, encoded: dict[str, Dataset], root: Path, tokenizer: str | None) -> CachedSignals:
-        """The signals of all splits on disk; the source runs over what is missing."""
-        args = self.args
-        wanted = [name for name in encoded if name != "extract" or args.scale == "match"]
-        signals = {
-            name: SourceSignals(
-                self.source,
-                self.pairing,
-                self.semantic_map,
-                encoded[name],
-                root,
-                self.data_collator,
-                tokenizer=tokenizer,
-                precision=self._precision,
-                device=args.device,
-                batch_size=args.per_device_eval_batch_size,
-                stream=args.source_memory == "stream",
-                progress=not args.disable_tqdm,
-            )
-            for name in wanted
-        }
-        cached, layers = CachedSignals(signals, "align"), self._layers_from(0)
-        if not args.signals_dir:  # prefix and checkpoints lie on the same disk
-            trained = sum(p.numel() for layer in self.lora_layers for p in layer)
-            states = int(cached.training.examples.tokens.sum()) * self.objective.target_head.weight.shape[1] * 4
-            cached.training.reserve = 2 * states + 5 * 12 * trained
-        # In groups, training makes its own as it goes, and no other run may need what it deletes.
-        learns = args.learns_from_source
-        self._in_groups = (
-            learns and not cached.training.fits(layers) and self.frontier.num_stages > 1 and args.signals_dir is None
-        )
-        with self._autocast(), disk_errors_explained(root):
-            cached.prepare(layers if learns and not self._in_groups else None)
-        return cached
-
-    def prepare_signals(self) -> None:
-        """Have the signals of all stages on disk at once, for a run of its own elsewhere.
-
-        Raises:
-            OSError: a disk that does not hold them.
-        """
-        if isinstance(self.signals, CachedSignals) and self.args.learns_from_source:
-            with self._autocast(), disk_errors_explained(signals_root(self.args)):
-                self.signals.training.prepare(self._layers_from(0))
-
-    def _layers_from(self, stage: int) -> range:
-        """Target layers whose supervision training still needs at a stage."""
-        if not self.args.relation_weight:
-            return range(0)
-        return range(self.frontier.supervised(stage)[0], self.frontier.num_layers)
-
-    def _enter_stage(self, stage: int) -> None:
-        """Before the first step of a stage: its signals, where the disk holds some at a time, and the target below it."""
-        if isinstance(self.signals, CachedSignals) and self._in_groups:
-            self.signals.training.let_go()  # by every rank, before one deletes what is over
-        super()._enter_stage(stage)
-        with self._autocast():
-            if isinstance(self.signals, CachedSignals) and self._in_groups:
-                self.signals.training.prepare(self._layers_from(stage), in_groups=True)
-                self.source.release()
-            if self._prefix is not None:
-                try:
-                    self._prefix.move(stage)
-                except PrefixUnavailable as reason:
-                    logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
-                    if self.accelerator.num_processes == 1:  # others may be reading it
-                        self._prefix.close()
-                    self._prefix = None
-
-    def _make_prefix(self) -> TargetPrefix | None:
-        """The target prefix, where it is exact and pays: a pass of all layers below the last against half of each step's."""
-        args, folder = self.args, Path(str(self.args.output_dir)) / PREFIX
-        examples = self.schedule.total_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if not isinstance(self.signals, CachedSignals) or self.frontier.kind != "single" or self.frontier.num_layers == 1:
-            return None
-        if self.is_fsdp_enabled:
-            logger.info("Under FSDP the target runs whole at every step: its prefix would run layers that are sharded.")
-            return None
-        if examples <= PREFIX_PAYS * len(self.signals.training.examples.ids):
-            logger.info(
-                "Fewer than %d epochs in all: the target runs whole at every step, which costs less than its prefix.",
-                PREFIX_PAYS,
-            )
-            return None
-        target = self.accelerator.unwrap_model(self.model).train()
-        try:
-            with self._autocast():
-                return TargetPrefix(
-                    target,
-                    self.lora_layers,
-                    self.signals.training.examples,
-                    self.data_collator,
-                    folder,
-                    precision=self._precision,
-                    batch_size=args.per_device_eval_batch_size,
-                    device=args.device,
-                    progress=not args.disable_tqdm,
-                )
-        except PrefixUnavailable as reason:
-            logger.warning("The target runs whole at every step, without its prefix: %s.", reason)
-            return None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
@@ -454,15 +434,15 @@ class SemAlignTrainer(LayerwiseTrainer):
         """Layer loss and output loss of the last batch, by name."""
         return dict(zip((self.args.layer_loss, self.args.output_loss), self._last_terms.tolist(), strict=True))
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    def begin_training(self) -> None:
+        """Before the first step: nothing is logged yet, and the target has its prefix, if it gets one."""
         self._term_sums.zero_()
         self._terms_logged = self.state.global_step
         self._prefix = self._make_prefix()
-        return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, see :meth:`~hf_semalign.training.layerwise.LayerwiseTrainer.train`. An interrupted run keeps its prefix."""
+        self.prepare()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._prefix = None
         if self.args.should_save:
@@ -485,9 +465,19 @@ class SemAlignTrainer(LayerwiseTrainer):
 
     # Evaluation
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's, with the metrics of :meth:`evaluation_loop`."""
+        self.prepare()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Measures what :meth:`evaluate` does, on other rows; no predictions are returned."""
+        self.prepare()
+        return super().predict(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Per-example sums of answer cross-entropy, KL and layer loss, kept for :meth:`evaluation_loop`."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             _, states, signals = self._forward(model, inputs, range(self.frontier.num_layers), training=False)
             sums = self.objective.sums(states, signals, inputs["labels"])
@@ -504,65 +494,43 @@ class SemAlignTrainer(LayerwiseTrainer):
         output.metrics[f"{metric_key_prefix}_relation"] = relation / max(sequences, 1)
         return output
 
-    # Saving
+    # Saving and publishing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with ``push_to_hub`` it is also published, unless the Trainer itself asks, for a checkpoint."""
-        self._write(output_dir, checkpoint=_internal_call)
+        self.write_adapter(output_dir, checkpoint=_internal_call)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
     def record(self) -> dict[str, Any]:
-        """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths."""
-        settings = {name: getattr(self.args, name) for name in SETTINGS}
-        settings["lr_scheduler_kwargs"] = settings["lr_scheduler_kwargs"] or None  # transformers makes {} of it
-        settings["lora_targets"] = self._lora_targets
-        return {
-            "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
-            "method": self.method,
-            "source": self.source_id,
-            "target": self.target_id,
-            "licences": self._licences,
-            "pairing": self.pairing.to_dict(),
-            "map": {
-                "kind": self.semantic_map.kind,
-                "shape": list(self.semantic_map.matrix.shape),
-                "shared_tokens": self.semantic_map.shared_tokens,
-                "condition_number": self.semantic_map.condition_number,
-                "fingerprint": self.semantic_map.fingerprint,
-                "scales": list(self.scales),
-            },
-            "stages": list(self.schedule.boundaries),
-            "processes": self.args.world_size,
-            "settings": settings,
-            "data": self.data_record,
-        }
+        """What ``semalign.json`` says, see :func:`hf_semalign.hub.record.describe_run`."""
+        return describe_run(
+            self.args,
+            self.pairing,
+            self.semantic_map,
+            scales=self.scales,
+            lora_targets=self._lora_targets,
+            stages=self.schedule.boundaries,
+            data=self.data_record,
+            method=self.method,
+            source=self.source_id,
+            target=self.target_id,
+            licences=self._licences,
+        )
 
     @cached_property
     def _licences(self) -> dict[str, dict[str, str] | None]:
-        target = str(base_model(cast(Any, self.model)).name_or_path)
-        return {"source": licence_of(self.source.origin), "target": licence_of(target)}
+        return {"source": licence_of(self.source.origin), "target": licence_of(self._target_origin)}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(str(output_dir or self.args.output_dir))
-        if not self.args.should_save:
-            return
+    @property
+    def _target_origin(self) -> str:
+        """Folder or Hub id that the target came from; empty for one that was made in memory."""
+        return str(base_model(cast(Any, self.model)).name_or_path)
+
+    def save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Write the adapter with its record, see :func:`hf_semalign.hub.record.save_adapter`."""
         adapted = self.accelerator.unwrap_model(self.model)
-        adapted.peft_config["default"].base_model_name_or_path = self.target_id  # a local path stays here
-        card = folder / "README.md"
-        kept = card.read_bytes() if card.is_file() else None
-        # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
-        adapted.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        card.unlink(missing_ok=True)  # peft's placeholder card, which names the local path
-        if kept is not None:
-            card.write_bytes(kept)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        weights = folder / SAFETENSORS_WEIGHTS_NAME
-        sums = {"adapter_checksum": file_digest(weights), "adapter_sha256": sha256(weights)}  # the second one the Hub has too
-        write_text(folder / RECORD_NAME, json.dumps({**self.record(), **sums}, indent=2))
-
-    # Publishing
+        save_adapter(folder, adapted, self.record(), cast(Any, self.processing_class), weights)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Have the repository ready, so that what cannot be published is refused before any long work."""
@@ -570,9 +538,6 @@ class SemAlignTrainer(LayerwiseTrainer):
             private = self.args.hub_private_repo if private is None else private
             _, repo_id = open_repo(hub_name(self.args), token=token or self.args.hub_token, private=private)
             self.hub_model_id = cast(Any, repo_id)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a checkpoint is not finished, and holds more than is meant for the Hub."""
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -607,26 +572,18 @@ class SemAlignTrainer(LayerwiseTrainer):
         if kwargs or not blocking:
             given = sorted(kwargs) if blocking else ["blocking=False"]
             raise InputError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
-        folder, base = Path(str(self.args.output_dir)), str(base_model(cast(Any, self.model)).name_or_path)
-        self._write(None, checkpoint=False)
+        folder = Path(str(self.args.output_dir))
+        self.write_adapter(None, checkpoint=False)
         if not self.is_world_process_zero():
             return None
-        card = folder / CARD
-        known = card.is_file() and ((folder / "results.json").is_file() or card_fault(card))  # a recipe's, or somebody's own
-        if not known:
-            card.write_text(render_card(self.record(), self._card_results()), encoding="utf-8")
-        if tags:
-            content: Any = ModelCard(card.read_text(encoding="utf-8"))
-            more = [tags] if isinstance(tags, str) else tags
-            content.data.tags = list(dict.fromkeys([*(content.data.tags or ()), *more]))
-            card.write_text(str(content), encoding="utf-8")
+        write_card(folder, self.record(), self._card_results(), tags)
         return push_transfer(
             folder,
             self.hub_model_id or hub_name(self.args),
             token=token or self.args.hub_token,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
-            target=base or None,
+            target=self._target_origin or None,
             message=commit_message or "SemAlign transfer",
         )
 

@@ -28,7 +28,7 @@ PHASES = {  # what each calls its own; the innermost counts
     "attribution": (scores, "attribute_layers"),
     "map": (semantics.SemanticMap, "from_heads"),
     "signals": (signals, "prepare_signals"),
-    "switch": (trainer.SemAlignTrainer, "_enter_stage"),
+    "switch": (trainer.SemAlignTrainer, "enter_stage"),
     "prefix": (prefix.TargetPrefix, "_advance"),
     "training": (trainer.SemAlignTrainer, "training_step"),
     "checkpoint": (trainer.SemAlignTrainer, "_save_checkpoint"),

@@ -88,7 +88,7 @@ def test_fine_tuning_asks_nothing_of_the_source_but_its_evaluation(tmp_path):
     """The source runs over the extract split (for the pairs that the layer loss is measured on) and over eval, and no more."""
     trainer = make(SFTTrainer, tmp_path)
     signals = trainer.signals.splits
-    trainer.prepare_signals()
+    trainer.prepare()
     for split, there in (("eval", True), ("align", False)):
         assert (signals[split]._states.missing(signals[split]._final) == []) == there
     trainer.train()

@@ -13,7 +13,7 @@ from test_trainer import adapter, make_trainer
 from transformers import TrainerCallback
 
 from hf_semalign.files import claimed
-from hf_semalign.training.checkpoints import CheckpointOnSignal, checkpoints_of, damage, last_checkpoint, rotate, seal
+from hf_semalign.training.checkpoints import CheckpointOnInterrupt, checkpoints_of, damage, last_checkpoint, rotate, seal
 
 HOLD = """
 import sys
@@ -96,7 +96,7 @@ def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path):
 
 
 def test_a_second_signal_is_obeyed_at_once():
-    guard, usual = CheckpointOnSignal(), signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist has another
+    guard, usual = CheckpointOnInterrupt(), signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist has another
     try:
         with guard.watching(), pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -110,7 +110,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
     seen = []
 
     def elsewhere():
-        with CheckpointOnSignal().watching():
+        with CheckpointOnInterrupt().watching():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=elsewhere)

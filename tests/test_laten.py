@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines import laten
-from hf_semalign.experiments.baselines.laten import ROLES, Hypernetworks, LaTenTrainer, Plan, one_cycle
+from hf_semalign.experiments.baselines.laten import ROLES, Draw, Hypernetworks, LaTenTrainer, one_cycle
 from hf_semalign.experiments.baselines.neurons import (
     Located,
     Unembedding,
@@ -480,7 +480,7 @@ def test_the_learning_rate_is_chosen_on_align_rows_that_prealignment_has_not_see
     losses = found["held_out_loss"]
     assert found["learning_rate"] == 3e-3
     assert losses["0.003"] < losses["1.0"]
-    plan = trainer._plan
+    plan = trainer._draw
     assert not set(plan.held_out) & ({plan.injected} | {k for drawn in plan.drawn for k in drawn})
     held_out = [trainer.train_dataset[k] for k in plan.held_out]
     assert losses["0.003"] == pytest.approx(answer_loss(trainer.model, batches_of(held_out, 8)), rel=1e-6)
@@ -491,17 +491,17 @@ def test_the_learning_rate_is_chosen_on_align_rows_that_prealignment_has_not_see
 
 
 def test_what_rows_are_used_for():
-    plan = Plan.draw(1000, 20, seed=1)
+    plan = Draw.draw(1000, 20, seed=1)
     assert sorted(plan.order) == list(range(20))
     assert {len(set(drawn)) for drawn in plan.drawn} == {15}
     assert max(k for drawn in plan.drawn for k in drawn) < 80
     assert 80 <= plan.injected < 1000
     assert (len(plan.held_out), min(plan.held_out)) == (80, 80)
-    assert plan != Plan.draw(1000, 20, seed=2)
-    small = Plan.draw(19, 3, seed=1)
+    assert plan != Draw.draw(1000, 20, seed=2)
+    small = Draw.draw(19, 3, seed=1)
     assert {small.injected, *small.held_out} == {15, 16, 17, 18}
     with pytest.raises(ValueError, match=r"The align split has 18 rows: LaTen needs 15 to draw from.*at least 19"):
-        Plan.draw(18, 3, seed=1)
+        Draw.draw(18, 3, seed=1)
 
 
 def test_a_folder_and_a_record_like_any_other(tmp_path, lively):
@@ -595,7 +595,7 @@ def test_a_source_that_is_asked_online_stays(tmp_path, lively):
 
 
 def test_without_an_extract_split_rows_are_held_out(tmp_path):
-    assert make(tmp_path, extract=None)._plan == Plan.draw(24, 6, seed=3)
+    assert make(tmp_path, extract=None)._draw == Draw.draw(24, 6, seed=3)
 
 
 def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, lively, monkeypatch):

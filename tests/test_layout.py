@@ -16,7 +16,7 @@ ORDER = (
     "config",
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",
     "training.stages", "training.checkpoints", "training.engines", "training.preparation", "training.layerwise",
-    "hub.card", "hub.push", "hub.inspection",
+    "hub.card", "hub.record", "hub.push", "hub.inspection",
     "trainer",
     "experiments.symbols", "experiments.rows", "experiments.tasks", "experiments.generation", "experiments.answers",
     "experiments.evaluation", "experiments.analysis", "experiments.figures", "experiments.tables", "experiments.paired",

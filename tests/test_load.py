@@ -13,6 +13,8 @@ from datasets import Dataset
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_semalign import SemanticMap, SourceSignals
+from hf_semalign import files as files_module
+from hf_semalign.cache import examples as examples_module
 from hf_semalign.cache import source as source_module
 from hf_semalign.cache import states as states_module
 from hf_semalign.cache.examples import Examples
@@ -85,7 +87,7 @@ def test_splits_hold_no_rows_in_memory():
 
 @linux
 def test_signals_and_prefix_hold_no_states_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(states_module, "SHARD_TOKENS", 2**12)
+    monkeypatch.setattr(examples_module, "SHARD_TOKENS", 2**12)
     source, target = tiny_llama(2, WIDTH, vocab=97, seed=1), tiny_llama(3, WIDTH, vocab=97, seed=2)
     semantic_map = SemanticMap.from_models(source, target).float()
 
@@ -112,7 +114,7 @@ def test_signals_and_prefix_hold_no_states_in_memory(tmp_path, monkeypatch):
 
 
 def test_a_shard_holds_no_more_of_a_large_data_set(monkeypatch):
-    monkeypatch.setattr(states_module, "SHARD_TOKENS", 24)
+    monkeypatch.setattr(examples_module, "SHARD_TOKENS", 24)
     examples = Examples(encode(random_rows([(3, 9)] * 3_000), None, split="align"))
     assert len(examples.shards) == 1_500
     assert max(examples.tokens[shard].sum() for shard in examples.shards) == 24
@@ -120,7 +122,7 @@ def test_a_shard_holds_no_more_of_a_large_data_set(monkeypatch):
 
 @linux
 def test_a_limited_number_of_shards_is_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(states_module, "SHARD_TOKENS", 24)
+    monkeypatch.setattr(examples_module, "SHARD_TOKENS", 24)
     monkeypatch.setattr(states_module, "MAX_OPEN", 5)
     examples = Examples(encode(random_rows([(3, 9)] * 60), None, split="align"))
     folder, columns = StateFolder(tmp_path, {}, examples), [Column(name, 2, torch.float32) for name in "ab"]
@@ -165,7 +167,7 @@ def test_the_look_at_a_target_and_its_moves_are_linear_in_layers(tmp_path, monke
         prefix = TargetPrefix(model, lora, data, COLLATE, tmp_path / str(layers), progress=False)
         ran[layers] = len(count)
         sums = []
-        monkeypatch.setattr(states_module, "checksum", lambda tensor, sums=sums: (sums.append(1), checksum(tensor))[1])
+        monkeypatch.setattr(files_module, "checksum", lambda tensor, sums=sums: (sums.append(1), checksum(tensor))[1])
         for k in range(1, layers):
             prefix.move(k)
         monkeypatch.undo()

@@ -289,7 +289,6 @@ def test_a_disk_that_fills_up_later_turns_it_off_and_loses_nothing(tmp_path, mon
     whole = make_trainer(tmp_path / "whole", **SETTINGS, **EVEN, signals="online")
     whole.train()
     monkeypatch.setattr("hf_semalign.cache.states.StateFolder.free", 0)
-    monkeypatch.setattr("hf_semalign.cache.signals.SourceSignals.fits", lambda *_: True)
     monkeypatch.setattr("hf_semalign.cache.states.StateFolder.check_space", lambda *_: None)
     trainer = make_trainer(tmp_path / "run", **SETTINGS, **EVEN)
     trainer.train()
@@ -298,24 +297,14 @@ def test_a_disk_that_fills_up_later_turns_it_off_and_loses_nothing(tmp_path, mon
     assert not (tmp_path / "run" / "run" / PREFIX).exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "word"),
-    [
-        ({"max_steps": 6}, "Fewer than 2 epochs in all"),
-        ({"frontier": "cumulative"}, None),
-        ({"signals": "online"}, None),
-    ],
-)
-def test_where_it_cannot_help_the_target_runs_whole(tmp_path, caplog, settings, word):
-    caplog.set_level("INFO")
+@pytest.mark.parametrize("settings", [{"max_steps": 6}, {"frontier": "cumulative"}, {"signals": "online"}], ids=str)
+def test_where_it_cannot_help_the_target_runs_whole(tmp_path, settings):
     layers = Layers()
     trainer = make_trainer(tmp_path, **{**SETTINGS, **settings}, callbacks=[layers])
     layers.watch(trainer)
     trainer.train()
     assert layers.steps == [set(range(TARGET_LAYERS))] * len(layers.steps)
     assert not (tmp_path / "run" / PREFIX).exists()
-    if word:
-        assert word in caplog.text
 
 
 def test_a_target_with_dropout_trains_without_it(tmp_path, caplog, monkeypatch):

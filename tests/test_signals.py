@@ -5,15 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_trainer
 import torch
 from conftest import PAPER, random_rows, tiny_llama
 from datasets import Dataset
 from test_trainer import EVEN, ROWS, adapter, make_trainer
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
-from hf_semalign.cache import states as states_module
-from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Request, SourceSignals, prepare_signals
+from hf_semalign.cache import examples as examples_module
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, prepare_signals
 from hf_semalign.cache.source import Source
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
@@ -36,7 +35,7 @@ def data():
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(states_module, "SHARD_TOKENS", 24)
+    monkeypatch.setattr(examples_module, "SHARD_TOKENS", 24)
 
 
 def make_signals(online, data, root, *, source=None, **settings):
@@ -259,49 +258,10 @@ def test_an_interrupted_pass_goes_on_after_its_last_whole_shard(online, data, tm
     assert not [path for path in signals.folder.iterdir() if "hidden" in path.name]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
-def test_a_small_disk_gets_signals_in_groups_of_stages(tmp_path, monkeypatch, stream):
-    """The source's own states are rolled forward between groups, and what is over is deleted."""
-    source, target = tiny_llama(14, 24, seed=1), tiny_llama(12, 16, seed=2)
-    online = OnlineSignals(source, pair_layers(14, 12, "proportional"), SemanticMap.from_models(source, target))
-    data = encode(random_rows([(1, 8)] * 11), None, split="align")
-    signals = make_signals(online, data, tmp_path, stream=stream)
-    sizes = [signals._states.bytes_missing([column]) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
-    room = sizes[0] + sizes[1] + (3 if stream else 2) * sizes[2]
-    assert room < sizes[0] + 12 * sizes[1]
-
-    def used():
-        return sum(path.stat().st_size - 200 for path in tmp_path.rglob("*.safetensors"))
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(room, used(), room - used()))
-    assert not signals.source.as_tuples  # asked once, by a forward of one token
-    runs = [[] for _ in range(14)]
-    for layer, seen in zip(source.model.layers, runs, strict=True):
-        # A bypassed layer runs no part of it; single tokens are the check of the head.
-        layer.mlp.register_forward_hook(lambda _, args, out, seen=seen: seen.extend([1] * (out.shape[1] > 1)))
-    batch, groups = COLLATE(list(data)), []
-    for stage in range(12):
-        signals.prepare(range(stage, 12), in_groups=True)
-        assert used() <= room
-        names = [path.name for path in signals.folder.iterdir() if path.is_dir()]
-        groups.append(tuple(sorted(name[:9] for name in names if name.startswith("layer"))))
-        assert sum(name.startswith("hidden") for name in names) == (0 if groups[-1][-1] == "layer-013" else 1)
-        counts = [len(seen) for seen in runs]
-        assert_equal_signals(signals, online, batch, [stage])
-        for seen, count in zip(runs, counts, strict=True):
-            del seen[count:]
-    assert len(set(groups)) > 2
-    batches = sum(-(-(shard.stop - shard.start) // 3) for shard in signals.examples.shards)
-    once = int(groups[0][-1].removeprefix("layer-")) + 1
-    assert [len(seen) for seen in runs[:once]] == [batches] * once
-    assert [len(seen) for seen in runs[once:]] == [2 * batches] * (14 - once)  # for the final state, and rolled forward
-
-
-@pytest.mark.parametrize("in_groups", [False, True])
-def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, monkeypatch, in_groups):
+def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(OSError, match=r"The states need 0.0 GB in .* set signals_dir to a larger disk"):
-        make_signals(online, data, tmp_path).prepare(range(3), in_groups=in_groups)
+        make_signals(online, data, tmp_path).prepare(range(3))
     assert not passes
 
 
@@ -366,6 +326,7 @@ def test_resuming_on_cached_signals_equals_training_online(tmp_path):
 
 def test_training_on_cached_signals_never_runs_the_source(tmp_path):
     trainer = make_trainer(tmp_path, signals="cached")
+    trainer.prepare()
 
     def refuse(*_):
         raise AssertionError("the source ran")
@@ -405,41 +366,6 @@ def test_a_streamed_source_gives_the_adapter_of_a_resident_one(tmp_path, pairing
     torch.testing.assert_close(adapter(trained["stream"]), adapter(trained["resident"]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("frontier", ["single", "cumulative"])
-def test_training_on_groups_of_stages_gives_the_same_adapter(tmp_path, monkeypatch, frontier, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setattr(test_trainer, "SOURCE_LAYERS", 12)
-    monkeypatch.setattr(test_trainer, "TARGET_LAYERS", 10)
-    settings = {"max_steps": 20, "evaluation": None, "pairing": "uniform", "frontier": frontier}
-    settings |= {"save_strategy": "steps", "save_steps": 14}
-    whole = make_trainer(tmp_path / "whole", **settings)
-    whole.train()
-    signals = whole.signals.training
-    sizes = [column.size(signals.examples) for column in (signals._final, signals._mapped(0), signals._hidden(1))]
-    room = sizes[0] + sizes[1] + 2 * sizes[2] + signals.reserve
-    root = tmp_path / "groups" / "run" / "_signals"
-
-    def free(path):
-        if not Path(path).is_relative_to(root):  # the prefix has all the room that it wants
-            return shutil._ntuple_diskusage(10**9, 0, 10**9)
-        used = sum(path.stat().st_size - 200 for path in root.rglob("0*.safetensors"))
-        kept = signals.reserve if Path(path).is_relative_to(root / "shared") else 0
-        return shutil._ntuple_diskusage(room, used, room - used - kept)
-
-    monkeypatch.setattr(shutil, "disk_usage", free)
-    groups = make_trainer(tmp_path / "groups", **settings)
-    groups.train()
-    assert "the others follow when the frontier is there" in caplog.text
-    torch.testing.assert_close(adapter(groups), adapter(whole), rtol=1e-5, atol=1e-5)
-    resumed = make_trainer(tmp_path / "groups", **settings)  # after the first groups were deleted
-    resumed.train(resume_from_checkpoint=str(tmp_path / "groups" / "run" / "checkpoint-14"))
-    torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=1e-5, atol=1e-5)
-    with pytest.raises(OSError, match="set signals_dir to a larger disk"):
-        resumed.prepare_signals()
-    with pytest.raises(OSError, match="set signals_dir to a larger disk"):  # other runs may need what groups delete
-        make_trainer(tmp_path / "shared", **settings, signals_dir=str(root / "shared"))
-
-
 def test_locks_of_several_data_sets_are_taken_in_one_order(monkeypatch):
     """Two runs with the same data in other roles would wait for each other without end."""
     taken = []
@@ -454,11 +380,16 @@ def test_locks_of_several_data_sets_are_taken_in_one_order(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    def request(name):
-        states = SimpleNamespace(lock=Lock(name))
-        signals = SimpleNamespace(_lacks=lambda layers: True, _plan=lambda *_: None, _states=states)
-        return Request(signals, range(3))
+    class Signals:
+        def __init__(self, name):
+            self._states = SimpleNamespace(lock=Lock(name))
 
-    prepare_signals([request("x"), request("y")])
-    prepare_signals([request("y"), request("x")])
+        def _lacks(self, layers):
+            return True
+
+        def _plan_pass(self, layers):
+            return None
+
+    for names in ("xy", "yx"):
+        prepare_signals({Signals(name): range(3) for name in names})
     assert taken == ["x", "y", "x", "y"]

@@ -489,7 +489,7 @@ def test_weights_are_loaded_as_precision_says(tmp_path, stored, bf16):
 
 
 def test_slow_bf16_is_told(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("hf_semalign.models.loading.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr("hf_semalign.training.engines.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
     make_trainer(tmp_path / "a", bf16=True)
     assert "multiplies bfloat16 6 times more slowly than float32: set bf16 to false" in caplog.text
     caplog.clear()
@@ -726,6 +726,6 @@ def test_losses_by_stage_go_where_report_to_says(tmp_path):
 
 
 def test_a_package_that_report_to_names_and_nobody_has(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_semalign.models.loading.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("hf_semalign.training.engines.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=r"report_to names \['wandb'\], which is not installed"):
         make_trainer(tmp_path, report_to=["tensorboard", "wandb"])

@@ -26,7 +26,8 @@ class Examples:
         ids: example ids ``[E]``.
         tokens: tokens of each example ``[E]``.
         answers: valid positions of each example ``[E]``.
-        shards: slices of the examples, each of about ``SHARD_TOKENS`` tokens.
+        shards: slices of the examples, by their tokens.
+        shard_tokens: tokens of a shard, about.
         starts: first example of each shard.
         offsets: positions of all examples before each, ``[E + 1]``; everywhere (``True``), or valid ones only.
     """
@@ -40,7 +41,7 @@ class Examples:
         self._places = np.argsort(order)  # of the known ids
         self.ids, self._rows = self._known[order], first[order]
         self.tokens, self.answers = tokens[self._rows], answers[self._rows]
-        self.dataset = dataset
+        self.dataset, self.shard_tokens = dataset, SHARD_TOKENS
         self.shards = _cut(self.tokens)
         self.starts = np.array([shard.start for shard in self.shards])
         counts = {True: self.tokens, False: self.answers}

@@ -16,12 +16,31 @@ from hf_semalign.cache.examples import Collate, Examples
 from hf_semalign.cache.layer_pass import Output, layer_pass, spread
 from hf_semalign.cache.source import config_facts
 from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.config import SemAlignConfig
 from hf_semalign.files import checksum, digest, writing_lock
+from hf_semalign.method.frontier import Frontier
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect
 from hf_semalign.models.hooks import bypass, capture, gives_tuples, stop_after
 
 logger = logging.getLogger(__name__)
+LEAST_EPOCHS = 2
 TOLERANCE = 1e-3  # relative; where a target can be entered at all, the numbers are the very same
+
+
+def prefix_pays(args: SemAlignConfig, frontier: Frontier, steps: int, rows: int) -> bool:
+    """Whether a run gets a prefix: layers below its frontier are frozen, and it sees its rows more than twice.
+
+    A prefix costs one pass of the target over the rows, and saves half a forward at every step.
+
+    Args:
+        args: the settings.
+        frontier: which layers train when.
+        steps: optimizer steps of the run.
+        rows: distinct rows of the align split.
+    """
+    batch = min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, rows)
+    strict = frontier.kind == "single" and frontier.num_layers > 1
+    return strict and args.signals == "cached" and steps * batch > LEAST_EPOCHS * rows
 
 
 class PrefixUnavailable(ValueError):

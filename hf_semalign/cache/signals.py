@@ -179,56 +179,33 @@ class SourceSignals:
 
         return read
 
-    def prepare(self, target_layers: Sequence[int], *, in_groups: bool = False) -> None:
+    def prepare(self, target_layers: Sequence[int]) -> None:
         """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
-        prepare_signals([Request(self, target_layers, in_groups)])
-
-    def let_go(self) -> None:
-        """Unmap what was read, so that deleting it makes room."""
-        self._states.let_go()
-
-    def fits(self, target_layers: Sequence[int]) -> bool:
-        """Whether the disk has room for what some target layers and the final states lack."""
-        return self._size(target_layers, roll=False) <= self._states.free - self.reserve
+        prepare_signals({self: target_layers})
 
     def _lacks(self, target_layers: Sequence[int]) -> bool:
         columns = [self._final, *(self._mapped(k) for k in target_layers)]
         return any(self._states.missing(column) for column in columns)
 
-    def _group(self, target_layers: Sequence[int]) -> Sequence[int]:
-        """As many of the first layers as the disk holds, after what is over was deleted."""
-        for column in {self._mapped(k) for k in range(target_layers[0])} - {self._mapped(k) for k in target_layers}:
-            self._states.drop(column)
-        count = len(target_layers)
-        while count > 1 and self._size(target_layers[:count], roll=True) > self._states.free - self.reserve:
-            count -= 1
-        logger.info(
-            "The disk holds the signals of %d of %d target layers, with %.0f MB kept free for the run: the others follow when "
-            "the frontier is there.", count, len(target_layers), self.reserve / 1e6,
-        )  # fmt: skip
-        return target_layers[:count]
+    def _plan_pass(self, target_layers: Sequence[int]) -> _SourcePass | None:
+        """The pass of the source that makes what is missing; ``None`` where all is there.
 
-    def _plan(self, target_layers: Sequence[int], in_groups: bool) -> _Plan | None:
-        """What the source has to run for; nothing, where all is there."""
-        if not self._lacks(target_layers[:1] if in_groups else target_layers):
+        Raises:
+            OSError: too little space on the disk.
+        """
+        if not self._lacks(target_layers):
             return None
         states, last = self._states, self.source.num_layers - 1
-        layers = self._group(target_layers) if in_groups and not self.fits(target_layers) else target_layers
-        roll = len(layers) < len(target_layers)
-        advice = "set signals_dir to a larger disk, or signals='online'"
-        states.check_space(self._size(layers, roll=roll), advice, self.reserve)
-        outputs = [output for output in self._outputs(layers) if states.missing(output.column)]
+        states.check_space(self._size(target_layers), "set signals_dir to a larger disk, or signals='online'", self.reserve)
+        outputs = [output for output in self._outputs(target_layers) if states.missing(output.column)]
         depths = [last if output.layer is None else output.layer for output in outputs]
-        stop = self.pairing.source_layers[layers[-1]] + 1 if roll else None
-        if stop is not None and stop <= last:
-            outputs.append(Output(self._hidden(stop), stop - 1))
         start = max((k for k in range(1, min(depths) + 1) if self._is_kept(k)), default=0)
-        return _Plan(self, outputs, start, max(depths), stop)
+        return _SourcePass(self, outputs, start, max(depths))
 
-    def _tidy(self, kept: set[int | None]) -> None:
-        """Delete the source's own states but for some generations."""
+    def _tidy(self, kept: int | None = None) -> None:
+        """Delete the source's own states, but for the inputs of one layer."""
         for path in self.folder.glob("hidden-*"):
-            if (k := int(path.name.removeprefix("hidden-"))) not in kept:
+            if (k := int(path.name.removeprefix("hidden-"))) != kept:
                 self._states.drop(self._hidden(k))
 
     def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:
@@ -252,14 +229,13 @@ class SourceSignals:
             Output(self._final, None),
         ]
 
-    def _size(self, target_layers: Sequence[int], *, roll: bool) -> int:
-        """Bytes that a run would add at its largest: what is missing, and generations of the source's own states."""
+    def _size(self, target_layers: Sequence[int]) -> int:
+        """Bytes that a pass would add at its largest: what is missing, and generations of the source's own states."""
         missing = self._states.bytes_missing([output.column for output in self._outputs(target_layers)])
-        generations = int(roll)
-        if self._stream:  # one is read and one is written, beside the one that is kept on the way to the final state
-            generations = 2 + (roll and bool(self._states.missing(self._final)))
-            generations -= any((self.folder / self._hidden(k).name).is_dir() for k in range(1, self.source.num_layers))
-        return missing + generations * self._hidden(0).size(self._states.examples) if missing else 0
+        if not (missing and self._stream):
+            return missing
+        kept = any((self.folder / self._hidden(k).name).is_dir() for k in range(1, self.source.num_layers))
+        return missing + (2 - kept) * self._hidden(0).size(self._states.examples)  # one is read while one is written
 
     def _mapped(self, target_layer: int) -> Column:
         name = f"layer-{self.pairing.source_layers[target_layer]:03d}-{self.semantic_map.fingerprint[:16]}"
@@ -301,10 +277,12 @@ class CachedSignals:
     def prepare(self, target_layers: Sequence[int] | None) -> None:
         """Have these layers of the training split on disk, nothing of it without any, and everything of the other splits."""
         everything = range(len(self.scales))
-        requests = [Request(signals, everything) for signals in self.splits.values() if signals is not self.training]
+        wanted: dict[SourceSignals, Sequence[int]] = {
+            signals: everything for signals in self.splits.values() if signals is not self.training
+        }
         if target_layers is not None:
-            requests.append(Request(self.training, target_layers))
-        prepare_signals(requests)
+            wanted[self.training] = target_layers
+        prepare_signals(wanted)
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch of one split.
@@ -335,75 +313,60 @@ class CachedSignals:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a run needs of the signals of one data set.
-
-    Attributes:
-        signals: the data set's.
-        target_layers: layers whose supervision is needed, in the order in which training needs them.
-        in_groups: where the disk cannot hold all of them, take as many of the first as it can, and keep the source's own
-            states where it stopped; asked again for what training still needs, go on from there and delete what is over.
-    """
-
-    signals: SourceSignals
-    target_layers: Sequence[int]
-    in_groups: bool = False
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A run of the source over one data set: from layer ``start`` to ``depth``; its states stay as inputs of ``kept``."""
+class _SourcePass:
+    """A pass of the source over one data set, from layer ``start`` to ``depth``, and what it writes."""
 
     signals: SourceSignals
     outputs: list[Output]
     start: int
     depth: int
-    kept: int | None
 
-    def layer(self, k: int, last: int) -> list[Output]:
+    def of_layer(self, k: int, last: int) -> list[Output]:
         """What one layer gives: wanted outputs, and the inputs of the next."""
         here = [output for output in self.outputs if output.layer == k or (output.layer is None and k == last)]
-        following = self.signals._hidden(k + 1)
-        if k < self.depth and all(output.column != following for output in here):
-            here.append(Output(following, k))
+        if k < self.depth:
+            here.append(Output(self.signals._hidden(k + 1), k))
         return here
 
 
-def prepare_signals(requests: Sequence[Request]) -> None:
+def prepare_signals(wanted: Mapping[SourceSignals, Sequence[int]]) -> None:
     """Have signals of one source for several data sets on disk; the source runs over what is missing, and only then is loaded.
 
     Whole, or with one layer at a time and all data sets through it, so that each weight is read once.
+
+    Args:
+        wanted: the target layers whose supervision is needed, by data set.
 
     Raises:
         OSError: too little space on a disk, before the source runs.
         ValueError: the source has no weights, see :class:`Source`.
     """
-    if not any(request.signals._lacks(request.target_layers[: 1 if request.in_groups else None]) for request in requests):
+    if not any(signals._lacks(layers) for signals, layers in wanted.items()):
         return  # and wait for no other run's lock
     with ExitStack() as stack:
         # In one order for all runs, lest two that share folders wait for each other.
-        for lock in sorted((request.signals._states.lock for request in requests), key=lambda lock: str(lock.lock_file)):
+        for lock in sorted((signals._states.lock for signals in wanted), key=lambda lock: str(lock.lock_file)):
             stack.enter_context(lock)
-        plans = [plan for request in requests if (plan := request.signals._plan(request.target_layers, request.in_groups))]
-        if not plans:
+        passes = [one for signals, layers in wanted.items() if (one := signals._plan_pass(layers))]
+        if not passes:
             return
-        first = plans[0].signals
+        first = passes[0].signals
         source, last = first.source, first.source.num_layers - 1
         if first._stream:
             as_tuples = source.as_tuples  # before a layer is on the device
-            for k in range(min(plan.start for plan in plans), max(plan.depth for plan in plans) + 1):
+            for k in range(min(one.start for one in passes), max(one.depth for one in passes) + 1):
                 with source.layer(k, first._device) as anatomy:
-                    for plan in plans:
-                        if plan.start <= k <= plan.depth:
+                    for one in passes:
+                        if one.start <= k <= one.depth:
                             label = f"source signals, layer {k}/{last}"
-                            plan.signals._pass(anatomy, plan.layer(k, last), k, as_tuples, label)
-                            plan.signals._tidy({k + 1, plan.kept})
+                            one.signals._pass(anatomy, one.of_layer(k, last), k, as_tuples, label)
+                            one.signals._tidy(kept=k + 1)
         else:
             anatomy = dissect(source.model(first._device))
-            for plan in plans:
-                plan.signals._pass(anatomy, plan.outputs, plan.start, source.as_tuples, "source signals")
-        for plan in plans:
-            plan.signals._tidy({plan.kept})
+            for one in passes:
+                one.signals._pass(anatomy, one.outputs, one.start, source.as_tuples, "source signals")
+        for one in passes:
+            one.signals._tidy()
 
 
 @torch.no_grad()

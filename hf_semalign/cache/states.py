@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_semalign.cache.examples import SHARD_TOKENS, Examples
+from hf_semalign.cache.examples import Examples
 from hf_semalign.errors import StorageError
 from hf_semalign.files import _open, digest, load_tensor, save_tensor, write_text, writing_lock
 
@@ -68,7 +68,7 @@ class StateFolder:
     """
 
     def __init__(self, root: Path, facts: dict[str, Any], examples: Examples) -> None:
-        facts = {**facts, "examples": examples.digest, "shard_tokens": SHARD_TOKENS, "shards": len(examples.shards)}
+        facts = {**facts, "examples": examples.digest, "shard_tokens": examples.shard_tokens, "shards": len(examples.shards)}
         self.examples = examples
         self.path = root / digest(facts)[:16]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,6 @@ class StateFolder:
             path.parent.mkdir(exist_ok=True)
             save_tensor(tensor, path)
             self._whole.setdefault(column.name, set()).add(number)
-        self._mapped.cache_clear()
-
-    def let_go(self) -> None:
-        """Unmap what was read."""
         self._mapped.cache_clear()
 
     def drop(self, column: Column) -> None:

@@ -23,6 +23,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.cache.examples import Examples
+from hf_semalign.cache.prefix import prefix_pays
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import question
@@ -34,7 +35,6 @@ from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
 from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
-from hf_semalign.trainer import PREFIX_PAYS
 from hf_semalign.training.preparation import Counts, Preparation, prepare
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
     align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
     mapped = distinct if args.relation_weight else 0
-    prefix, seen = _has_prefix(known, args), _batch(known, args)
+    prefix, seen = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
     cost = {}
     if answers != "dataset":
         cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
@@ -253,12 +253,6 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
 def _batch(known: Preparation, args: SemAlignConfig) -> int:
     """Examples of an optimizer step."""
     return min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, len(known.splits["align"]))
-
-
-def _has_prefix(known: Preparation, args: SemAlignConfig) -> bool:
-    epochs = known.schedule.total_steps * _batch(known, args) / len(known.splits["align"])
-    strict = known.frontier.kind == "single" and known.frontier.num_layers > 1
-    return strict and args.signals == "cached" and epochs > PREFIX_PAYS
 
 
 def _step(

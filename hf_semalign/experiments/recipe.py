@@ -30,9 +30,10 @@ from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
 from hf_semalign.files import read_json
 from hf_semalign.hub.push import read_record
+from hf_semalign.hub.record import RECORDED_SETTINGS
 from hf_semalign.models.loading import find_config, find_tokenizer
 from hf_semalign.models.names import resolve_model
-from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root
+from hf_semalign.trainer import SemAlignTrainer, signals_root
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, type[SemAlignTrainer]] = {
@@ -243,7 +244,8 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     rows = {split: facts.get("answers", facts)["rows"] for split, facts in splits.items()}  # written answers may be left out
     data = {"task": task, **rows}
     models = {"source": record["source"], "target": record["target"]}
-    training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
+    known = record["settings"].items()
+    training = {name: value for name, value in known if name in RECORDED_SETTINGS}  # others might name paths
     content = {**models, "output_dir": str(folder), "method": record["method"], "data": data, "training": training}
     return _checked(content, overrides, str(folder))
 

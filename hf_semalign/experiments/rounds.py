@@ -63,6 +63,7 @@ def train_recipe(
         checkpoint = start_of(settings, args.resume_from_checkpoint)
         rows, written = with_answers(recipe, data, source, args, tokenizer, folder, seconds, learnt)
         trainer = make_trainer(recipe, recipe.method, source, settings, rows, tokenizer)
+        trainer.prepare()
         add(seconds, trainer.seconds)
         if written is not None:
             trainer.data_record["align"]["answers"] = written

@@ -185,7 +185,7 @@ def run_signals(recipe: Recipe) -> Path:
         raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
     trainer = make_trainer(recipe, recipe.method, source, args, rows, tokenizer)
-    trainer.prepare_signals()
+    trainer.prepare()
     _measure_source(recipe, trainer, data, tokenizer)
     _score_source(recipe, trainer, tokenizer)
     return source.folder(signals_root(args))

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,12 +36,12 @@ from yaml import YAMLError
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, MissingFileError, StorageError, brief
 from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, digest, file_digest, read_json, sha256
-from hf_semalign.hub.card import TAGS
+from hf_semalign.hub.card import TAGS, render_card
+from hf_semalign.hub.record import CARD
 from hf_semalign.models.loading import load_weights
 from hf_semalign.models.names import EMBEDDED, is_hub_id, resolve_model
 
 logger = logging.getLogger(__name__)
-CARD = "README.md"
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, CARD)
 KEYS = ("method", "source", "target", "pairing", "settings", "data", "versions", "adapter_checksum")  # that others read
@@ -133,6 +133,24 @@ def push_transfer(
     url = f"{api.endpoint}/{repo_id}/commit/{commit}"
     logger.info("%s: %s; downloaded again, %s; tag %s", url, state, found, name)
     return url
+
+
+def write_card(folder: Path, record: dict[str, Any], results: dict[str, Any], tags: str | Sequence[str] = ()) -> None:
+    """Give a run folder its card, unless a recipe has written one, or the README is somebody's own; add tags to it.
+
+    Args:
+        folder: the run folder.
+        record: content of ``semalign.json``.
+        results: what the card needs beside it, see :func:`hf_semalign.hub.card.render_card`.
+        tags: further tags.
+    """
+    card = folder / CARD
+    if not (card.is_file() and ((folder / "results.json").is_file() or card_fault(card))):
+        card.write_text(render_card(record, results), encoding="utf-8")
+    if tags:
+        content: Any = ModelCard(card.read_text(encoding="utf-8"))
+        content.data.tags = list(dict.fromkeys([*(content.data.tags or ()), *([tags] if isinstance(tags, str) else tags)]))
+        card.write_text(str(content), encoding="utf-8")
 
 
 def hub_name(args: SemAlignConfig) -> str:

@@ -9,14 +9,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_semalign.files import file_digest, write_text
+from hf_semalign.config import SemAlignConfig
+from hf_semalign.files import RECORD_NAME, file_digest, write_text
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
@@ -80,7 +83,40 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-class CheckpointOnSignal(TrainerCallback):
+def foreign_checkpoint(folder: str | Path | None, record: dict[str, Any]) -> str | None:
+    """A checkpoint of another run in a run folder, with what is different; ``None`` if there is none.
+
+    Args:
+        folder: the run folder.
+        record: of this run.
+    """
+    for path in checkpoints_of(folder):
+        if not (path / TRAINER_STATE_NAME).is_file():
+            continue  # it was never finished
+        if not (path / RECORD_NAME).is_file():
+            return f"{path} (it has no {RECORD_NAME})"
+        if damage(path) is None and (different := differences(path, record)):
+            return f"{path} (other {', '.join(different)})"
+    return None
+
+
+def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
+    """What is different between a checkpoint's run and the run of a record."""
+    saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
+    record = json.loads(json.dumps(record))
+    defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
+    compared = [
+        *((key, record[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
+        ("number of processes", record["processes"], saved.get("processes", record["processes"])),
+        ("source layers", record["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
+        ("map", record["map"]["fingerprint"], saved["map"]["fingerprint"]),
+        ("start of the adapter", *(one.get(record["method"], {}).get("start") for one in (record, saved))),
+        *((key, value, saved["settings"].get(key, defaults.get(key))) for key, value in record["settings"].items()),
+    ]
+    return [name for name, here, there in compared if here != there]
+
+
+class CheckpointOnInterrupt(TrainerCallback):
     """On SIGINT or SIGTERM the step in hand is finished and a checkpoint written, and training ends; a second signal is obeyed
     at once.
 

@@ -7,12 +7,10 @@ compared, losses that have to be finite, checkpoints that are whole and belong t
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_s
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, NotFiniteError
-from hf_semalign.files import RECORD_NAME, checksum, claimed, digest, disk_errors_explained
+from hf_semalign.files import checksum, claimed, digest, disk_errors_explained
 from hf_semalign.method.frontier import Frontier, FrontierSchedule
 from hf_semalign.models.anatomy import Anatomy, base_model
 from hf_semalign.models.hooks import without_cudnn_attention
@@ -39,9 +37,11 @@ from hf_semalign.models.loading import is_quantised
 from hf_semalign.splits import IGNORED, Collator
 from hf_semalign.training.checkpoints import (
     CHECKSUMS,
-    CheckpointOnSignal,
+    CheckpointOnInterrupt,
     checkpoints_of,
     damage,
+    differences,
+    foreign_checkpoint,
     last_checkpoint,
     rotate,
     seal,
@@ -116,9 +116,9 @@ class LayerwiseTrainer(Trainer):
             model.to(args.device)  # the Trainer would leave it to DeepSpeed, which is there for training alone
         self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
         self._loss_shifts_labels = True
-        self._signals_taken = CheckpointOnSignal()
-        self.add_callback(self._signals_taken)  # before the frontier moves
-        self._frontier_callback = FrontierCallback(frontier, schedule, self.lora_layers, self._enter_stage)
+        self._interrupt = CheckpointOnInterrupt()
+        self.add_callback(self._interrupt)  # before the frontier moves
+        self._frontier_callback = FrontierCallback(frontier, schedule, self.lora_layers, self.enter_stage)
         self.add_callback(self._frontier_callback)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(StageLog() if args.disable_tqdm else StageProgress(self._frontier_callback))
@@ -133,6 +133,13 @@ class LayerwiseTrainer(Trainer):
     def record(self) -> dict[str, Any]:
         """What a run is made of, as plain values: a checkpoint of another run is refused by it."""
         raise NotImplementedError
+
+    def save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Write the adapter into a folder; ``weights``, by name, where they are not the model's own."""
+        raise NotImplementedError
+
+    def begin_training(self) -> None:
+        """Called before the first step, when optimizer and checkpoint are loaded."""
 
     # Precision
 
@@ -205,9 +212,13 @@ class LayerwiseTrainer(Trainer):
             # Checkpointing makes the embeddings' output require a gradient, which would drive backward through all layers.
             base_model(self.model).disable_input_require_grads()
         self._broken.clear()
+        self.begin_training()
         return prepared
 
     # Batches and steps
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["input_ids", "labels", "example_id"]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of a step, without the rows that accelerate repeats, and rows of like length together."""
@@ -261,7 +272,7 @@ class LayerwiseTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         fp16 = self.accelerator.scaler is not None  # which drops such a step, and goes on with a smaller scale
         odd = not fp16 and not torch.isfinite(torch.as_tensor(norm))
-        news = torch.tensor([bool(self._broken), odd, self._signals_taken.received is not None], device=self.args.device)
+        news = torch.tensor([bool(self._broken), odd, self._interrupt.received is not None], device=self.args.device)
         loss, gradient, stopped = self.accelerator.reduce(news.int(), "sum").bool().tolist()
         if loss or gradient:
             if not loss:
@@ -274,7 +285,7 @@ class LayerwiseTrainer(Trainer):
                 f"checkpoint: {last_checkpoint(str(self.args.output_dir)) or 'none was written'}. Lower the learning rate, or "
                 "look at these examples."
             )
-        self._signals_taken.agreed = stopped
+        self._interrupt.agreed = stopped
         return norm
 
     def _check_weights(self) -> None:
@@ -290,7 +301,7 @@ class LayerwiseTrainer(Trainer):
                 f"last checkpoint: {last_checkpoint(str(self.args.output_dir)) or 'none was written'}. Lower the learning rate."
             )
 
-    def _enter_stage(self, stage: int) -> None:
+    def enter_stage(self, stage: int) -> None:
         """Before the first step of a stage."""
         self._compare_ranks()
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
@@ -348,7 +359,7 @@ class LayerwiseTrainer(Trainer):
         try:
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
-                self._signals_taken.watching(),
+                self._interrupt.watching(),
                 without_cudnn_attention(),
                 disk_errors_explained(folder),
             ):
@@ -358,7 +369,7 @@ class LayerwiseTrainer(Trainer):
         self._compare_ranks()
         self._check_weights()
         if self.state.global_step < self.schedule.total_steps:
-            self._signals_taken.leave()
+            self._interrupt.leave()
         return output
 
     def _best(self, state: TrainerState) -> str | None:
@@ -405,7 +416,7 @@ class LayerwiseTrainer(Trainer):
                     shutil.rmtree(other, ignore_errors=True)
             rotate(folder, limit, self.state.best_model_checkpoint)
 
-    def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
+    def write_adapter(self, output_dir: str | None, *, checkpoint: bool) -> None:
         """The adapter as it is; under FSDP and DeepSpeed it alone is put together, not the base with it."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super().save_model(output_dir, _internal_call=True)
@@ -413,6 +424,14 @@ class LayerwiseTrainer(Trainer):
             name: whole(p.detach()).cpu() for name, p in cast(nn.Module, self.model).named_parameters() if "lora_" in name
         }
         self._save(output_dir, adapter)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What the Trainer calls to write a model."""
+        if self.args.should_save:
+            self.save_weights(Path(str(output_dir or self.args.output_dir)), state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is not finished, and holds more than is meant for the Hub."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """FSDP and DeepSpeed keep once more, to go on from, what is trainable: for once that is all of LoRA."""
@@ -441,7 +460,7 @@ class LayerwiseTrainer(Trainer):
                     f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
                     "start anew in another output_dir."
                 )
-        if different := self._differences(Path(resume_from_checkpoint)):
+        if different := differences(Path(resume_from_checkpoint), self.record()):
             raise InputError(
                 f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
                 "models, data and settings, or start anew in another output_dir."
@@ -453,34 +472,9 @@ class LayerwiseTrainer(Trainer):
         Raises:
             ValueError: names one, and what was otherwise.
         """
-        found: list[tuple[str, str]] = []
-        for path in checkpoints_of(self.args.output_dir) if self.is_world_process_zero() else ():
-            if not (path / TRAINER_STATE_NAME).is_file():
-                continue  # it was never finished
-            if not (path / RECORD_NAME).is_file():
-                found.append((str(path), "it has no semalign.json"))
-            elif damage(path) is None and (different := self._differences(path)):
-                found.append((str(path), f"other {', '.join(different)}"))
-        (found,) = broadcast_object_list([found])
+        (found,) = broadcast_object_list([foreign_checkpoint(self.args.output_dir, self.record())])
         if found:
             raise InputError(
-                f"{self.args.output_dir} has checkpoints of another run, such as {found[0][0]} ({found[0][1]}), which this one "
-                "would delete: choose another output_dir, or delete them first."
+                f"{self.args.output_dir} has checkpoints of another run, such as {found}, which this one would delete: choose "
+                "another output_dir, or delete them first."
             )
-
-    def _differences(self, checkpoint: Path) -> list[str]:
-        """What of its run was otherwise than in this one."""
-        saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(self.record()))
-        defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
-        return [
-            name
-            for name, mine, theirs in [
-                *((key, ours[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
-                ("number of processes", ours["processes"], saved.get("processes", ours["processes"])),
-                ("source layers", ours["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
-                ("map", ours["map"]["fingerprint"], saved["map"]["fingerprint"]),
-                *((key, value, saved["settings"].get(key, defaults.get(key))) for key, value in ours["settings"].items()),
-            ]
-            if mine != theirs
-        ]

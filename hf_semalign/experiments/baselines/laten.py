@@ -241,7 +241,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Draw:
     """Which rows are used for what: a function of their number and the seed.
 
     Attributes:
@@ -257,7 +257,7 @@ class Plan:
     held_out: list[int]
 
     @classmethod
-    def draw(cls, align: int, extract: int, seed: int) -> Plan:
+    def draw(cls, align: int, extract: int, seed: int) -> Draw:
         """Of the align rows the first, up to ``POOL`` and four fifths, are for pre-alignment, the others for what follows.
 
         Raises:
@@ -349,6 +349,14 @@ class LaTenTrainer(SemAlignTrainer):
     located: tuple[Located, Located]
     deltas: dict[str, torch.Tensor]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extract = self.known.splits["extract"]
+        self._draw = Draw.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), self.args.seed)
+        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
+        self._facts: dict[str, Any] = {}
+        self.schedule = FrontierSchedule(1, len(self._extract))
+
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
         """Refuse settings, models and rows that LaTen cannot work with; of the models the shape is looked at."""
@@ -367,7 +375,7 @@ class LaTenTrainer(SemAlignTrainer):
                 )
         neuron_counts(dissect(known.source.shape), known.target)
         extract = known.splits["extract"]
-        Plan.draw(len(known.splits["align"]), len(extract), args.seed)
+        Draw.draw(len(known.splits["align"]), len(extract), args.seed)
         specials = special_ids(known.tokenizer, known.target)
         for row in extract:
             answer_label(cast(Record, row), known.tokenizer, specials)
@@ -378,12 +386,12 @@ class LaTenTrainer(SemAlignTrainer):
         anatomies = dissect(known.source.shape), known.target
         source, target = (Size.of(anatomy) for anatomy in anatomies)
         extract, align = (Counts.of(known.splits[split]) for split in ("extract", "align"))
-        plan, depth = Plan.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
+        drawn, depth = Draw.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
         tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an align row
-        seen = len(plan.order) * DRAWN * tokens + extract.tokens, len(plan.order) * DRAWN * valid + extract.valid
-        translated = len(plan.order) * 2 * depth * sum(neuron_counts(*anatomies))
+        seen = len(drawn.order) * DRAWN * tokens + extract.tokens, len(drawn.order) * DRAWN * valid + extract.valid
+        translated = len(drawn.order) * 2 * depth * sum(neuron_counts(*anatomies))
         networks = 3 * translated * source.width * (source.width + target.width)
-        held_out, tried = len(plan.held_out) * target.forward(tokens, valid), len(LEARNING_RATES)
+        held_out, tried = len(drawn.held_out) * target.forward(tokens, valid), len(LEARNING_RATES)
         return {
             "locating": sum(
                 size.forward(extract.tokens + tokens, (extract.rows + 1) * states_read(anatomy, depth))
@@ -404,11 +412,6 @@ class LaTenTrainer(SemAlignTrainer):
 
     def _ask_source(self) -> None:
         """Look whether the neurons of both models are where they are expected."""
-        self._extract = self.known.splits["extract"]
-        self._plan = Plan.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), self.args.seed)
-        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
-        self._facts: dict[str, Any] = {}
-        self.schedule = FrontierSchedule(1, len(self._extract))
         check_neurons(self._adapted)
         check_neurons(self.source.model(self.args.device))
 
@@ -430,6 +433,7 @@ class LaTenTrainer(SemAlignTrainer):
         """
         if isinstance(resume_from_checkpoint, str):
             raise InputError(f"LaTen writes no checkpoints to go on from, got {resume_from_checkpoint}: start it anew.")
+        self.prepare()
         folder = str(self.args.output_dir)
         was_training = self._adapted.training
         self._adapted.eval()
@@ -452,12 +456,12 @@ class LaTenTrainer(SemAlignTrainer):
 
     def _locate_and_inject(self, carrier: Carrier) -> TrainOutput:
         rows, source = cast(Dataset, self.train_dataset), self.source.model(self.args.device)
-        examples = [*(self._extract[k] for k in self._plan.order), rows[self._plan.injected]]
+        examples = [*(self._extract[k] for k in self._draw.order), rows[self._draw.injected]]
         with timed("locating neurons", self.seconds):
             sources = self._locate(source, examples)
             targets = self._locate(self._adapted, examples)
         parts = neuron_parts(dissect(source))[1]
-        held_out = rows.select(self._plan.held_out)
+        held_out = rows.select(self._draw.held_out)
         before = self._answer_loss(held_out)
         runs: dict[float, Run] = {}
         for rate in LEARNING_RATES:
@@ -505,7 +509,7 @@ class LaTenTrainer(SemAlignTrainer):
         pool = cast(Dataset, self.train_dataset)
         history: list[dict[str, float]] = []
         for step, (row, source, target) in enumerate(zip(examples, sources, targets, strict=False)):
-            batch = [*(pool[k] for k in self._plan.drawn[step]), row]
+            batch = [*(pool[k] for k in self._draw.drawn[step]), row]
             deltas = networks(knowledge_of(parts, source))
             loss = self._backward(carrier, target, deltas, batch)
             square = penalty(deltas).item()
@@ -550,8 +554,8 @@ class LaTenTrainer(SemAlignTrainer):
     def _results(self, best: float, runs: Mapping[float, Run], before: float) -> dict[str, Any]:
         """What the record says of a finished run: what was chosen, why, and what it took."""
         source, target = self.located
-        steps, batch, depth = len(self._plan.order), DRAWN + 1, self.frontier.num_layers
-        held_out, located = len(self._plan.held_out), len(self._plan.order) + 1
+        steps, batch, depth = len(self._draw.order), DRAWN + 1, self.frontier.num_layers
+        held_out, located = len(self._draw.held_out), len(self._draw.order) + 1
         return {
             "learning_rate": best,
             "held_out_rows": held_out,

@@ -23,7 +23,6 @@ by default value and output projections and FFN up and down, and never embedding
 
 from __future__ import annotations
 
-import json
 from copy import copy
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +38,7 @@ from hf_semalign.errors import InputError
 from hf_semalign.experiments.baselines.extraction import Needs, extract_once
 from hf_semalign.experiments.baselines.projections import oriented
 from hf_semalign.experiments.baselines.sft import SFTTrainer
-from hf_semalign.files import RECORD_NAME, checksum, digest
+from hf_semalign.files import checksum, digest
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import is_quantised
 from hf_semalign.trainer import signals_root, timed
@@ -144,6 +143,7 @@ class SeekingTrainer(SFTTrainer):
 
     def record(self) -> dict[str, Any]:
         """Also what was taken out of the source, and how often it ran for that."""
+        self.prepare()
         found = self.extraction
         factors = [checksum(one) for layer in found.factors for pair in layer.values() for one in pair]
         return {
@@ -160,10 +160,11 @@ class SeekingTrainer(SFTTrainer):
             },
         }
 
-    def _write(self, output_dir: str | None, *, checkpoint: bool) -> None:
+    def write_adapter(self, output_dir: str | None, *, checkpoint: bool) -> None:
         """The adapter for the target as it was, of rank ``2 r``; in checkpoints ``A`` and ``B``."""
         if checkpoint:
-            return super()._write(output_dir, checkpoint=True)
+            return super().write_adapter(output_dir, checkpoint=True)
+        self.prepare()
         adapted = cast(PeftModel, self.accelerator.unwrap_model(self.model))
         names = {id(module): name for name, module in adapted.named_modules()}
         folded = {}
@@ -177,16 +178,7 @@ class SeekingTrainer(SFTTrainer):
         adapted.peft_config["default"] = wider = copy(config)
         wider.r, wider.lora_alpha = 2 * config.r, 2 * config.lora_alpha  # the scale stays
         try:
-            self._save(output_dir, folded)
+            if self.args.should_save:
+                self.save_weights(Path(str(output_dir or self.args.output_dir)), folded)
         finally:
             adapted.peft_config["default"] = config
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Refuse a checkpoint of another start: its ``A`` and ``B`` belong to another base."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = json.loads((Path(resume_from_checkpoint) / RECORD_NAME).read_text())
-        if saved["seeking"]["start"] != self.record()["seeking"]["start"]:
-            raise InputError(
-                f"The checkpoint {resume_from_checkpoint} began from other matrices of the source: resume with the signals_dir "
-                "of its run, or start anew in another output_dir."
-            )

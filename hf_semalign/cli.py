@@ -203,7 +203,8 @@ def _train(options: argparse.Namespace) -> None:
 
         _console().print(plan_table(plan_recipe(load_recipe(options.config, options.overrides))))
     else:
-        _run(options.config, [*options.overrides, *["training.push_to_hub=true"] * options.push_to_hub])
+        published = ["training.push_to_hub=true"] if options.push_to_hub else []
+        _run(options.config, [*options.overrides, *published])
 
 
 def _run(config: str, overrides: Sequence[str]) -> None:

@@ -1,78 +1,30 @@
-"""``SemAlignTrainer``: wires splits, attribution, pairing, map, losses and frontier into transformers' ``Trainer``."""
+"""``SemAlignTrainer``: the layer loss of the frontier and the KL to the source's output, step by step."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import PeftModel
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix, prefix_pays
-from hf_semalign.cache.scores import layer_scores
-from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
-from hf_semalign.cache.source import Source
-from hf_semalign.config import SemAlignConfig
-from hf_semalign.errors import InputError
-from hf_semalign.files import digest, disk_errors_explained
-from hf_semalign.hub.push import hub_name, open_repo, push_transfer, write_card
-from hf_semalign.hub.record import describe_run, save_adapter
 from hf_semalign.method.losses import relation_sequences
-from hf_semalign.method.objective import Objective
-from hf_semalign.method.pairing import LayerPairing, pair_layers
-from hf_semalign.method.semantic_map import SemanticMap
-from hf_semalign.models.anatomy import base_model, check_head, dissect
-from hf_semalign.models.hooks import capture, without_logits
-from hf_semalign.models.loading import device_name, licence_of, load_model
-from hf_semalign.models.lora import add_lora
-from hf_semalign.splits import Collator, Record, encode, fingerprint, is_encoded, valid_positions
-from hf_semalign.training.engines import warn_of_slow_bf16
-from hf_semalign.training.layerwise import LayerwiseTrainer
-from hf_semalign.training.preparation import Preparation, prepare
+from hf_semalign.splits import valid_positions
+from hf_semalign.transfer import TransferTrainer
 
 logger = logging.getLogger(__name__)
 PREFIX = "_prefix"  # in the run folder
-METRICS = ("loss", "kl", "relation")  # of an evaluation
 
 
-@contextmanager
-def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Log the start of a phase, and add its wall time to ``seconds``, also where it breaks off."""
-    logger.info("%s", name)
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-
-
-def _check_metric(args: SemAlignConfig, evals: Sequence[str]) -> None:
-    """Refuse a metric that evaluation will not give, before it is looked for at the first checkpoint."""
-    metric = str(args.metric_for_best_model).removeprefix("eval_")
-    known = [f"{name}_{figure}" for name in evals for figure in METRICS] or list(METRICS)
-    wanted = args.load_best_model_at_end or args.save_strategy == "best"
-    if wanted and metric not in (*known, "runtime", "samples_per_second", "steps_per_second"):
-        raise InputError(f"metric_for_best_model is {args.metric_for_best_model!r}: expected one of {', '.join(known)}.")
-
-
-def signals_root(args: SemAlignConfig) -> Path:
-    """Where cached signals go: ``signals_dir``, or a folder of the run."""
-    return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")
-
-
-class SemAlignTrainer(LayerwiseTrainer):
+class SemAlignTrainer(TransferTrainer):
     """Transfers a source into a target.
 
     The loss of a step is the layer loss of the layers at the frontier (equations 4 to 7) plus the KL to the source's output
@@ -97,10 +49,10 @@ class SemAlignTrainer(LayerwiseTrainer):
         callbacks: further callbacks.
 
     Attributes:
-        method: what the run is called in records, results and cards; baselines have names of their own.
-        settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
-        takes_steps: whether the method's cost grows with the optimizer steps.
-        needs_extract: whether the method needs an extract split whatever its settings.
+        pairing: the :class:`LayerPairing` in use.
+        semantic_map: the :class:`SemanticMap` in use.
+        objective: the losses.
+        scales: factor on the mapped states of each pair.
         known: the run as it was before weights were loaded.
         seconds: wall time of the phases before training.
 
@@ -108,226 +60,15 @@ class SemAlignTrainer(LayerwiseTrainer):
         ValueError: bad settings, data, models or tokenizers, before any long work.
     """
 
-    method: ClassVar[str] = "semalign"
-    settings: ClassVar[Mapping[str, Any]] = {}
-    takes_steps: ClassVar[bool] = True
-    needs_extract: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        source_model: PreTrainedModel | str | Source,
-        args: SemAlignConfig,
-        train_dataset: Dataset | Sequence[Record],
-        eval_dataset: Dataset | Sequence[Record] | dict[str, Any] | None = None,
-        extract_dataset: Dataset | Sequence[Record] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        pairing: LayerPairing | None = None,
-        semantic_map: SemanticMap | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        self.seconds: dict[str, float] = {}
-        model = str(model) if isinstance(model, Path) else model
-        source_model = str(source_model) if isinstance(source_model, Path) else source_model
-        known = prepare(
-            model,
-            source_model,
-            args,
-            train_dataset,
-            eval_dataset,
-            extract_dataset,
-            processing_class,
-            pairing,
-            semantic_map,
-            needs_extract=self.needs_extract,
-        )
-        if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
-            name = type(self).__name__
-            raise InputError(f"{name} requires {dict(self.settings)}; got {other}: SemAlignConfig(**{name}.settings, ...).")
-        self.check(known, args)
-        if args.fp16 and args.device.type == "cpu":
-            raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
-        evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
-        if not callbacks:  # which may add metrics of their own
-            _check_metric(args, list(evals))
-        warn_of_slow_bf16(args)
-        self.known = known
-        self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
-        self._borrowed = isinstance(source_model, Source)  # whose maker may want more of it
-        self._lora_targets = known.lora_targets
-        self._given_map = semantic_map
-        with timed("loading the target", self.seconds):
-            target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
-        anatomy = dissect(target)
-        torch.manual_seed(args.seed)
-        super().__init__(
-            self._adapt(target, args),
-            args,
-            anatomy=anatomy,
-            frontier=known.frontier,
-            schedule=known.schedule,
-            learning_rate_factor=known.learning_rate_factor,
-            callbacks=callbacks,
-            data_collator=known.collator,
-            train_dataset=known.splits["align"],
-            eval_dataset=evals or known.splits.get("eval"),
-            processing_class=known.tokenizer,
-        )
-        check_head(cast(PeftModel, self.model))  # where it is going to run
-        self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
-        self._is_prepared = False
-        self._prefix: TargetPrefix | None = None
-        self._sequences_in_batch: torch.Tensor | None = None
-        self._term_sums = torch.zeros(2, device=args.device)
-        self._terms_logged = 0
-
-    @classmethod
-    def check(cls, known: Preparation, args: SemAlignConfig) -> None:
-        """Refuse, before any weight is loaded, what the method of this class cannot work with."""
-
-    @classmethod
-    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-        """Multiplications by phase, beside or instead of those of :func:`hf_semalign.experiments.plan.plan`."""
-        return {}
-
-    def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
-        """The target with LoRA that changes nothing yet."""
-        return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
-
-    # What the source says, computed once
-
-    def prepare(self) -> None:
-        """Score the source's layers, build the map and run the source over the data, as far as it is not cached; then let the
-        source go. A second call does nothing. With several processes, all of them call it.
-
-        Raises:
-            OSError: too little space on the disk for the signals.
-        """
-        if not self._is_prepared:
-            _ = self.pairing, self.objective, self.signals
-            self._ask_source()
-            self._rest()
-            self._is_prepared = True
+    method = "semalign"
+    _prefix: TargetPrefix | None = None
+    _sequences_in_batch: torch.Tensor | None = None
+    _terms_logged = 0  # up to this step
 
     @cached_property
-    def pairing(self) -> LayerPairing:
-        """The source layer of each target layer; with ``pairing="attribution"`` this scores the source's layers first."""
-        # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
-        (pairing,) = broadcast_object_list([self.known.pairing or self._attribute(self.known.splits["extract"])])
-        return pairing.named(self.source_id, self.target_id)
-
-    @property
-    def semantic_map(self) -> SemanticMap:
-        """The map from the source's space to the target's."""
-        return self.objective.semantic_map
-
-    @property
-    def _signals_folder(self) -> Path | None:
-        """Where the source's signals are kept, if they are."""
-        return None if self.args.signals == "online" else signals_root(self.args)
-
-    def _attribute(self, extract: Dataset) -> LayerPairing:
-        """The pairs of layers that attribution scores on the extract split lead to."""
-        args = self.args
-        with timed("attribution", self.seconds):
-            scores = layer_scores(
-                self.source,
-                extract,
-                cast(Collator, self.data_collator),
-                self._signals_folder,
-                precision=self._precision,
-                device=args.device,
-                batch_size=args.per_device_eval_batch_size,
-                stream=args.source_memory == "stream",
-                progress=not args.disable_tqdm,
-            )
-            return pair_layers(scores, self.frontier.num_layers, args.pairing)
-
-    @cached_property
-    def objective(self) -> Objective:  # type: ignore[override]
-        """The losses with both heads, and with the map between them."""
-        args, tokens, semantic_map = self.args, self.known.token_ids, self._given_map
-        with timed("semantic map", self.seconds):
-            source_head = self.source.head(self._signals_folder).to(args.device).rows(tokens)
-            own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
-            target_head = own_head.rows(tokens)
-            semantic_map = None if semantic_map is None else semantic_map.by_content()
-            if semantic_map is None and self.accelerator.is_main_process:
-                cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
-                weights = source_head.weight, target_head.weight
-                semantic_map = SemanticMap.from_heads(*weights, kind=args.map_kind, cache=cache).cpu()
-            (semantic_map,) = broadcast_object_list([semantic_map])
-        return Objective(
-            args.layer_loss,
-            args.output_loss,
-            args.relation_weight,
-            args.kl_weight,
-            semantic_map.to(args.device, torch.float32),
-            source_head,
-            target_head,
-            own_head,
-        )
-
-    @cached_property
-    def signals(self) -> OnlineSignals | CachedSignals:
-        """What the source says of a batch: read from disk, after the source has run over what is missing, or asked online."""
-        if self._signals_folder is None:
-            signals: Any = OnlineSignals(self.source.model(self.args.device), self.pairing, self.semantic_map)
-        else:
-            with timed("source signals", self.seconds):
-                signals = self._cache(self._signals_folder)
-        if self.args.scale == "match":
-            batches = self._batches(self.known.splits["extract"])
-            (signals.scales,) = broadcast_object_list([match_scales(signals, cast(PeftModel, self.model), batches)])
-        return signals
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Factor on the mapped states of each pair."""
-        return tuple(self.signals.scales) if self.args.scale == "match" else (1.0,) * self.frontier.num_layers
-
-    def _cache(self, root: Path) -> CachedSignals:
-        """The signals of all splits on disk; the source runs over what is missing."""
-        args, tokenizer = self.args, self.known.tokenizer
-        signals = {
-            name: SourceSignals(
-                self.source,
-                self.pairing,
-                self.semantic_map,
-                rows,
-                root,
-                self.data_collator,
-                tokenizer=digest(tokenizer.get_vocab()) if tokenizer else None,
-                precision=self._precision,
-                device=args.device,
-                batch_size=args.per_device_eval_batch_size,
-                stream=args.source_memory == "stream",
-                progress=not args.disable_tqdm,
-            )
-            for name, rows in self.known.splits.items()
-            if name != "extract" or args.scale == "match"
-        }
-        cached = CachedSignals(signals, "align")
-        if not args.signals_dir:  # prefix and checkpoints lie on the same disk
-            trained = sum(p.numel() for layer in self.lora_layers for p in layer)
-            states = int(cached.training.examples.tokens.sum()) * self.objective.target_head.weight.shape[1] * 4
-            cached.training.reserve = 2 * states + 5 * 12 * trained
-        layers = range(self.frontier.num_layers if args.relation_weight else 0)
-        with self._autocast(), disk_errors_explained(root):
-            cached.prepare(layers if args.learns_from_source else None)
-        return cached
-
-    def _ask_source(self) -> None:
-        """What a method of its own wants of the source's weights, before they are let go."""
-
-    def _rest(self) -> None:
-        """Let the source go, where nothing asks it any more."""
-        if self.args.signals == "online":
-            return
-        if self._borrowed:
-            self.source.rest()
-        else:
-            self.source.release()
+    def _term_sums(self) -> torch.Tensor:
+        """Layer loss and output loss since the last log."""
+        return torch.zeros(2, device=self.args.device)
 
     # The target below the frontier
 
@@ -370,24 +111,11 @@ class SemAlignTrainer(LayerwiseTrainer):
             logger.warning("The target runs whole at every step, without its prefix: %s.", reason)
             return None
 
+    def entered(self, inputs: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside it, the target's forward on a batch begins at the frontier, where there is a prefix."""
+        return self._prefix.entered(inputs) if self._prefix else nullcontext()
+
     # Batches and losses
-
-    def _batches(self, dataset: Dataset) -> DataLoader:
-        return DataLoader(cast(Any, dataset), self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
-            eval_dataset = encode(eval_dataset, self.known.tokenizer, split="eval", max_length=self.args.max_length)
-        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = dropped
-
-    def get_test_dataloader(self, test_dataset):
-        """As of evaluation rows: ``predict`` measures what ``evaluate`` does."""
-        return self.get_eval_dataloader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
@@ -396,19 +124,6 @@ class SemAlignTrainer(LayerwiseTrainer):
             counts = [relation_sequences(valid_positions(batch["labels"])).sum() for batch in samples]
             self._sequences_in_batch = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
         return samples, num_items
-
-    def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
-        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals; the last are
-        ``None`` in training that needs nothing of them.
-        """
-        modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
-        entered = self._prefix.entered(inputs) if self._prefix and training else nullcontext()
-        wanted = self.args.learns_from_source or not training
-        read = self.signals.find(inputs) if wanted else None  # before a GPU has the forward to do
-        with self._autocast():
-            with capture(modules) as states, entered, without_logits(self.target_anatomy.head):
-                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            return outputs, states, read and read(layers)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9), as shares of the global batch's means.
@@ -462,142 +177,3 @@ class SemAlignTrainer(LayerwiseTrainer):
             self._term_sums.zero_()
             self._terms_logged = self.state.global_step
         super().log(logs, start_time)
-
-    # Evaluation
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, with the metrics of :meth:`evaluation_loop`."""
-        self.prepare()
-        return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """Measures what :meth:`evaluate` does, on other rows; no predictions are returned."""
-        self.prepare()
-        return super().predict(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per-example sums of answer cross-entropy, KL and layer loss, kept for :meth:`evaluation_loop`."""
-        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
-        with torch.no_grad():
-            _, states, signals = self._forward(model, inputs, range(self.frontier.num_layers), training=False)
-            sums = self.objective.sums(states, signals, inputs["labels"])
-        self._evaluated.append(self.accelerator.gather_for_metrics(sums).cpu())
-        return sums[:, 0].sum() / sums[:, 2].sum(), None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split."""
-        self._evaluated: list[torch.Tensor] = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        cross_entropy, kl, tokens, relation, sequences = torch.cat(self._evaluated).double().sum(0).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = cross_entropy / tokens
-        output.metrics[f"{metric_key_prefix}_kl"] = kl / tokens
-        output.metrics[f"{metric_key_prefix}_relation"] = relation / max(sequences, 1)
-        return output
-
-    # Saving and publishing
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; with ``push_to_hub`` it is also published, unless the Trainer itself asks, for a checkpoint."""
-        self.write_adapter(output_dir, checkpoint=_internal_call)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub()
-
-    def record(self) -> dict[str, Any]:
-        """What ``semalign.json`` says, see :func:`hf_semalign.hub.record.describe_run`."""
-        return describe_run(
-            self.args,
-            self.pairing,
-            self.semantic_map,
-            scales=self.scales,
-            lora_targets=self._lora_targets,
-            stages=self.schedule.boundaries,
-            data=self.data_record,
-            method=self.method,
-            source=self.source_id,
-            target=self.target_id,
-            licences=self._licences,
-        )
-
-    @cached_property
-    def _licences(self) -> dict[str, dict[str, str] | None]:
-        return {"source": licence_of(self.source.origin), "target": licence_of(self._target_origin)}
-
-    @property
-    def _target_origin(self) -> str:
-        """Folder or Hub id that the target came from; empty for one that was made in memory."""
-        return str(base_model(cast(Any, self.model)).name_or_path)
-
-    def save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """Write the adapter with its record, see :func:`hf_semalign.hub.record.save_adapter`."""
-        adapted = self.accelerator.unwrap_model(self.model)
-        save_adapter(folder, adapted, self.record(), cast(Any, self.processing_class), weights)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Have the repository ready, so that what cannot be published is refused before any long work."""
-        if self.is_world_process_zero():
-            private = self.args.hub_private_repo if private is None else private
-            _, repo_id = open_repo(hub_name(self.args), token=token or self.args.hub_token, private=private)
-            self.hub_model_id = cast(Any, repo_id)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "SemAlign transfer",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        tags: str | Sequence[str] = (),
-        **kwargs: Any,
-    ) -> str | None:
-        """Save the adapter and publish ``output_dir``, as :func:`hf_semalign.push_transfer` does.
-
-        The card is the recipe's, where one has written ``results.json``, and else a new one, of what this trainer knows; a
-        README that is no card is left alone, and refused.
-
-        Args:
-            commit_message: of the commit.
-            blocking: True: the push ends with a comparison.
-            token: by default ``hub_token`` of the settings, or the one that is logged in.
-            revision: branch; by default ``hub_revision``.
-            private: by default ``hub_private_repo``.
-            tags: further tags of the card.
-            kwargs: none; those of the Trainer are for its own card.
-
-        Returns:
-            URL of the commit; of the main process alone.
-
-        Raises:
-            ValueError, OSError: see :func:`hf_semalign.push_transfer`.
-        """
-        if kwargs or not blocking:
-            given = sorted(kwargs) if blocking else ["blocking=False"]
-            raise InputError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
-        folder = Path(str(self.args.output_dir))
-        self.write_adapter(None, checkpoint=False)
-        if not self.is_world_process_zero():
-            return None
-        write_card(folder, self.record(), self._card_results(), tags)
-        return push_transfer(
-            folder,
-            self.hub_model_id or hub_name(self.args),
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            target=self._target_origin or None,
-            message=commit_message or "SemAlign transfer",
-        )
-
-    def _card_results(self) -> dict[str, Any]:
-        """What a card needs beside the record, as far as this trainer knows: the last evaluation, if it was of this step."""
-        last = [e for e in self.state.log_history if "eval_kl" in e and e["step"] == self.state.global_step]
-        return {
-            "task": "its training data",
-            "dataset": None,
-            "steps": self.state.global_step,
-            "metrics": {self.method: {"kl": last[-1]["eval_kl"], "loss": last[-1]["eval_loss"]}} if last else {},
-            "history": [entry for entry in self.state.log_history if "stage" in entry],
-            "seconds": self.seconds,
-            "peak_memory_mb": None,
-            "machine": {"device": device_name(self.args.device)},
-            "figures": [],
-        }

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_semalign import SemAlignConfig, load_transfer, push_transfer
 from hf_semalign.cli import main
 from hf_semalign.experiments.evaluation import answer_loss
-from hf_semalign.experiments.recipe import METHODS
+from hf_semalign.experiments.methods import METHODS
 from hf_semalign.splits import Collator, encode
 
 
@@ -77,7 +77,8 @@ def command(*arguments, token=None):
 def train(settings, rows, models, steps, method="semalign"):
     """A trainer, and its methods that ``steps`` names, called on it."""
     with _told() as told:
-        trainer = METHODS[method](*models, SemAlignConfig(**{**METHODS[method].settings, **settings}), rows[8:], rows[:8])
+        trainer_class = METHODS[method].trainer
+        trainer = trainer_class(*models, SemAlignConfig(**{**trainer_class.settings, **settings}), rows[8:], rows[:8])
         told["results"] = [str(getattr(trainer, name)(**options)) for name, options in steps]
     return told
 

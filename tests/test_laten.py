@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines import laten
-from hf_semalign.experiments.baselines.laten import ROLES, Draw, Hypernetworks, LaTenTrainer, one_cycle
+from hf_semalign.experiments.baselines.carrier import ROLES, Hypernetworks
+from hf_semalign.experiments.baselines.laten import Draw, LaTenTrainer, one_cycle, transfer_cost
 from hf_semalign.experiments.baselines.neurons import (
     Located,
     Unembedding,
@@ -553,7 +554,7 @@ def test_a_plan_counts_what_a_run_does(tmp_path):
     rows = random_rows([(4, 3)] * 40)
     trainer = make(tmp_path, train=rows[:30], extract=rows[30:34], evaluation=None)
     trainer.train()
-    cost, found = trainer.record()["laten"]["cost"], LaTenTrainer.own_cost(trainer.known, trainer.args)
+    cost, found = trainer.record()["laten"]["cost"], transfer_cost(trainer.known, trainer.args)
     source, target = Size.of(dissect(trainer.source.shape)), Size.of(trainer.target_anatomy)
     assert found["locating"] == pytest.approx(
         cost["source_forward"] * source.forward(7)

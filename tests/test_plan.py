@@ -13,8 +13,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_semalign.cli import main
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.plan import CPU_SHARE, GPU_FLOPS, LIBRARIES, plan, plan_recipe
-from hf_semalign.experiments.recipe import METHODS, load_recipe
+from hf_semalign.experiments.recipe import load_recipe
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.training.preparation import prepare
 
@@ -57,7 +58,7 @@ def test_of_experts_those_that_a_token_is_sent_to_count():
 )
 def test_training_costs_what_torch_counts(method, settings, tmp_path):
     """Up to LoRA, attention and the losses between positions, which are small in layers as wide as these."""
-    trainer_class = METHODS[method]
+    trainer_class = METHODS[method].trainer
     settings = {**SETTINGS, "max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "lora_r": 1} | settings
     args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, "pairing": "last", **settings, **trainer_class.settings})
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
@@ -75,7 +76,7 @@ def test_the_pass_of_the_source_costs_what_torch_counts(tmp_path):
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
     planned = plan(prepare(target, source, args, ROWS), args, "semalign")
     with FlopCounterMode(display=False) as counter:
-        METHODS["semalign"](tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS)
+        METHODS["semalign"].trainer(tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS)
     # Beside the pass: the map, and a look at whether heads explain the logits of a few tokens.
     assert 2 * planned.cost["signals"] * planned.multiplications == pytest.approx(counter.get_total_flops(), rel=0.3)
 

@@ -20,7 +20,8 @@ from hf_semalign.cache.source import Source
 from hf_semalign.cli import main
 from hf_semalign.experiments.compare import load_comparison
 from hf_semalign.experiments.evaluation import exact_match
-from hf_semalign.experiments.recipe import METHODS, load_recipe, load_run
+from hf_semalign.experiments.methods import METHODS
+from hf_semalign.experiments.recipe import load_recipe, load_run
 from hf_semalign.experiments.run import results_table, run_recipe, run_signals
 from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SemAlignTrainer

@@ -13,7 +13,7 @@ from test_trainer import adapter
 from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
-from hf_semalign.experiments.baselines.seeking import SeekingTrainer, fold
+from hf_semalign.experiments.baselines.seeking import SeekingTrainer, extraction_cost, fold
 from hf_semalign.hub.push import load_transfer
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.models.anatomy import dissect
@@ -292,7 +292,7 @@ def test_what_it_costs_beside_fine_tuning(tmp_path):
     source, rows = PAIRS["Llama"][0](), ROWS[24:]
     layers = sum(p.numel() for p in source.model.layers.parameters())
     tokens, valid = (sum(keep(token) for row in rows for token in row["labels"]) for keep in (lambda _: 1, lambda t: t >= 0))
-    cost = trainer.own_cost(trainer.known, trainer.args)
+    cost = extraction_cost(trainer.known, trainer.args)
     assert cost == {"sensitivities": pytest.approx(3 * (tokens * layers + valid * 50 * 24))}
 
 

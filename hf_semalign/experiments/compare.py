@@ -34,10 +34,10 @@ from rich.text import Text
 from hf_semalign.config import MOST_SEED, SemAlignConfig, check_numbers
 from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.experiments.figures import draw_gaps
+from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import Plan, plan_recipe
 from hf_semalign.experiments.recipe import (
-    METHODS,
     DataSettings,
     Recipe,
     check_answers,
@@ -252,9 +252,9 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
     found = []
     for task, (name, changes), seed in _product(comparison):
         first = planned[task, next(iter(comparison.methods))]
-        plan, trainer = planned[task, name], METHODS[changes.get("method", Recipe.method)]
+        plan, method = planned[task, name], METHODS[changes.get("method", Recipe.method)]
         steps = {budget: plan.steps for budget in comparison.budgets}
-        if "equal compute" in steps and trainer.takes_steps:
+        if "equal compute" in steps and method.takes_steps:
             steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
         recipe = _changed(comparison, task, name)
         stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's

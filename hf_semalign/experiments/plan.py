@@ -27,7 +27,8 @@ from hf_semalign.cache.prefix import prefix_pays
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import question
-from hf_semalign.experiments.recipe import METHODS, DataSettings, Recipe, load_tokenizer
+from hf_semalign.experiments.methods import METHODS
+from hf_semalign.experiments.recipe import DataSettings, Recipe, load_tokenizer
 from hf_semalign.experiments.rows import Row
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import LOGIT_ROWS
@@ -197,7 +198,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "dataset") -> Plan:
-    """Plan a run whose parts are known; what a method does beside or instead of all others is its trainer's ``own_cost``.
+    """Plan a run whose parts are known; what a method does beside or instead of all others is its ``own_cost``.
 
     Args:
         known: the parts.
@@ -205,7 +206,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         method: a key of ``METHODS``.
         answers: who writes the answers of the align split, see :class:`hf_semalign.experiments.recipe.DataSettings`.
     """
-    METHODS[method].check(known, args)
+    METHODS[method].trainer.check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
     stored = Size.of(dissect(known.source.shape))
     source = replace(stored, bytes=known.source.dtype.itemsize)

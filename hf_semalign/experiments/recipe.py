@@ -23,22 +23,16 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.config import SemAlignConfig, check_numbers
 from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.answers import WRITERS, Sampling
-from hf_semalign.experiments.baselines.kd import KDTrainer
-from hf_semalign.experiments.baselines.laten import LaTenTrainer
-from hf_semalign.experiments.baselines.seeking import SeekingTrainer
-from hf_semalign.experiments.baselines.sft import SFTTrainer
+from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
 from hf_semalign.files import read_json
 from hf_semalign.hub.push import read_record
 from hf_semalign.hub.record import RECORDED_SETTINGS
 from hf_semalign.models.loading import find_config, find_tokenizer
 from hf_semalign.models.names import resolve_model
-from hf_semalign.trainer import SemAlignTrainer, signals_root
+from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
-METHODS: dict[str, type[SemAlignTrainer]] = {
-    trainer.method: trainer for trainer in (SemAlignTrainer, KDTrainer, SFTTrainer, SeekingTrainer, LaTenTrainer)
-}
 IN_ROUNDS = ("semalign", "kd", "sft")  # methods whose training may begin at an adapter
 LISTED = 20  # known names in an error; SemAlignConfig has many more
 
@@ -166,7 +160,7 @@ class Recipe:
         Raises:
             ValueError: one that cannot be used, by our rules or the Trainer's.
         """
-        fixed = {**METHODS[method or self.method].settings, "max_length": self.data.max_length}
+        fixed = {**METHODS[method or self.method].trainer.settings, "max_length": self.data.max_length}
         settings = {"disable_tqdm": not sys.stderr.isatty(), **self.training, **changes, **fixed}
         try:
             args = SemAlignConfig(output_dir=str(folder), **settings)

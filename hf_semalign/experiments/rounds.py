@@ -21,16 +21,18 @@ from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import answered, question, write_answers
+from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.plan import plan, plans_of
-from hf_semalign.experiments.recipe import METHODS, Recipe
+from hf_semalign.experiments.recipe import Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
 from hf_semalign.models.names import resolve_model
-from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+from hf_semalign.trainer import TransferTrainer
 from hf_semalign.training.checkpoints import damage, last_checkpoint
+from hf_semalign.transfer import signals_root, timed
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,9 @@ def train_recipe(
     source: Source,
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
-    measure_before: Callable[[SemAlignTrainer], None],
+    measure_before: Callable[[TransferTrainer], None],
     seconds: dict[str, float],
-) -> tuple[SemAlignTrainer, TaskData, dict[str, Any]]:
+) -> tuple[TransferTrainer, TaskData, dict[str, Any]]:
     """Train, in one round or several, and save the adapter of each.
 
     ``measure_before`` is called with the first trainer, which has learnt nothing yet; ``seconds`` gets the wall time of phases.
@@ -159,7 +161,7 @@ def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> Causal
     return model.to(args.device)
 
 
-def _begin_at(trainer: SemAlignTrainer, learnt: Path) -> None:
+def _begin_at(trainer: TransferTrainer, learnt: Path) -> None:
     """Have training begin at an adapter of the same modules and rank."""
     found: Any = set_peft_model_state_dict(trainer.model, load_file(learnt / SAFETENSORS_WEIGHTS_NAME))
     if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
@@ -186,10 +188,10 @@ def make_trainer(
     args: SemAlignConfig,
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
-    like: SemAlignTrainer | None = None,
-) -> SemAlignTrainer:
+    like: TransferTrainer | None = None,
+) -> TransferTrainer:
     """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
-    return METHODS[method](
+    return METHODS[method].trainer(
         resolve_model(recipe.target),
         source,
         args,

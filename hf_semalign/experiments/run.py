@@ -44,8 +44,9 @@ from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import device_name
 from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import check_disjoint, encode
-from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
+from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.engines import check_engine, is_set
+from hf_semalign.transfer import TransferTrainer, signals_root, timed
 
 try:
     import resource
@@ -130,7 +131,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
             check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
     source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
 
-    def measure_before(trainer: SemAlignTrainer) -> None:
+    def measure_before(trainer: TransferTrainer) -> None:
         metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
         if args.signals == "cached":
             source.release()  # generation takes memory, too
@@ -191,7 +192,7 @@ def run_signals(recipe: Recipe) -> Path:
     return source.folder(signals_root(args))
 
 
-def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], started: float) -> None:
+def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], started: float) -> None:
     """Results, figures and card of what has run so far; the main process alone writes."""
     results["seconds"].pop("total", None)  # it stands last
     results["seconds"]["total"] = round(time.perf_counter() - started, 2)
@@ -257,21 +258,21 @@ class HeldOut:
             found.append(HeldOut(name, records, rows))
         return found
 
-    def remember(self, trainer: SemAlignTrainer) -> None:
+    def remember(self, trainer: TransferTrainer) -> None:
         """Keep the states of a target that has learnt nothing yet."""
         self.states = [states.cpu() for states, _ in final_states(cast(CausalLM, trainer.model), self._batches(trainer))]
 
-    def measure(self, trainer: SemAlignTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def measure(self, trainer: TransferTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """See :func:`hf_semalign.experiments.evaluation.drift`; and exact match, where the task has any."""
         found = drift(cast(CausalLM, trainer.model), self._batches(trainer), self.states)
         return found | _generated(trainer.model, self.records, tokenizer)
 
-    def _batches(self, trainer: SemAlignTrainer) -> DataLoader:
+    def _batches(self, trainer: TransferTrainer) -> DataLoader:
         return DataLoader(self.rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
 
 
 def _measure(
-    recipe: Recipe, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
+    recipe: Recipe, trainer: TransferTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase, others: Sequence[HeldOut]
 ) -> dict[str, Any]:
     evaluated, scores = trainer.evaluate(), signals_root(trainer.args) / "scores"
     metrics: dict[str, Any] = {
@@ -287,7 +288,7 @@ def _measure(
 
 
 def _measure_source(
-    recipe: Recipe, trainer: SemAlignTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, trainer: TransferTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The source's own figures, kept with its signals, so that a second run need not load it."""
     args, source = trainer.args, trainer.source
@@ -310,7 +311,7 @@ def _measure_source(
     return metrics
 
 
-def _score_source(recipe: Recipe, trainer: SemAlignTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _score_source(recipe: Recipe, trainer: TransferTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The source's scores on the benchmarks, kept with what else it said, where a machine without its weights finds them."""
     args, source, root = trainer.args, trainer.source, signals_root(trainer.args)
     if args.source_memory == "stream" or recipe.benchmark is None:
@@ -322,7 +323,7 @@ def _score_source(recipe: Recipe, trainer: SemAlignTrainer, tokenizer: PreTraine
     return found
 
 
-def _identity(recipe: Recipe, trainer: SemAlignTrainer) -> str:
+def _identity(recipe: Recipe, trainer: TransferTrainer) -> str:
     """What stands for a trainer's target as it is: of one that has learnt nothing, the target's own weights alone."""
     base = Source(resolve_model(recipe.target)).identity
     learnt = [trainer.method, [checksum(p) for layer in trainer.lora_layers for p in layer]]

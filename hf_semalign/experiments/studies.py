@@ -28,7 +28,7 @@ from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_
 from hf_semalign.models.loading import find_config, load_model, skeleton
 from hf_semalign.models.names import public_name, resolve_model
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
-from hf_semalign.trainer import signals_root
+from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
 COLLATOR = Collator(pad_token_id=0)  # masked, whatever it is

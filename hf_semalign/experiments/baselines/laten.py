@@ -32,18 +32,19 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, NotFiniteError
+from hf_semalign.experiments.baselines.carrier import Carrier, Hypernetworks, knowledge_of, penalty, sites
 from hf_semalign.experiments.baselines.neurons import (
     Located,
     NeuronParts,
@@ -62,144 +63,18 @@ from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.models.loading import is_quantised
 from hf_semalign.models.lora import add_lora
 from hf_semalign.splits import Collator, Record, valid_positions
-from hf_semalign.trainer import SemAlignTrainer, timed
 from hf_semalign.training.engines import is_set
 from hf_semalign.training.preparation import Counts, Preparation
 from hf_semalign.training.stages import train_only
+from hf_semalign.transfer import TransferTrainer, timed
 
 logger = logging.getLogger(__name__)
 RATE = 0.1  # of the target's FFN and hidden width: neurons in each layer
 PENALTY = 1000.0  # on the mean square of Delta
-DEVIATION = 1e-5  # of the hypernetworks' weights
 LEARNING_RATES = (3e-5, 3e-4)  # those of the authors' README and script
 POOL = 80  # align rows that pre-alignment draws from
 DRAWN = 15  # in each step
 VALIDATION = 80  # align rows that the learning rate is chosen on, at most
-BY_COLUMNS = ("down", "output")  # a neuron is a column of these, and a row of up and value
-OF_FFN = ("up", "down")
-ROLES = ("up", "down", "value", "output")
-
-
-class Hypernetworks(nn.Module):
-    """From the source's width to the target's: one network a module type, shared by all layers and neurons, in float32."""
-
-    def __init__(self, source_width: int, target_width: int) -> None:
-        super().__init__()
-        self.networks = nn.ModuleDict(
-            {
-                role: nn.Sequential(
-                    nn.Linear(source_width, source_width, bias=False),
-                    nn.ReLU(),
-                    nn.Linear(source_width, target_width, bias=False),
-                )
-                for role in ROLES
-            }
-        )
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=DEVIATION)
-
-    def forward(self, knowledge: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights of neurons ``[L, n, D_src]`` by role to Delta ``[L, n, D_tgt]``."""
-        return {role: self.networks[role](weights) for role, weights in knowledge.items()}
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where the neurons of one role lie in a model.
-
-    Attributes:
-        layers: ``L`` layers.
-        indices: rows or columns of the role's module in each of them, ``[L, n]``.
-    """
-
-    layers: list[int]
-    indices: torch.Tensor
-
-
-def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
-    """Rows or columns that located neurons have in the modules of one role; two neurons may share a row of value."""
-    if role in OF_FFN:
-        return Sites(located.ffn_layers, located.ffn)
-    layers = located.attention_layers
-    if role == "output":
-        return Sites(layers, located.attention)
-    rows = [parts[k].value_rows[neurons] for k, neurons in zip(layers, located.attention, strict=True)]
-    return Sites(layers, torch.stack(rows))
-
-
-@torch.no_grad()
-def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, torch.Tensor]:
-    """The weights of located neurons by role, ``[L, n, D]`` in float32."""
-    found = {}
-    for role in ROLES:
-        where = sites(parts, located, role)
-        weights = []
-        for k, indices in zip(where.layers, where.indices, strict=True):
-            weight = getattr(parts[k], role).get_parameter("weight")
-            indices = indices.to(weight.device)
-            weights.append((weight[:, indices].T if role in BY_COLUMNS else weight[indices]).float())
-        found[role] = torch.stack(weights)
-    return found
-
-
-class Carrier:
-    """LoRA that is exactly Delta: of ``B A`` one factor is one-hot and names rows or columns, the other one is Delta.
-
-    Args:
-        model: the target with LoRA on the modules of its neurons, of as many ranks as neurons are located, at scale 1.
-    """
-
-    def __init__(self, model: PeftModel) -> None:
-        self._parts = neuron_parts(dissect(model))[1]
-
-    def clear(self) -> None:
-        """The target as it was."""
-        with torch.no_grad():
-            for part in self._parts:
-                for role in ROLES:
-                    for factor in self._factors(part, role):
-                        factor.zero_()
-
-    def write(self, located: Located, deltas: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:
-        """Put Delta where neurons were located.
-
-        Args:
-            located: of the target, all of its layers.
-            deltas: ``[L, n, D]`` by role.
-
-        Returns:
-            The factors that hold Delta, for each role those of its layers, as :meth:`gradients` reads them.
-        """
-        held = []
-        for role, delta in deltas.items():
-            where = sites(self._parts, located, role)
-            for k, indices, rows in zip(where.layers, where.indices, delta.detach(), strict=True):
-                a, b = self._factors(self._parts[k], role)
-                places, neurons = indices.to(a.device), torch.arange(len(indices), device=a.device)
-                with torch.no_grad():
-                    if role in BY_COLUMNS:
-                        a.zero_()[neurons, places] = 1
-                        b.copy_(rows.T)
-                    else:
-                        b.zero_()[places, neurons] = 1
-                        a.copy_(rows)
-                held.append(b if role in BY_COLUMNS else a)
-        return held
-
-    @staticmethod
-    def gradients(held: Sequence[nn.Parameter], deltas: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What arrived at the factors of :meth:`write`, as gradients of the deltas."""
-        found, factors = [], iter(held)
-        for role, delta in deltas.items():
-            arrived = [cast(torch.Tensor, next(factors).grad) for _ in delta]
-            found.append(torch.stack([gradient.T if role in BY_COLUMNS else gradient for gradient in arrived]))
-        return found
-
-    @staticmethod
-    def _factors(part: NeuronParts, role: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """``A`` ``[r, in]`` and ``B`` ``[out, r]`` of the module of one role."""
-        module: Any = getattr(part, role)
-        return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
 def example_losses(model: CausalLM, head: Head, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -208,11 +83,6 @@ def example_losses(model: CausalLM, head: Head, batch: Mapping[str, torch.Tensor
     hidden = dissect(model).decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     losses = answer_cross_entropy(hidden[valid], head, batch["labels"][:, 1:][valid[:, :-1]])
     return losses.new_zeros(len(valid)).index_add(0, valid.nonzero()[:, 0], losses) / valid.sum(1)
-
-
-def penalty(deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over the module types of the mean square of Delta, without its weight."""
-    return torch.stack([delta.square().mean() for delta in deltas.values()]).sum()
 
 
 def one_cycle(step: int, steps: int, *, warmup: float = 0.1, start: float = 1 / 25) -> float:
@@ -324,7 +194,28 @@ def _shared(rows: torch.Tensor) -> int:
     return sum(len(some) - len(some.unique()) for some in rows)
 
 
-class LaTenTrainer(SemAlignTrainer):
+def transfer_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
+    """Multiplications: locating in both models, pre-alignment and the held-out rows at every learning rate."""
+    anatomies = dissect(known.source.shape), known.target
+    source, target = (Size.of(anatomy) for anatomy in anatomies)
+    extract, align = (Counts.of(known.splits[split]) for split in ("extract", "align"))
+    drawn, depth = Draw.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
+    tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an align row
+    seen = len(drawn.order) * DRAWN * tokens + extract.tokens, len(drawn.order) * DRAWN * valid + extract.valid
+    translated = len(drawn.order) * 2 * depth * sum(neuron_counts(*anatomies))
+    networks = 3 * translated * source.width * (source.width + target.width)
+    held_out, tried = len(drawn.held_out) * target.forward(tokens, valid), len(LEARNING_RATES)
+    return {
+        "locating": sum(
+            size.forward(extract.tokens + tokens, (extract.rows + 1) * states_read(anatomy, depth))
+            for size, anatomy in zip((source, target), anatomies, strict=True)
+        ),
+        "training": tried * (target.forward(2 * seen[0], 3 * seen[1]) + networks),
+        "choosing the learning rate": (tried + 1) * held_out,
+    }
+
+
+class LaTenTrainer(TransferTrainer):
     """LaTen with the interface of SemAlign's trainer: the same splits, evaluation, folder and record.
 
     ``LaTenTrainer(..., args=SemAlignConfig(**LaTenTrainer.settings, ...))``. Of the other settings count ``seed``, batch sizes
@@ -343,19 +234,11 @@ class LaTenTrainer(SemAlignTrainer):
     """
 
     method = "laten"
-    takes_steps = False
     needs_extract = True
     settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "answers"}
     located: tuple[Located, Located]
     deltas: dict[str, torch.Tensor]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extract = self.known.splits["extract"]
-        self._draw = Draw.draw(len(cast(Dataset, self.train_dataset)), len(self._extract), self.args.seed)
-        self._specials = special_ids(self.known.tokenizer, self.target_anatomy)
-        self._facts: dict[str, Any] = {}
-        self.schedule = FrontierSchedule(1, len(self._extract))
+    _facts: Mapping[str, Any] = {}  # of a finished run
 
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
@@ -380,27 +263,6 @@ class LaTenTrainer(SemAlignTrainer):
         for row in extract:
             answer_label(cast(Record, row), known.tokenizer, specials)
 
-    @classmethod
-    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-        """Multiplications: locating in both models, pre-alignment and the held-out rows at every learning rate."""
-        anatomies = dissect(known.source.shape), known.target
-        source, target = (Size.of(anatomy) for anatomy in anatomies)
-        extract, align = (Counts.of(known.splits[split]) for split in ("extract", "align"))
-        drawn, depth = Draw.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
-        tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an align row
-        seen = len(drawn.order) * DRAWN * tokens + extract.tokens, len(drawn.order) * DRAWN * valid + extract.valid
-        translated = len(drawn.order) * 2 * depth * sum(neuron_counts(*anatomies))
-        networks = 3 * translated * source.width * (source.width + target.width)
-        held_out, tried = len(drawn.held_out) * target.forward(tokens, valid), len(LEARNING_RATES)
-        return {
-            "locating": sum(
-                size.forward(extract.tokens + tokens, (extract.rows + 1) * states_read(anatomy, depth))
-                for size, anatomy in zip((source, target), anatomies, strict=True)
-            ),
-            "training": tried * (target.forward(2 * seen[0], 3 * seen[1]) + networks),
-            "choosing the learning rate": (tried + 1) * held_out,
-        }
-
     def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
         """The target with LoRA that has room for Delta."""
         self._attention, self._ffn = neuron_counts(dissect(self.source.shape), self.known.target)
@@ -409,6 +271,22 @@ class LaTenTrainer(SemAlignTrainer):
         self._lora_targets = sorted(names)
         ranks = {value: self._attention, output: self._attention}
         return add_lora(target, self._lora_targets, rank=self._ffn, alpha=self._ffn, ranks=ranks)
+
+    @cached_property
+    def _extract(self) -> Dataset:
+        return self.known.splits["extract"]
+
+    @cached_property
+    def _draw(self) -> Draw:
+        return Draw.draw(len(self.known.splits["align"]), len(self._extract), self.args.seed)
+
+    @cached_property
+    def _specials(self) -> set[int]:
+        return special_ids(self.known.tokenizer, self.target_anatomy)
+
+    def _schedule(self, known: Preparation) -> FrontierSchedule:
+        """One stage, with a step for each extract example."""
+        return FrontierSchedule(1, len(known.splits["extract"]))
 
     def _ask_source(self) -> None:
         """Look whether the neurons of both models are where they are expected."""

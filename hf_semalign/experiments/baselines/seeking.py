@@ -41,9 +41,9 @@ from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.files import checksum, digest
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import is_quantised
-from hf_semalign.trainer import signals_root, timed
 from hf_semalign.training.engines import is_set
 from hf_semalign.training.preparation import Counts, Preparation
+from hf_semalign.transfer import signals_root, timed
 
 
 def fold(
@@ -58,6 +58,12 @@ def fold(
         first_up: ``B0`` ``[h, r]``.
     """
     return torch.cat((down, first_down.to(down))), torch.cat((up, -first_up.to(up)), dim=1)
+
+
+def extraction_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
+    """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
+    extract = Counts.of(known.splits["extract"])
+    return {"sensitivities": 3 * Size.of(dissect(known.source.shape)).forward(extract.tokens, extract.valid)}
 
 
 class SeekingTrainer(SFTTrainer):
@@ -112,12 +118,6 @@ class SeekingTrainer(SFTTrainer):
             )
         (self.extraction,) = broadcast_object_list([found])  # kernels may differ in the last bits between ranks
         self._base_rounding = self._start()
-
-    @classmethod
-    def own_cost(cls, known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-        """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
-        extract = Counts.of(known.splits["extract"])
-        return {"sensitivities": 3 * Size.of(dissect(known.source.shape)).forward(extract.tokens, extract.valid)}
 
     @torch.no_grad()
     def _start(self) -> float:

@@ -1,0 +1,150 @@
+"""How LaTen translates weights of neurons, and carries them in a target's LoRA: see :mod:`.laten`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from hf_semalign.experiments.baselines.neurons import (
+    Located,
+    NeuronParts,
+    neuron_parts,
+)
+from hf_semalign.models.anatomy import dissect
+
+DEVIATION = 1e-5  # of the hypernetworks' weights
+BY_COLUMNS = ("down", "output")  # a neuron is a column of these, and a row of up and value
+OF_FFN = ("up", "down")
+ROLES = ("up", "down", "value", "output")
+
+
+class Hypernetworks(nn.Module):
+    """From the source's width to the target's: one network a module type, shared by all layers and neurons, in float32."""
+
+    def __init__(self, source_width: int, target_width: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(
+            {
+                role: nn.Sequential(
+                    nn.Linear(source_width, source_width, bias=False),
+                    nn.ReLU(),
+                    nn.Linear(source_width, target_width, bias=False),
+                )
+                for role in ROLES
+            }
+        )
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=DEVIATION)
+
+    def forward(self, knowledge: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights of neurons ``[L, n, D_src]`` by role to Delta ``[L, n, D_tgt]``."""
+        return {role: self.networks[role](weights) for role, weights in knowledge.items()}
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the neurons of one role lie in a model.
+
+    Attributes:
+        layers: ``L`` layers.
+        indices: rows or columns of the role's module in each of them, ``[L, n]``.
+    """
+
+    layers: list[int]
+    indices: torch.Tensor
+
+
+def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
+    """Rows or columns that located neurons have in the modules of one role; two neurons may share a row of value."""
+    if role in OF_FFN:
+        return Sites(located.ffn_layers, located.ffn)
+    layers = located.attention_layers
+    if role == "output":
+        return Sites(layers, located.attention)
+    rows = [parts[k].value_rows[neurons] for k, neurons in zip(layers, located.attention, strict=True)]
+    return Sites(layers, torch.stack(rows))
+
+
+@torch.no_grad()
+def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, torch.Tensor]:
+    """The weights of located neurons by role, ``[L, n, D]`` in float32."""
+    found = {}
+    for role in ROLES:
+        where = sites(parts, located, role)
+        weights = []
+        for k, indices in zip(where.layers, where.indices, strict=True):
+            weight = getattr(parts[k], role).get_parameter("weight")
+            indices = indices.to(weight.device)
+            weights.append((weight[:, indices].T if role in BY_COLUMNS else weight[indices]).float())
+        found[role] = torch.stack(weights)
+    return found
+
+
+class Carrier:
+    """LoRA that is exactly Delta: of ``B A`` one factor is one-hot and names rows or columns, the other one is Delta.
+
+    Args:
+        model: the target with LoRA on the modules of its neurons, of as many ranks as neurons are located, at scale 1.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._parts = neuron_parts(dissect(model))[1]
+
+    def clear(self) -> None:
+        """The target as it was."""
+        with torch.no_grad():
+            for part in self._parts:
+                for role in ROLES:
+                    for factor in self._factors(part, role):
+                        factor.zero_()
+
+    def write(self, located: Located, deltas: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:
+        """Put Delta where neurons were located.
+
+        Args:
+            located: of the target, all of its layers.
+            deltas: ``[L, n, D]`` by role.
+
+        Returns:
+            The factors that hold Delta, for each role those of its layers, as :meth:`gradients` reads them.
+        """
+        held = []
+        for role, delta in deltas.items():
+            where = sites(self._parts, located, role)
+            for k, indices, rows in zip(where.layers, where.indices, delta.detach(), strict=True):
+                a, b = self._factors(self._parts[k], role)
+                places, neurons = indices.to(a.device), torch.arange(len(indices), device=a.device)
+                with torch.no_grad():
+                    if role in BY_COLUMNS:
+                        a.zero_()[neurons, places] = 1
+                        b.copy_(rows.T)
+                    else:
+                        b.zero_()[places, neurons] = 1
+                        a.copy_(rows)
+                held.append(b if role in BY_COLUMNS else a)
+        return held
+
+    @staticmethod
+    def gradients(held: Sequence[nn.Parameter], deltas: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What arrived at the factors of :meth:`write`, as gradients of the deltas."""
+        found, factors = [], iter(held)
+        for role, delta in deltas.items():
+            arrived = [cast(torch.Tensor, next(factors).grad) for _ in delta]
+            found.append(torch.stack([gradient.T if role in BY_COLUMNS else gradient for gradient in arrived]))
+        return found
+
+    @staticmethod
+    def _factors(part: NeuronParts, role: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """``A`` ``[r, in]`` and ``B`` ``[out, r]`` of the module of one role."""
+        module: Any = getattr(part, role)
+        return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def penalty(deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum over the module types of the mean square of Delta, without its weight."""
+    return torch.stack([delta.square().mean() for delta in deltas.values()]).sum()

@@ -10,7 +10,7 @@ import hf_semalign
 
 ORDER = (
     "errors", "files",
-    "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading",
+    "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading", "models.frozen",
     "splits",
     "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
     "config",

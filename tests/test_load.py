@@ -15,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_semalign import SemanticMap, SourceSignals
 from hf_semalign import files as files_module
 from hf_semalign.cache import examples as examples_module
-from hf_semalign.cache import source as source_module
 from hf_semalign.cache import states as states_module
 from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import TargetPrefix
@@ -25,6 +24,7 @@ from hf_semalign.cache.states import Column, StateFolder
 from hf_semalign.files import checksum
 from hf_semalign.method.losses import answer_cross_entropy
 from hf_semalign.method.pairing import pair_layers
+from hf_semalign.models import frozen as source_module
 from hf_semalign.models.anatomy import Head
 from hf_semalign.splits import Collator, check_disjoint, check_token_ids, encode, hold_out
 

@@ -227,7 +227,7 @@ def test_signals_made_alone_serve_a_run_on_a_machine_without_the_source(tmp_path
             os.utime(path)
     there = [f"source={source}", f"output_dir={tmp_path / 'b'}", f"training.signals_dir={tmp_path / 'there'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_semalign.cache.source.load_model", refuse_to_load_a_source)
+        patch.setattr("hf_semalign.models.frozen.load_model", refuse_to_load_a_source)
         again = run_recipe(load_recipe(QUICKSTART, [*small, *there]))
     assert again["metrics"] == whole["metrics"]
     assert json.loads((tmp_path / "b" / "semalign.json").read_text())["source"] == "big"

@@ -107,7 +107,7 @@ def test_fine_tuning_learns_the_answers_and_not_the_source(tmp_path):
 
 @pytest.mark.parametrize("trainer", [KDTrainer, SFTTrainer])
 def test_a_baseline_is_what_its_settings_say(trainer, tmp_path):
-    with pytest.raises(ValueError, match=rf"{trainer.__name__} is what it is by .*but args has .*'frontier': 'single'"):
+    with pytest.raises(ValueError, match=rf"{trainer.__name__} requires .*; got .*'frontier': 'single'"):
         make(trainer, tmp_path, frontier="single")
     made = make(trainer, tmp_path)
     assert made.record()["method"] == trainer.method

@@ -537,6 +537,7 @@ def test_a_folder_and_a_record_like_any_other(tmp_path, lively):
 def test_costs_are_counted_as_they_are(tmp_path, lively):
     """Forward passes over examples, counted at the embeddings of both models."""
     trainer = make(tmp_path)
+    trainer.prepare()
     seen = {"source": 0, "target": 0}
     for name, model in (("source", trainer.source.model("cpu")), ("target", base_model(trainer.model))):
 
@@ -644,12 +645,12 @@ def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, lively, monkey
             "Neurons of GemmaForCausalLM cannot be scored",
         ),
         ("no label", {"extract": [{"input_ids": [5, 6, 0], "labels": [IGNORED, IGNORED, 0]}]}, "has no token but special ones"),
-        ("other settings", {"frontier": "single"}, "LaTenTrainer is what it is by"),
+        ("other settings", {"frontier": "single"}, "LaTenTrainer requires"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        make(tmp_path, **changes)
+        make(tmp_path, **changes).prepare()
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

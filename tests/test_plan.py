@@ -63,6 +63,7 @@ def test_training_costs_what_torch_counts(method, settings, tmp_path):
     args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, "pairing": "last", **settings, **trainer_class.settings})
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
     trainer = trainer_class(target, source, args, ROWS)
+    trainer.prepare()
     planned = plan(prepare(tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS), args, method)
     with FlopCounterMode(display=False) as counter:
         trainer.train()
@@ -76,7 +77,7 @@ def test_the_pass_of_the_source_costs_what_torch_counts(tmp_path):
     source, target = tiny_llama(4, 96, seed=2, **WIDE), tiny_llama(3, 64, seed=1, **WIDE)
     planned = plan(prepare(target, source, args, ROWS), args, "semalign")
     with FlopCounterMode(display=False) as counter:
-        METHODS["semalign"].trainer(tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS)
+        METHODS["semalign"].trainer(tiny_llama(3, 64, seed=1, **WIDE), source, args, ROWS).prepare()
     # Beside the pass: the map, and a look at whether heads explain the logits of a few tokens.
     assert 2 * planned.cost["signals"] * planned.multiplications == pytest.approx(counter.get_total_flops(), rel=0.3)
 

@@ -40,7 +40,9 @@ def make(tmp_path, pair="Llama", source=None, target=None, **settings):
     folder = settings.pop("run", "run")
     args = SemAlignConfig(output_dir=str(tmp_path / folder), **{**PAPER, **SETTINGS, **SeekingTrainer.settings, **settings})
     models = (given or made() for given, made in zip((target, source), reversed(PAIRS[pair]), strict=True))
-    return SeekingTrainer(*models, args, ROWS[:18], eval_dataset=ROWS[18:24], extract_dataset=ROWS[24:])
+    trainer = SeekingTrainer(*models, args, ROWS[:18], eval_dataset=ROWS[18:24], extract_dataset=ROWS[24:])
+    trainer.prepare()
+    return trainer
 
 
 def brute_sensitivity(model, rows):
@@ -314,6 +316,7 @@ def test_in_bfloat16_the_base_is_rounded_and_the_record_says_so(tmp_path):
 def test_without_an_extract_split_rows_of_the_align_split_are_taken(tmp_path):
     args = SemAlignConfig(output_dir=str(tmp_path), **{**PAPER, **SETTINGS, **SeekingTrainer.settings})
     trainer = SeekingTrainer(*(made() for made in reversed(PAIRS["Llama"])), args, ROWS[:20])
+    trainer.prepare()
     assert trainer.extraction.examples == 4
     assert len(trainer.train_dataset) == 16
 

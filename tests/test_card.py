@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType
 
 from hf_semalign.experiments import symbols
 from hf_semalign.hub.card import benchmark_entries, render_card, restriction
+from hf_semalign.models import names
 
 TAGS = ["lora", "transformers", "hf-semalign", "knowledge-transfer"]
 LOCAL = ["embedded:target", "target", "/home/zoe/models/target", "./target", "~/zoe/x/target/", r"C:\Users\zoe\target"]
@@ -211,6 +212,18 @@ def test_hostile_text_is_shown_to_the_letter(record, results):
     assert code.rstrip().endswith("&quot;.&quot;)")
     assert metadata(card)["model-index"][0]["results"][0]["metrics"][0]["name"] == " ".join(HOSTILE.split())
     assert len({line.count(" | ") for line in section(card, "Results").splitlines() if line.startswith("|")}) == 1
+
+
+def test_data_is_never_a_template(record, results):
+    tags = "{{ 1234 + 1 }} {% for x in y %} {# z"
+    record["source"] = record["target"] = results["task"] = tags
+    record["versions"][tags] = tags
+    record["settings"][tags] = tags
+    card = render_card(record, results)
+    assert f"# SemAlign: {tags} → {tags}\n" in card
+    assert section(card, "Versions").endswith(f", {tags} {tags}")
+    assert f"| {tags} | {tags} |" in section(card, "Settings")
+    assert "1235" not in card
 
 
 def test_limits_name_where_others_are_better(record, results):
@@ -433,7 +446,7 @@ def test_the_python_example_is_python(record, results, target):
 
 
 def test_the_python_example_loads_the_adapter(record, results, tmp_path, monkeypatch):
-    monkeypatch.setattr(symbols, "PAIR_FOLDER", tmp_path / "pair")
+    monkeypatch.setattr(names, "PAIR_FOLDER", tmp_path / "pair")
     monkeypatch.chdir(tmp_path)
     tokenizer = symbols.build_tokenizer()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

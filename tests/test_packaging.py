@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DATA = [
-    "py.typed", "data/quickstart.yaml",
+    "py.typed", "hub/card.md.jinja", "data/quickstart.yaml",
     *(f"data/pair/{role}/{name}" for role in ("source", "target") for name in (
         "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     )),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
 from hf_semalign.errors import InputError
@@ -27,6 +28,7 @@ ANALYSES = {
     "vectors": "How well hidden states are rebuilt from vocabulary bases, by layer.",
     "cka": "How alike the layers of source and target are (linear CKA), without and with the map.",
 }
+NOT_OURS = (AttributeError, KeyError, TypeError, UndefinedError)  # of content that is JSON, and something else than we write
 NO_RESULTS: dict[str, Any] = {
     "task": "its training data", "dataset": None, "metrics": {}, "history": [], "seconds": {}, "peak_memory_mb": None,
     "machine": {}, "figures": [],
@@ -97,7 +99,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'report.html'}.")
     try:
         page = _of_comparison(folder) if (folder / "compare.json").is_file() else _of_run(folder)
-    except (AttributeError, KeyError, TypeError) as error:  # of content that is JSON, and something else than we write
+    except NOT_OURS as error:
         raise InputError(f"What lies in {folder} is not what this package writes ({error!r}): make the folder anew.") from error
     make_folder("output", path.parent)
     write_text(path, page)

@@ -203,7 +203,7 @@ def test_hostile_text_is_shown_to_the_letter(record, results):
     shown = "a|b `c` &lt;script&gt;alert(1)&lt;/script&gt; *d* _e_ [f](http://g) $h$ &amp;amp; \\| ~~i~~ # j"
     assert f"<td>{shown}</td>" in page
     assert f'<th style="text-align:right">{shown} (%)</th>' in page
-    assert f"On cpu, {shown}, 2 CPU cores." in page
+    assert f"The run used this machine: cpu, {shown}, 2 CPU cores." in page
     headings = re.findall(r"<h[1-6]>(.*?)</h[1-6]>", page)
     assert headings[1:] == [
         "Use", "Results", "Figures", "Data", "Settings", "Cost", "Versions", "Limits", "Citation",
@@ -229,18 +229,18 @@ def test_data_is_never_a_template(record, results):
 def test_limits_name_where_others_are_better(record, results):
     results["metrics"]["semalign"] |= {"kl": 0.07, "exact_match": {"copy": 0.9, "sort": 0.81}}
     limits = section(render_card(record, results), "Limits")
-    assert "SemAlign against Target before: worse in copy (90.0 % against 98.0 %)." in limits
+    assert "Compared with Target before, SemAlign is worse in copy (90.0 % against 98.0 %)." in limits
     assert (
-        "SemAlign against Distillation (KL only): worse in copy (90.0 % against 99.0 %), mean exact match (85.5 % against "
-        "89.5 %), KL(source ‖ target) (0.070 against 0.061)." in limits
+        "Compared with Distillation (KL only), SemAlign is worse in copy (90.0 % against 99.0 %), mean exact match (85.5 % "
+        "against 89.5 %), KL(source ‖ target) (0.070 against 0.061)." in limits
     )
     assert "No other method" not in limits
 
 
 def test_limits_say_so_when_nothing_is_better(record, results):
     limits = section(render_card(record, results), "Limits")
-    assert "SemAlign against Target before: worse in none of the numbers above." in limits
-    assert "SemAlign against Distillation (KL only): worse in none of the numbers above." in limits
+    assert "Compared with Target before, SemAlign is worse in none of the numbers above." in limits
+    assert "Compared with Distillation (KL only), SemAlign is worse in none of the numbers above." in limits
 
 
 def test_limits_on_ties_noise_seed_baselines_and_vocabulary(record, results):
@@ -248,9 +248,9 @@ def test_limits_on_ties_noise_seed_baselines_and_vocabulary(record, results):
     results["metrics"]["semalign"]["kl"] = results["metrics"]["target"]["kl"] + 1e-9
     record["map"]["shared_tokens"] = 40
     limits = section(render_card(record, results), "Limits")
-    assert "SemAlign against Target before: worse in none" in limits  # what reads the same is the same
+    assert "Compared with Target before, SemAlign is worse in none" in limits  # what reads the same is the same
     assert "No other method was run" in limits
-    assert "about 100 rows a skill, one standard error of an exact match is up to 5.0 points" in limits
+    assert "about 100 rows per skill, the standard error of an exact match is up to 5.0 points" in limits
     assert "seed 42" in limits
     assert "40 shared tokens, fewer than the 48 dimensions" in limits
     record["map"]["shared_tokens"] = 48
@@ -266,7 +266,7 @@ def test_a_diverged_run_is_worse_and_stays_out_of_the_metadata(record, results):
     assert {metric["type"] for metric in metadata(card)["model-index"][0]["results"][0]["metrics"]} == {"exact_match"}
     results["metrics"]["semalign"] |= {"kl": 0.05, "loss": 0.05}
     results["metrics"]["kd"] |= {"kl": float("nan")}
-    assert "Distillation (KL only): worse in none" in section(render_card(record, results), "Limits")
+    assert "Compared with Distillation (KL only), SemAlign is worse in none" in section(render_card(record, results), "Limits")
 
 
 def test_sections_without_data_vanish(record, results):
@@ -326,8 +326,8 @@ def test_settings_show_what_counted(record, results):
 @pytest.mark.parametrize(
     ("settings", "said", "unsaid"),
     [
-        ({}, ["one target layer at a time", "relation loss", "plus KL"], ["steering"]),
-        ({"frontier": "joint", "relation_weight": 0.0}, ["in all target layers at once", "is the KL"], ["relation loss"]),
+        ({}, ["target layers were trained one at a time", "relation loss", "plus KL"], ["steering"]),
+        ({"frontier": "joint", "relation_weight": 0.0}, ["All target layers", "at once", "is the KL"], ["relation loss"]),
         ({"layer_loss": "steering", "kl_weight": 0.0}, ["steering loss"], ["relation loss", "plus KL"]),
         ({"output_loss": "cosine"}, ["plus cosine loss of the final state"], ["plus KL"]),
     ],
@@ -337,6 +337,22 @@ def test_summary_follows_the_settings(record, results, settings, said, unsaid):
     summary = render_card(record, results).split("## Use")[0]
     assert all(text in summary for text in said)
     assert not any(text in summary for text in unsaid)
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "unsaid"),
+    [
+        ("semalign", "SemAlign copies no weights.", "baseline"),
+        ("kd", "ordinary distillation, a baseline for SemAlign", "copies"),
+        ("sft", "It learns from the answers alone", "transfers what"),  # the source has no part in it
+        ("seeking", "LoRA starts from windows of the source's weights", "copies"),
+        ("laten", "Nothing is trained after that.", "The loss is"),
+    ],
+)
+def test_summary_says_what_the_method_is(record, results, method, said, unsaid):
+    record["method"] = method
+    summary = render_card(record, results).split("## Use")[0]
+    assert said in summary and unsaid not in summary
 
 
 def test_cost_and_versions(record, results):
@@ -352,7 +368,8 @@ def test_cost_and_versions(record, results):
         "source signals": ["2.2", "50"],
         "total": ["1,240.0", "1,550"],
     }
-    assert cost.endswith(" On cpu, Linux-6.1, 2 CPU cores. Peak memory 812 MB, of the process.")
+    machine = "The run used this machine: cpu, Linux-6.1, 2 CPU cores."
+    assert cost.endswith(f" {machine} Peak memory was 812 MB, of the whole process.")
     assert section(card, "Versions") == "hf_semalign 0.1.0, torch 2.9.0"
     assert "2510.24208" in section(card, "Citation")
 
@@ -369,7 +386,7 @@ def test_the_adapter_goes_by_the_licence_of_the_target(record, results):
     other = {"license": "other", "license_name": "mine", "license_link": "https://x.example/LICENSE"}
     card = render_card({**record, "licences": {"source": LLAMA2, "target": other}}, results)
     assert {name: metadata(card)[name] for name in other} == other
-    assert "The adapter goes by the licence of the target, other" in section(card, "Licence")
+    assert "The adapter follows the licence of the target, other" in section(card, "Licence")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +395,7 @@ def test_the_adapter_goes_by_the_licence_of_the_target(record, results):
         (
             "llama2",
             "apache-2.0",
-            "forbids to use its outputs or results to improve any other large language model than Llama 2",
+            "forbids using the source's outputs or results to improve any large language model other than Llama 2",
         ),
         ("llama2", "llama2", None),
         ("llama3", "llama2", "than Llama 3 and its derivatives"),
@@ -400,7 +417,7 @@ def test_a_source_whose_licence_binds_what_learns_from_it(record, results, sourc
 def test_unknown_licences_are_said_to_be_unknown(record, results):
     card = render_card({**record, "licences": {"source": None, "target": None}}, results)
     assert "license" not in metadata(card)
-    assert "No licence of the target is known" in section(card, "Licence")
+    assert "the licence of the target, which is not known here" in section(card, "Licence")
     assert section(render_card(record, results), "Licence") is None  # records of before
 
 

@@ -603,8 +603,8 @@ def test_a_recipe_with_benchmarks_scores_target_source_and_result(files, tmp_pat
             assert len(scored["outcomes"]) == 2 and scored["value"] == scored["outcomes"].count("1") / 2
     assert results["overlap"]["rows"] == 14
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "gsm8k: lm-eval" in card and "zero-shot, greedy, without chat template, 2 test rows" in card
-    assert "none of these rows asks what one of them asks" in card
+    assert "gsm8k is scored by lm-eval" in card and "(zero-shot, greedy, without chat template) on 2 test rows" in card
+    assert "No row asks the same question as one of the benchmark's" in card
     assert "exact_match" in ModelCard(card).data.eval_results[0].metric_type
     monkeypatch.setattr("hf_semalign.experiments.run.run_benchmark", lambda *args, **settings: pytest.fail("scored again"))
     (tmp_path / "run" / "results.json").unlink()

@@ -34,18 +34,21 @@ EXTRACT_USES = {"semalign": "layer attribution", "seeking": "sensitivities of we
 FIGURES = ("layers.png", "losses.png", "comparison.png")
 # Benchmarks whose results the Hub shows from ``.eval_results``: dataset, task, rows of the whole test set.
 REGISTERED = {"gsm8k": ("openai/gsm8k", "gsm8k", 1319)}
-OTHERS = "forbids to use its outputs or results to improve any other large language model than {} and its derivatives (1.b.v)"
+OTHERS = (
+    "forbids using the source's outputs or results to improve any large language model other than {} and its derivatives "
+    "(1.b.v)"
+)
 NAMED = (
-    "asks of a model that was trained or improved with it or its outputs, and is distributed, that its name begins with "
-    "“Llama”, and of who distributes it to display “Built with Llama” (1.b.i)"
+    "asks two things of a distributed model that was trained or improved with Llama or its outputs: its name begins with "
+    "“Llama”, and its distributor displays “Built with Llama” (1.b.i)"
 )
 # What the licence of a source says of models that learn from it, where it says anything that binds; sections of the licences.
 RESTRICTIONS = {
     "llama2": OTHERS.format("Llama 2"),
     "llama3": OTHERS.format("Llama 3"),
     **dict.fromkeys(("llama3.1", "llama3.2", "llama3.3"), NAMED),
-    "gemma": "counts a model that was made by transfer of patterns of its weights or outputs, distillation among them, as a "
-    "Model Derivative, to which its terms and use restrictions apply (1.1)",
+    "gemma": "counts a model that was made by transferring patterns of the source's weights or outputs, for example by "
+    "distillation, as a Model Derivative, to which its terms and use restrictions apply (1.1)",
     **dict.fromkeys(("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"), "allows no commercial use"),
 }
 OWN_FAMILY = ("llama2", "llama3")  # which may improve what is under the same licence
@@ -96,7 +99,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         The content of ``README.md``.
     """
     method, metrics, settings, data = record["method"], results["metrics"], record["settings"], record["data"]
-    measures = _measures(metrics)
+    measures, methods = _measures(metrics), method_order(metrics)
     losses = {settings["layer_loss"]: settings["relation_weight"], settings["output_loss"]: settings["kl_weight"]}
     decoded = any(numbers.get("exact_match") for numbers in metrics.values())
     return _TEMPLATES.get_template("card.md.jinja").render(
@@ -111,10 +114,10 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         losses=[loss for loss, weight in losses.items() if weight],
         measures=measures,
         changes=[measure for measure in measures if measure.headline and {"target", method} <= measure.values.keys()],
-        methods=method_order(metrics),
+        methods=methods,
         decoded=decoded,
         benchmarks={score["task"]: score for numbers in metrics.values() for score in benchmark_scores(numbers)}.values(),
-        compared=len(metrics.keys() - {"source"}) > 2,
+        has_baselines=len(metrics.keys() - {"source"}) > 2,
         steps=results["steps"],
         eval_rows=data["eval"]["rows"] if "eval" in data else None,
         forgetting=_forgetting(metrics),
@@ -130,7 +133,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         licences=_licences(record) if "licences" in record else None,
         restriction=restriction(record),
         versions=[f"{name} {version}" for name, version in record["versions"].items()],
-        limits=_limits(record, measures, method_order(metrics), decoded),
+        limits=_limits(record, measures, methods, decoded),
     )
 
 
@@ -228,16 +231,19 @@ def _cost(results: dict[str, Any]) -> dict[str, Any] | None:
     seconds, forwards = results["seconds"], {**results.get("cost", {})}
     if "signals" in forwards:
         forwards["source signals"] = forwards.pop("signals")
-    counted, machine = {**forwards, "total": sum(forwards.values())}, dict(results["machine"])
     phases = [phase for phase in dict.fromkeys((*seconds, *forwards)) if phase != "total"]
     if "total" in seconds:
         phases.append("total")
-    cores = [f"{machine.pop('cpus')} CPU cores"] if "cpus" in machine else []
+    counted = {**forwards, "total": sum(forwards.values())}
+    machine, memory = dict(results["machine"]), results["peak_memory_mb"]
+    if "cpus" in machine:
+        machine["cpus"] = f"{machine.pop('cpus')} CPU cores"  # after the rest
+    times = {phase: f"{seconds[phase]:,.1f}" if phase in seconds else "in training" for phase in phases}
     facts = {
-        "phases": [(phase, seconds.get(phase), counted.get(phase)) for phase in phases],
+        "phases": [(phase, times[phase], f"{counted[phase]:,.0f}" if counted.get(phase) else "") for phase in phases],
         "counted": bool(forwards),
-        "machine": [*machine.values(), *cores],
-        "memory": results["peak_memory_mb"],
+        "machine": list(machine.values()),
+        "memory": f"{memory:,.0f}" if memory else None,
     }
     return {**facts, "of_process": machine.get("device") == "cpu"} if any(facts.values()) else None
 
@@ -256,8 +262,8 @@ def _limits(record: dict[str, Any], measures: Sequence[_Measure], methods: Seque
     return {
         "worse": {other: [measure for measure in measures if measure.behind(method, other)] for other in others},
         "alone": not set(others) - {"target"},
-        "rows_a_skill": rows / skills if rows else None,
-        "standard_error": 50 * math.sqrt(skills / rows) if rows else None,  # in points, at a share of a half
+        "rows_a_skill": f"{rows / skills:.0f}" if rows else None,
+        "standard_error": f"{50 * math.sqrt(skills / rows):.1f}" if rows else None,  # of a share of a half, in points
         "seed": record["settings"]["seed"],
     }
 

@@ -15,10 +15,10 @@ from hf_semalign.cli import main
 from hf_semalign.experiments import answers
 from hf_semalign.experiments.answers import Sampling, answered, question, write_answers
 from hf_semalign.experiments.recipe import load_recipe, load_run
-from hf_semalign.experiments.rounds import train_recipe
 from hf_semalign.experiments.run import run_recipe
 from hf_semalign.hub.push import read_record
 from hf_semalign.splits import encode, prompt_ids
+from hf_semalign.trainer import SemAlignTrainer
 
 TOKENIZER = word_tokenizer(WORDS)
 CHAT = word_tokenizer([*WORDS, "<user>", "<assistant>"], CHAT_TEMPLATE)
@@ -188,7 +188,7 @@ def test_signals_holds_the_answers_as_well(recipe, tmp_path, monkeypatch):
 
 def test_in_rounds_the_target_answers_as_it_has_become(recipe, tmp_path, monkeypatch):
     begun = []
-    train = train_recipe.__globals__["SemAlignTrainer"].train
+    train = SemAlignTrainer.train
 
     def watched(trainer, *args, **settings):
         begun.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name})

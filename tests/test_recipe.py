@@ -319,7 +319,7 @@ def test_seconds_are_those_of_all_starts_and_a_task_has_the_name_of_the_recipe(g
     second = run_recipe(recipe)  # nothing is left to train
     assert first["training"] <= second["seconds"]["training"] < first["training"] + 1
     assert second["seconds"]["total"] > first["total"]
-    assert second["task"] == "tides" and "Task: tides." in (tmp_path / "run" / "README.md").read_text()
+    assert second["task"] == "tides" and "The task is tides." in (tmp_path / "run" / "README.md").read_text()
     assert load_run(tmp_path / "run").data.task == "records"
     anew = run_recipe(
         load_recipe(good / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", "training.resume_from_checkpoint=false"])

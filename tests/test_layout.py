@@ -11,6 +11,7 @@ import hf_semalign
 ORDER = (
     "errors", "files",
     "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading", "models.frozen",
+    "models.token_bytes",
     "splits",
     "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
     "config",

@@ -17,11 +17,13 @@ from hf_semalign.method.losses import (
     relation_sequences,
     sequence_relation_losses,
     steering_loss,
+    token_class_kl,
     token_cross_entropy,
     token_fisher_losses,
     token_kl,
     token_steering_losses,
 )
+from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.anatomy import Head
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
@@ -427,6 +429,155 @@ def test_kl_and_cross_entropy_of_evaluation_are_those_of_each_alone(shared, cap,
     assert not kl.requires_grad and not cross_entropy.requires_grad
 
 
+# KL of class masses
+
+
+def random_classes(source, target, count, seed=0, left_out=0):
+    """Each class has tokens of both sides; the last tokens of the source are left out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(size):
+        numbers = torch.cat([torch.arange(count), torch.randint(count, (size - count,), generator=generator)])
+        return numbers[torch.randperm(size, generator=generator)]
+
+    return PrefixClasses(torch.cat([side(source - left_out), torch.full((left_out,), count)]), side(target), count)
+
+
+def two_heads(positions=6, rows=(19, 23), widths=(7, 5), seed=0, dtype=torch.float64):
+    """``target_hidden, target_weight, source_hidden, source_weight`` of two vocabularies; sizes are the source's first."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(positions, widths[1]), (rows[1], widths[1]), (positions, widths[0]), (rows[0], widths[0])]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def class_kl_by_definition(target_hidden, target, source_hidden, source, classes):
+    """Loops over positions and classes."""
+    target, source = (head if isinstance(head, Head) else Head(head) for head in (target, source))
+    losses = []
+    for h, g in zip(target_hidden, source_hidden, strict=True):
+        q, p = target.logits(h[None])[0].softmax(-1), source.logits(g[None])[0].softmax(-1)
+        p = p / p[classes.source < classes.count].sum()
+        masses = [(p[classes.source == c].sum(), q[classes.target == c].sum()) for c in range(classes.count)]
+        losses.append(sum(ours * (ours / theirs).log() for ours, theirs in masses if ours > 0))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("left_out", [0, 4])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_class_kl_and_its_gradient_equal_their_definition(rows, left_out, biased, cap, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ROWS", rows)
+    target_hidden, target_weight, source_hidden, source_weight = two_heads()
+    classes = random_classes(19, 23, 8, left_out=left_out)
+    biases = [torch.linspace(-2, 2, size, dtype=torch.float64) if biased else None for size in (23, 19)]
+    target, source = Head(target_weight, biases[0], cap), Head(source_weight, biases[1], cap)
+    target_hidden.requires_grad_()
+    found = token_class_kl(target_hidden, target, source_hidden, source, classes)
+    expected = class_kl_by_definition(target_hidden, target, source_hidden, source, classes)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    gradients = [torch.autograd.grad(loss, target_hidden, upstream)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+    assert found.min() > 0.01 and gradients[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_class_kl_gradient_passes_gradcheck_and_reaches_the_target_states_alone(cap):
+    tensors = [tensor.requires_grad_() for tensor in two_heads(positions=3)]
+    classes = random_classes(19, 23, 8, left_out=3)
+
+    def loss(hidden):
+        return token_class_kl(hidden, Head(tensors[1], softcap=cap), tensors[2], tensors[3], classes)
+
+    assert torch.autograd.gradcheck(loss, tensors[0])
+    loss(tensors[0]).sum().backward()
+    assert tensors[0].grad is not None and all(tensor.grad is None for tensor in tensors[1:])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_class_kl_of_single_tokens_is_the_token_kl(shuffled, dtype, tolerance):
+    target_hidden, target_weight, source_hidden, source_weight = heads(dtype=dtype)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(1)) if shuffled else torch.arange(23)
+    classes = PrefixClasses(order, torch.arange(23), 23)
+    ours, theirs = target_hidden.clone().requires_grad_(), target_hidden.clone().requires_grad_()
+    found = token_class_kl(ours, target_weight, source_hidden, source_weight[order], classes)
+    expected = token_kl(theirs, target_weight, source_hidden, source_weight)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_class_kl_is_never_above_the_token_kl_nor_below_that_of_coarser_classes(seed):
+    """The data processing inequality."""
+    tensors = heads(seed=seed)
+    fine = random_classes(23, 23, 10, seed=seed).target
+    coarse = fine // 3
+    kl, of_fine, of_coarse = (
+        token_kl(*tensors),
+        token_class_kl(*tensors, PrefixClasses(fine, fine, 10)),
+        token_class_kl(*tensors, PrefixClasses(coarse, coarse, 4)),
+    )
+    assert (kl > of_fine).all() and (of_fine > of_coarse).all() and (of_coarse > 0).all()
+    one = torch.zeros_like(fine)
+    assert token_class_kl(*tensors, PrefixClasses(one, one, 1)).abs().max() < 1e-14
+
+
+def test_a_class_that_the_source_has_no_token_of_counts_for_the_target_alone():
+    tensors = two_heads(rows=(4, 5))
+    classes = PrefixClasses(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 2, 2, 0]), 3)
+    found = token_class_kl(*tensors, classes)
+    torch.testing.assert_close(found, class_kl_by_definition(*tensors, classes))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_class_kl_survives_extreme_logits_and_still_pulls(dtype):
+    target_hidden, target_weight, source_hidden, source_weight = two_heads(dtype=dtype)
+    hidden = (1e3 * target_hidden).requires_grad_()
+    classes = random_classes(19, 23, 8, left_out=2)
+    found = token_class_kl(hidden, target_weight, 1e3 * source_hidden, source_weight, classes)
+    found.sum().backward()
+    assert found.dtype == torch.float32 and hidden.grad.dtype == dtype
+    assert found.isfinite().all() and (found >= -1e-6).all() and found.max() > 10
+    assert hidden.grad.isfinite().all() and (hidden.grad.abs().amax(1) > 0.01)[found > 10].all()
+
+
+@pytest.mark.parametrize("positions", [20, 200])
+def test_memory_of_the_class_kl_grows_with_chunk_and_vocabulary_alone(positions, monkeypatch):
+    monkeypatch.setattr(losses, "LOGIT_ROWS", 4)
+    rows, count = (1500, 2000), 500
+    target_hidden, *rest = two_heads(positions, rows, widths=(3, 2), dtype=torch.float32)
+    target_hidden.requires_grad_()
+    classes = random_classes(*rows, count)
+
+    def both_ways():
+        token_class_kl(target_hidden, *rest, classes).sum().backward()
+
+    with LargestOutput() as largest:
+        both_ways()
+    assert largest.numel == 2 * 4 * 2000
+    assert peak_elements(both_ways) < 1.1 * 4 * (2 * 2000 + 3 * (count + 1))  # logits and probabilities, masses and their ratio
+
+
+def test_class_kl_of_no_positions_gives_no_values():
+    target_hidden, *rest = two_heads(positions=0)
+    each = token_class_kl(target_hidden.requires_grad_(), *rest, random_classes(19, 23, 8))
+    each.sum().backward()
+    assert each.shape == (0,) and target_hidden.grad.shape == (0, 5)
+
+
+def test_classes_of_other_heads_are_refused():
+    with pytest.raises(ValueError, match=r"19 \(source\) and 23 \(target\) rows, and the classes are of 19 and 22 tokens"):
+        token_class_kl(*two_heads(), random_classes(19, 22, 8))
+
+
+# Fisher
+
+
 def fisher_by_definition(outputs, supervision, head):
     """Through the whole Fisher matrix of the softmax, ``diag(p) - p p^T``."""
     losses = []
@@ -480,7 +631,8 @@ def test_a_callers_autocast_changes_no_loss():
 
     def found():
         kl = output_kl(y[valid], weight, y_tilde[valid], weight)
-        return torch.stack((relation_loss(x, y, y_tilde, valid), fisher_loss(y, y_tilde, weight, valid), kl))
+        of_classes = token_class_kl(y[valid], weight, y_tilde[valid], weight, random_classes(11, 11, 4)).sum()
+        return torch.stack((relation_loss(x, y, y_tilde, valid), fisher_loss(y, y_tilde, weight, valid), kl, of_classes))
 
     plain = found()
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,11 +8,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hf_semalign.errors import InputError
+from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.anatomy import Head
 
 EPSILON = 1e-8
 RELATION_ROWS = 512  # rows of a relation matrix at a time: peak memory O(rows x T)
 LOGIT_ROWS = 128  # positions whose logits exist at a time: peak memory O(rows x V)
+LOG_FLOOR = -80.0  # of a token's probability in class masses, which float32 still holds: the log of no mass is infinite
 
 
 def relation_loss(inputs: torch.Tensor, outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -240,6 +242,41 @@ def token_kl(
         return _ChunkedKL.apply(target_hidden, _as_head(target_weight), source_hidden.detach(), _as_head(source_weight))
 
 
+def token_class_kl(
+    target_hidden: torch.Tensor,
+    target_weight: torch.Tensor | Head,
+    source_hidden: torch.Tensor,
+    source_weight: torch.Tensor | Head,
+    classes: PrefixClasses,
+) -> torch.Tensor:
+    """``sum_c P(c) log(P(c) / Q(c))`` of each position, ``[N]``: the output loss (equation 8) of two tokenizers.
+
+    ``P(c)`` and ``Q(c)`` are the masses that source and target give to the tokens of class ``c``. Classes of one token each
+    give :func:`token_kl`, coarser ones never more than that. What the source gives to tokens that the classes leave out is
+    taken out of ``P``, which is renormalised.
+
+    Args:
+        target_hidden: ``[N, D_tgt]`` final hidden states at the aligned positions.
+        target_weight: head ``[V_tgt, D_tgt]``, or a :class:`hf_semalign.models.anatomy.Head`; frozen: gets no gradient.
+        source_hidden: ``[N, D_src]`` those of the source; carries no gradient.
+        source_weight: head ``[V_src, D_src]``, likewise.
+        classes: of the tokens of both heads, on their device.
+
+    Raises:
+        ValueError: heads with other numbers of rows than the classes have tokens.
+    """
+    target_head, source_head = _as_head(target_weight), _as_head(source_weight)
+    rows, tokens = ([len(one) for one in pair] for pair in ((source_head[0], target_head[0]), (classes.source, classes.target)))
+    if rows != tokens:
+        raise InputError(
+            f"The heads have {rows[0]} (source) and {rows[1]} (target) rows, and the classes are of {tokens[0]} and "
+            f"{tokens[1]} tokens: tell prefix_classes how many rows the heads have, and take as many of the first rows of each "
+            "as it gives classes, by head.rows."
+        )
+    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's would multiply in half precision
+        return _ChunkedClassKL.apply(target_hidden, target_head, source_hidden.detach(), source_head, classes)
+
+
 def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each next token without gradient: ``[N, D]``, a head, ``[N]`` to ``[N]``, in row chunks."""
     head = _as_head(weight)
@@ -341,6 +378,52 @@ class _ChunkedKL(_GradientInForward):
             ctx.save_for_backward(gradient)
             ctx.dtype = target_hidden.dtype
         return loss
+
+
+class _ChunkedClassKL(_GradientInForward):
+    """KL of class masses of each row and its gradient, both made in the forward pass, a chunk of rows at a time.
+
+    At a target logit of token ``t`` in class ``c`` the gradient is ``p(t) (1 - P(c) / Q(c))``, times the slope of a soft cap.
+    """
+
+    @staticmethod
+    def forward(ctx, target_hidden, target_head, source_hidden, source_head, classes):
+        weight, cap = target_head.weight, target_head.softcap
+        loss = target_hidden.new_empty(len(target_hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
+        gradient = torch.empty_like(target_hidden, dtype=weight.dtype)
+        chunk = min(LOGIT_ROWS, len(loss))
+        memory = loss.new_empty(2, chunk * max(len(weight), len(source_head.weight)))
+        masses = loss.new_empty(3, chunk, classes.count + 1)
+        for rows in _row_chunks(target_hidden):
+            source_mass, target_mass, log_ratio = masses[:, : len(loss[rows])]
+            _class_masses(source_hidden[rows], source_head, classes.source, memory, source_mass)
+            logits, probability = _class_masses(target_hidden[rows], target_head, classes.target, memory, target_mass)
+            source_mass, target_mass, log_ratio = source_mass[:, :-1], target_mass[:, :-1], log_ratio[:, :-1]
+            source_mass /= source_mass.sum(-1, keepdim=True)  # which is less than 1 where tokens are left out
+            ratio = torch.div(source_mass, target_mass, out=target_mass)
+            # Where the source has no token of a class, 0 log 0 is 0: torch.xlogy says so too, in four times the time.
+            torch.log(torch.clamp(ratio, min=torch.finfo(ratio.dtype).tiny, out=log_ratio), out=log_ratio)
+            loss[rows] = source_mass.mul_(log_ratio).sum(-1)
+            if ctx.needs_input_grad[0]:
+                if cap is not None:
+                    probability.mul_(logits.div_(cap).square_().neg_().add_(1))
+                torch.gather(ratio.neg_().add_(1), 1, classes.target.expand(len(ratio), -1), out=logits)
+                torch.mm(probability.mul_(logits).to(weight.dtype), weight, out=gradient[rows])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gradient)
+            ctx.dtype = target_hidden.dtype
+        return loss
+
+
+def _class_masses(
+    hidden: torch.Tensor, head: Head, classes: torch.Tensor, memory: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the probabilities of each class in ``out``; logits and probabilities ``[N, V]`` in the memory that is given."""
+    logits, probability = (part[: len(hidden) * len(classes)].view(len(hidden), -1) for part in memory)
+    torch.log_softmax(_logits(hidden, head, logits), -1, out=probability)
+    probability.clamp_(min=LOG_FLOOR).exp_()
+    out.zero_().scatter_add_(1, classes.expand(len(hidden), -1), probability)
+    return logits, probability
 
 
 class _ChunkedFisher(_GradientInForward):

@@ -9,15 +9,17 @@ import reference
 import torch
 from conftest import batches_of, random_rows, tiny_llama, tiny_model, word_tokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
+from two_tokenizers import byte_level, sentencepiece_bpe, unigram, wordpiece
 
 from hf_semalign.cache.signals import OnlineSignals, match_scales
 from hf_semalign.method import semantic_map as semantics
 from hf_semalign.method.pairing import pair_layers
-from hf_semalign.method.semantic_map import KINDS, SemanticMap, semantic_bases, shared_token_ids
+from hf_semalign.method.semantic_map import KINDS, SemanticMap, differing, rows_by_bytes, semantic_bases, shared_token_ids
+from hf_semalign.models.token_bytes import TokenBytes
 
 VOCAB = 40
 
@@ -249,6 +251,8 @@ def test_unusable_heads_are_refused():
         SemanticMap.from_heads(head(4), head(4), kind="linear")
     with pytest.raises(ValueError, match=r"39 and 40 rows.*from_models"):
         SemanticMap.from_heads(head(4)[:39], head(4))
+    with pytest.raises(ValueError, match="7 and 8 rows"):
+        SemanticMap.from_heads(head(4), head(4), rows=(torch.arange(7), torch.arange(8)))
 
 
 # Bases
@@ -276,9 +280,9 @@ def builds(monkeypatch):
     widths = []
     pseudoinverse = semantics._pseudoinverse
 
-    def counted(weight):
-        widths.append(weight.shape[1])
-        return pseudoinverse(weight)
+    def counted(rows):
+        widths.append(rows.rank)
+        return pseudoinverse(rows)
 
     monkeypatch.setattr(semantics, "_pseudoinverse", counted)
     return widths
@@ -471,6 +475,108 @@ def test_the_same_tokens_under_other_ids_are_refused_with_their_number():
     words = [f"w{index}" for index in range(20)]
     with pytest.raises(ValueError, match=r"share 23 tokens of 23 \(source\) and 23 \(target\), 20 of them under different ids"):
         shared_token_ids(word_tokenizer(words), word_tokenizer(words[::-1]), 23, 23)
+
+
+# Two tokenizers
+
+
+def matched(source, target, width=4):
+    tables = TokenBytes.of(source), TokenBytes.of(target)
+    return rows_by_bytes(*tables, *(len(table.spelled) for table in tables), width=width), tables
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe, unigram])
+def test_rows_are_matched_by_the_bytes_of_their_tokens(make):
+    source, target = make(seed=1), byte_level(size=300, seed=2)
+    (ours, theirs), tables = matched(source, target)
+    pairs = [[table.spelled[token] for token in ids.tolist()] for table, ids in zip(tables, (ours, theirs), strict=True)]
+    expected = set(tables[0].spelled) & set(tables[1].spelled) - {None}
+    assert pairs[0] == pairs[1] and set(pairs[0]) == expected and len(pairs[0]) == len(expected) > 40
+    assert (theirs.diff() > 0).all()
+
+
+def test_rows_of_one_tokenizer_are_all_but_its_special_tokens():
+    tokenizer = byte_level()
+    (ours, theirs), tables = matched(tokenizer, tokenizer)
+    assert torch.equal(ours, theirs) and len(ours) == len(tokenizer) - 4 and None not in {tables[0].spelled[t] for t in ours}
+
+
+def test_bytes_that_two_tokens_of_one_side_spell_are_left_out():
+    """As of the runs of spaces that GPT-NeoX adds to those that it has."""
+    source, target = byte_level(), byte_level()
+    (ours, _), tables = matched(source, target)
+    run = next(text for text in tables[0].spelled if text and text.startswith(b"  "))
+    assert run in {tables[0].spelled[token] for token in ours}
+    source.add_tokens([AddedToken(run.decode(), normalized=False)])
+    (fewer, _), tables = matched(source, target)
+    assert tables[0].spelled.count(run) == 2 and run not in {tables[0].spelled[token] for token in fewer}
+    assert len(fewer) == len(ours) - 1
+
+
+def test_rows_beyond_a_head_are_not_matched():
+    tables = [TokenBytes.of(byte_level(seed=seed)) for seed in (1, 2)]
+    ours, theirs = rows_by_bytes(*tables, 90, 350, width=1)
+    assert ours.max() < 90 and 80 < theirs.max() < 350
+
+
+def test_too_few_shared_tokens_for_the_targets_width_are_refused_with_the_number():
+    with pytest.raises(ValueError, match=r"\d{3} tokens .* the same bytes, of 400 \(source\) .* needs 2048, 4 for each of 512"):
+        matched(byte_level(), byte_level(size=300), width=512)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_map_over_matched_rows_takes_their_mean_off_both_heads(kind, chunk, monkeypatch):
+    monkeypatch.setattr(semantics, "CHUNK", chunk)
+    source, target = head(7, vocab=61) + 3, head(4, seed=1, vocab=50) - torch.arange(4)
+    rows = torch.randperm(61)[:40], torch.randperm(50)[:40]
+    found = SemanticMap.from_heads(source, target, rows=rows, kind=kind)
+    centred = [weight[ids] - weight[ids].mean(0) for weight, ids in zip((source, target), rows, strict=True)]
+    expected = SemanticMap.from_heads(*centred, kind=kind)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-9, atol=1e-12)
+    assert found.shared_tokens == 40 and found.condition_number == pytest.approx(expected.condition_number)
+    shifted = SemanticMap.from_heads(source + torch.arange(7), target - 2, rows=rows, kind=kind)
+    torch.testing.assert_close(shifted.matrix, found.matrix, rtol=1e-8, atol=1e-11)
+
+
+def test_map_over_ill_conditioned_matched_rows_is_as_exact():
+    source, target = head(7, 1e4, vocab=61), head(4, 1e6, seed=1, vocab=61)
+    rows = torch.randperm(61), torch.randperm(61)
+    centred = [weight[ids] - weight[ids].mean(0) for weight, ids in zip((source, target), rows, strict=True)]
+    expected = torch.linalg.pinv(centred[1]) @ centred[0]
+    assert relative_error(SemanticMap.from_heads(source, target, rows=rows).matrix, expected) < 1e-9
+
+
+def test_map_of_two_tokenizers_is_of_their_matched_rows_whatever_the_ids(tmp_path, builds):
+    found = []
+    for seed in (None, 5):
+        source_tokenizer, target_tokenizer = sentencepiece_bpe(seed=seed), byte_level(size=300, seed=seed and seed + 1)
+        names = [sorted(tokenizer.get_vocab()) for tokenizer in (source_tokenizer, target_tokenizer)]
+        source, target = tiny_llama(1, 16, vocab=len(names[0]) + 8), tiny_llama(1, 8, vocab=len(names[1]), seed=1)
+        for model, known, tokenizer in zip((source, target), names, (source_tokenizer, target_tokenizer), strict=True):
+            weights = torch.randn(len(known), model.config.hidden_size, generator=torch.Generator().manual_seed(len(known)))
+            model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(known)] = weights
+        cache = tmp_path / "map.safetensors"
+        found.append(SemanticMap.from_models(source, target, source_tokenizer, target_tokenizer, cache=cache))
+        again = SemanticMap.from_models(source, target, source_tokenizer, target_tokenizer, cache=cache)
+        assert torch.equal(again.matrix, found[-1].matrix) and again.fingerprint == found[-1].fingerprint
+    torch.testing.assert_close(found[0].matrix, found[1].matrix, rtol=1e-9, atol=1e-12)
+    assert len(builds) == 2 and found[0].fingerprint != found[1].fingerprint and 200 < found[0].shared_tokens < 300
+
+
+def test_models_of_two_tokenizers_that_cannot_be_matched_are_refused():
+    source, target = tiny_llama(1, 16, vocab=600), tiny_llama(1, 256, vocab=600)
+    with pytest.raises(ValueError, match="spell the same bytes"):
+        SemanticMap.from_models(source, target, byte_level(), byte_level(size=300))
+    with pytest.raises(ValueError, match="is a WordPiece"):
+        SemanticMap.from_models(source, target, byte_level(), wordpiece())
+
+
+def test_what_tells_two_tokenizers_apart_is_said():
+    one, other = byte_level(), byte_level()
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    assert differing(one, other) is None
+    assert "of them under different ids" in differing(one, byte_level(seed=1))
 
 
 # Scales

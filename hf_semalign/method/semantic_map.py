@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.errors import InputError
 from hf_semalign.files import checksum
 from hf_semalign.models.anatomy import CausalLM, dissect
+from hf_semalign.models.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
@@ -33,7 +35,8 @@ CHUNK = 1024  # vocabulary rows in float64 at a time
 BLOCK = 512  # columns of a Gram matrix at a time: what lies above the diagonal is left out
 TOLERANCE = 1e-10  # relative error of a pseudoinverse by one Gram matrix, from which on a second one is taken
 EPSILON = torch.finfo(torch.float64).eps
-MIN_SHARED = 0.9  # share of the smaller vocabulary that two tokenizers must have in common
+MIN_SHARED = 0.9  # share of the smaller vocabulary that one tokenizer in two releases has in common
+ROWS_PER_CHANNEL = 4  # shared tokens that a map between two tokenizers needs for each channel of the target
 SAMPLE = "The 3 foxes' naïve re-run: 12.50 km -> 1,024 tests?\n\tdef f_1(x):\n        return x**2  # 東京 😀"
 
 
@@ -46,7 +49,7 @@ def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
     """
-    rows, dual, _ = _pseudoinverse(head_weight)
+    rows, dual, _ = _pseudoinverse(_Rows(head_weight))
     return torch.cat([chunk @ dual.T for chunk in rows])
 
 
@@ -107,14 +110,17 @@ class SemanticMap(nn.Module):
         source_weight: torch.Tensor,
         target_weight: torch.Tensor,
         *,
+        rows: tuple[torch.Tensor, torch.Tensor] | None = None,
         kind: str = "readout",
         cache: str | Path | None = None,
     ) -> SemanticMap:
-        """Build the map from two heads over one vocabulary.
+        """Build the map from two heads over one vocabulary, or over the tokens that two vocabularies share.
 
         Args:
             source_weight: ``[V, D_src]``.
             target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token.
+            rows: of two vocabularies the rows of each head that belong together, see :func:`rows_by_bytes`. Each head is then
+                taken less the mean of these rows, which the softmax does not see, and which is another one for each tokenizer.
             kind: see the class.
             cache: file that keeps the map; used again while both heads are the same.
 
@@ -123,9 +129,10 @@ class SemanticMap(nn.Module):
         """
         if kind not in KINDS:
             raise InputError(f"map_kind is {kind!r}: expected one of {KINDS}.")
-        if len(source_weight) != len(target_weight):
+        counts = [len(one) for one in rows or (source_weight, target_weight)]
+        if counts[0] != counts[1]:
             raise InputError(
-                f"The heads have {len(source_weight)} and {len(target_weight)} rows: pass rows of shared tokens only, or use "
+                f"The heads have {counts[0]} and {counts[1]} rows: pass rows of shared tokens only, or use "
                 "SemanticMap.from_models with both tokenizers."
             )
         for name, weight in (("source", source_weight), ("target", target_weight)):
@@ -134,18 +141,20 @@ class SemanticMap(nn.Module):
                     f"The {name} head is {weight.dtype} of shape {tuple(weight.shape)}: expected [V, D] of finite real numbers "
                     "that are not all zero."
                 )
-        fingerprint = _fingerprint(kind, source_weight, target_weight)
+        fingerprint = _fingerprint(kind, source_weight, target_weight, *(rows or ()))
         known = cls.load(cache) if cache is not None else None
         if known is not None and known.fingerprint == fingerprint:
             return known.to(target_weight.device)
-        source_weight = source_weight.to(target_weight.device)
-        target, target_dual, condition = _pseudoinverse(target_weight)
+        heads = [_Rows(source_weight.to(target_weight.device)), _Rows(target_weight)]
+        if rows is not None:
+            heads = [_centred(head.weight, ids) for head, ids in zip(heads, rows, strict=True)]
+        target, target_dual, condition = _pseudoinverse(heads[1])
         if kind == "readout":
-            matrix = target_dual @ _cross_gram(target, _Rows(source_weight))
+            matrix = target_dual @ _cross_gram(target, heads[0])
         else:
-            source, source_dual, _ = _pseudoinverse(source_weight)
+            source, source_dual, _ = _pseudoinverse(heads[0])
             matrix = target_dual @ _cross_gram(target, source, source_dual if kind == "cosine" else None) @ source_dual.T
-        built = cls(matrix, kind=kind, shared_tokens=len(source_weight), condition_number=condition, fingerprint=fingerprint)
+        built = cls(matrix, kind=kind, shared_tokens=counts[0], condition_number=condition, fingerprint=fingerprint)
         built._built = built._content()
         if cache is not None:
             built.save(cache)
@@ -168,15 +177,20 @@ class SemanticMap(nn.Module):
             source: the source model.
             target: the target model, bare or inside a peft model.
             source_tokenizer: without tokenizers both heads must have the same rows.
-            target_tokenizer: as above.
+            target_tokenizer: as above. Two that cut text differently are matched by the bytes of their tokens.
             kind: see the class.
             cache: see :meth:`from_heads`.
 
         Raises:
-            ValueError: see :func:`shared_token_ids` and :meth:`from_heads`.
+            ValueError: see :func:`shared_token_ids`, :func:`rows_by_bytes` and :meth:`from_heads`.
         """
         ours, theirs = dissect(source).output_head(), dissect(target).output_head()
-        ids = shared_token_ids(source_tokenizer, target_tokenizer, len(ours.weight), len(theirs.weight))
+        counts = len(ours.weight), len(theirs.weight)
+        if source_tokenizer is not None and target_tokenizer is not None and differing(source_tokenizer, target_tokenizer):
+            tables = TokenBytes.of(source_tokenizer), TokenBytes.of(target_tokenizer)
+            rows = rows_by_bytes(*tables, *counts, width=theirs.weight.shape[1])
+            return cls.from_heads(ours.weight, theirs.weight, rows=rows, kind=kind, cache=cache)
+        ids = shared_token_ids(source_tokenizer, target_tokenizer, *counts)
         return cls.from_heads(ours.rows(ids).weight, theirs.rows(ids).weight, kind=kind, cache=cache)
 
     def save(self, path: str | Path) -> None:
@@ -241,19 +255,65 @@ def shared_token_ids(
                 "shared tokens can be matched."
             )
         return torch.arange(source_rows)
+    if difference := differing(source_tokenizer, target_tokenizer):
+        raise InputError(
+            f"{difference}: source and target need one tokenizer (up to added tokens and padded rows). Choose a pair from one "
+            "model family."
+        )
+    source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    shared, limit = source_vocabulary.keys() & target_vocabulary.keys(), min(source_rows, target_rows)
+    return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
+
+
+def differing(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What tells two tokenizers apart, in words; ``None`` for one tokenizer, up to added tokens."""
     source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
     shared = source_vocabulary.keys() & target_vocabulary.keys()
     moved = [token for token in shared if source_vocabulary[token] != target_vocabulary[token]]
     smaller = min(len(source_vocabulary), len(target_vocabulary))
     parting = _first_difference(source_tokenizer, target_tokenizer, SAMPLE)
-    if len(shared) < MIN_SHARED * smaller or moved or parting:
+    if len(shared) >= MIN_SHARED * smaller and not moved and not parting:
+        return None
+    return (
+        f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
+        f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}"
+    )
+
+
+def rows_by_bytes(
+    source: TokenBytes, target: TokenBytes, source_rows: int, target_rows: int, *, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of two heads whose tokens spell the same bytes; bytes that two tokens of one side spell are left out.
+
+    Args:
+        source: what the source's tokens spell.
+        target: what the target's tokens spell.
+        source_rows: rows of the source's head.
+        target_rows: rows of the target's head.
+        width: channels of the target.
+
+    Returns:
+        ``[V_shared]`` ids of the source and ``[V_shared]`` of the target, in the order of the latter.
+
+    Raises:
+        ValueError: fewer than four for each channel of the target, with the number.
+    """
+    ours, theirs = _token_of(source, source_rows), _token_of(target, target_rows)
+    shared = [text for text in theirs if text in ours]
+    if len(shared) < ROWS_PER_CHANNEL * width:
         raise InputError(
-            f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
-            f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}: source and "
-            "target need one tokenizer (up to added tokens and padded rows). Choose a pair from one model family."
+            f"{len(shared)} tokens of the tokenizers spell the same bytes, of {len(ours)} (source) and {len(theirs)} "
+            f"(target): the map needs {ROWS_PER_CHANNEL * width}, {ROWS_PER_CHANNEL} for each of {width} channels of the "
+            "target. Choose a pair whose vocabularies have more in common, or a narrower target."
         )
-    limit = min(source_rows, target_rows)
-    return torch.tensor(sorted(index for token in shared if (index := source_vocabulary[token]) < limit))
+    return torch.tensor([ours[text] for text in shared]), torch.tensor([theirs[text] for text in shared])
+
+
+def _token_of(side: TokenBytes, rows: int) -> dict[bytes, int]:
+    """The one token of each text among the first rows."""
+    spelled = side.spelled[:rows]
+    count = Counter(spelled)
+    return {text: token for token, text in enumerate(spelled) if text is not None and count[text] == 1}
 
 
 def _first_difference(
@@ -282,21 +342,38 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """``W B`` ``[V, rank]`` in float64, a chunk of rows at a time; a basis ``B`` ``[D, rank]`` that is None is the identity."""
+    """``(W - m) B`` ``[V, rank]`` in float64, a chunk of rows at a time.
+
+    Attributes:
+        weight: ``W`` ``[V, D]``.
+        ids: the rows of it in their order; all without.
+        mean: ``m`` ``[D]`` that is taken off each; nothing without.
+        basis: ``B`` ``[D, rank]``; without it the identity.
+    """
 
     weight: torch.Tensor
+    ids: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
     basis: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for chunk in self.weight.detach().split(CHUNK):
-            yield chunk.double() if self.basis is None else chunk.double() @ self.basis
+        weight = self.weight.detach()
+        for some in weight.split(CHUNK) if self.ids is None else (weight[ids] for ids in self.ids.split(CHUNK)):
+            chunk = some.double() if self.mean is None else some.double() - self.mean
+            yield chunk if self.basis is None else chunk @ self.basis
 
     @property
     def rank(self) -> int:
         return (self.weight if self.basis is None else self.basis).shape[1]
 
 
-def _pseudoinverse(weight: torch.Tensor) -> tuple[_Rows, torch.Tensor, float]:
+def _centred(weight: torch.Tensor, ids: torch.Tensor) -> _Rows:
+    """Some rows of a head, less their mean."""
+    rows = _Rows(weight, ids.to(weight.device))
+    return replace(rows, mean=torch.stack([chunk.sum(0) for chunk in rows]).sum(0) / len(ids))
+
+
+def _pseudoinverse(head: _Rows) -> tuple[_Rows, torch.Tensor, float]:
     """``W B``, ``K`` ``[D, rank]`` and the condition number of a head, with ``pinv(W) = K (W B)^T``.
 
     With ``K = G^-1`` and no ``B`` the error is the rounding of ``G = W^T W`` times the condition number squared. Where that is
@@ -304,7 +381,7 @@ def _pseudoinverse(weight: torch.Tensor) -> tuple[_Rows, torch.Tensor, float]:
     error, and its own Gram matrix shows what is left, which ``K`` takes away (as CholeskyQR2 does in a QR decomposition).
     Directions below the numerical rank are dropped, with a warning.
     """
-    values, vectors = torch.linalg.eigh(_gram(_Rows(weight)))
+    values, vectors = torch.linalg.eigh(_gram(head))
     cutoff = values[-1] * len(values) * EPSILON
     condition = (values[-1] / values[0].clamp_min(cutoff)).sqrt().item()
     missing = int((values <= cutoff).sum())
@@ -315,8 +392,8 @@ def _pseudoinverse(weight: torch.Tensor) -> tuple[_Rows, torch.Tensor, float]:
         )  # fmt: skip
     basis = vectors[:, missing:].mul_(values[missing:].rsqrt())
     if condition**2 * EPSILON <= TOLERANCE:
-        return _Rows(weight), basis @ basis.T, condition
-    rows = _Rows(weight, basis)
+        return head, basis @ basis.T, condition
+    rows = replace(head, basis=basis)
     return rows, torch.cholesky_solve(basis.T, torch.linalg.cholesky(_gram(rows))).T, condition
 
 
@@ -340,8 +417,8 @@ def _cross_gram(left: _Rows, right: _Rows, right_dual: torch.Tensor | None = Non
     return total
 
 
-def _fingerprint(kind: str, source_weight: torch.Tensor, target_weight: torch.Tensor) -> str:
+def _fingerprint(kind: str, *tensors: torch.Tensor) -> str:
     digest = hashlib.sha256(kind.encode())
-    for weight in (source_weight, target_weight):
-        digest.update(checksum(weight).encode())
+    for tensor in tensors:
+        digest.update(checksum(tensor).encode())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import two_tokenizers
 from conftest import json_lines, tiny_llama
 from test_harness import byte_model, byte_tokenizer
 from test_tasks import mbpp_row
@@ -106,6 +107,20 @@ def test_pairs_and_ablation(tmp_path):
     results = next((tmp_path / "runs").rglob("ends/results.json"))
     results.write_text(json.dumps({"metrics": content["ends"] | {"source": {"kl": 0.0, "loss": 7.25}}}))
     assert "7.250" in smoke("ablation.py", tmp_path, *arguments)  # nothing that is there runs again
+
+
+@pytest.mark.slow
+def test_alignment(tmp_path):
+    for name, tokenizer in (("whole", two_tokenizers.byte_level()), ("digits", two_tokenizers.byte_level(digits=True))):
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text(
+        json_lines([{"question": "The sum?", "answer": f"It is {n}.\n#### {n}"} for n in range(9)])
+    )
+    command = [sys.executable, str(BENCHMARKS / "alignment.py"), "--tokenizers", "whole", "digits", "--files", "rows.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    content = json.loads(done.stdout.splitlines()[-1])
+    check(content, {"rows", "aligned", "comparable", "one to one", "one class", "rows a minute", "classes", "shared rows"})
+    assert [row["left out"] for row in content] == [0, 0] and done.stdout.count("| rows.jsonl |") == 2
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ IGNORED = -100
 HELD_OUT = 20  # the size that LaTen's extract splits have
 ROWS = 100  # of a data set in memory at a time
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int64()), "labels": pa.list_(pa.int64()), "example_id": pa.int64()})
+COLUMNS = ("input_ids", "labels", "example_id", "source_id", "source_rank", "answer_bytes")  # that training reads
 OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template gets
 REFUSED_COLUMNS = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio"), "only text is trained on"),
@@ -50,6 +51,12 @@ def valid_positions(labels: torch.Tensor) -> torch.Tensor:
     valid = torch.zeros_like(labels, dtype=torch.bool)
     valid[:, :-1] = labels[:, 1:] != IGNORED
     return valid
+
+
+def taught_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``[B, T]`` bool: the valid positions that the source says something about, with two tokenizers the aligned ones."""
+    valid = valid_positions(batch["labels"])
+    return valid & (batch["source_rank"] >= 0) if "source_rank" in batch else valid
 
 
 def normalise_prompt(text: str) -> str:
@@ -223,9 +230,9 @@ def encode(
             ids, labels = ids[:max_length], labels[:max_length]
             if all(label == IGNORED for label in labels[1:]):
                 empty.append(row)
-            yield ids, labels, _digest((ids, labels))
+            yield ids, labels, example_digest(ids, labels)
 
-    dataset = _write(encoded())
+    dataset = write_rows(encoded(), SCHEMA)
     if cut:
         logger.warning("%d of %d rows of the %s split are cut at max_length %d.", cut, len(records), split, max_length)
     if 2 * seams > len(records):
@@ -252,17 +259,17 @@ def encode(
     return dataset
 
 
-def _write(rows: Iterator[tuple[list[int], list[int], int]]) -> Dataset:
-    """A data set of the columns of ``SCHEMA`` on the disk: as Python integers, 100,000 rows would take gigabytes."""
+def write_rows(rows: Iterator[tuple], schema: pa.Schema) -> Dataset:
+    """A data set of some columns on the disk: as Python integers, 100,000 rows would take gigabytes."""
     folder = get_temporary_cache_files_directory()
     with (
         tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file,
-        pa.ipc.new_stream(file, SCHEMA) as writer,
+        pa.ipc.new_stream(file, schema) as writer,
     ):
         while some := list(islice(rows, ROWS)):
             columns = zip(*some, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, SCHEMA))
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema))
     return Dataset.from_file(file.name)
 
 
@@ -277,7 +284,7 @@ def is_encoded(rows: Any) -> bool:
     if not (isinstance(rows, Dataset) and len(rows) and set(SCHEMA.names) <= set(rows.column_names)):
         return False
     first = rows[0]
-    return first["example_id"] == _digest((list(first["input_ids"]), list(first["labels"])))
+    return first["example_id"] == example_digest(list(first["input_ids"]), list(first["labels"]))
 
 
 def check_rows(rows: Any, split: str) -> None:
@@ -302,6 +309,11 @@ def check_rows(rows: Any, split: str) -> None:
 
 def _digest(content: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def example_digest(ids: list[int], labels: list[int]) -> int:
+    """What tells an example from others: 63 bits of a digest of its ids and labels."""
+    return _digest((ids, labels))
 
 
 def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
@@ -501,6 +513,9 @@ def fingerprint(rows: Dataset) -> str:
 class Collator:
     """Rows of :func:`encode` to a batch of ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]``.
 
+    With two tokenizers also ``source_rank`` ``[B, T]``, and ``source_id`` and ``answer_bytes`` ``[B]``, see
+    :class:`hf_semalign.training.two_tokenizers.PairedSplit`.
+
     Attributes:
         pad_token_id: filler on the right; masked in attention and labels.
     """
@@ -509,14 +524,12 @@ class Collator:
 
     def __call__(self, rows: Sequence[Record]) -> dict[str, torch.Tensor]:
         """Pad to the longest row."""
-        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "example_id": torch.as_tensor([row["example_id"] for row in rows]),
-        }
+        tensors = [
+            {name: torch.as_tensor(row[name]) for name in COLUMNS if name in row}
+            | {"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.long)}
+            for row in rows
+        ]
+        return self._padded(tensors)
 
     def by_length(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """The same rows in as many batches of the same sizes, dealt out by length, so that they are padded less.
@@ -530,15 +543,24 @@ class Collator:
             for batch in batches
             for place in range(len(batch["labels"]))
         ]
+        cut = [
+            {name: tensor[:length] if tensor.dim() else tensor for name, tensor in row.items()}
+            for row, length in zip(rows, lengths, strict=True)
+        ]
         order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         dealt, start = [], 0
         for batch in batches:
             chosen = order[start : start + len(batch["labels"])]
             start += len(chosen)
-            made = {
-                name: pad_sequence([rows[k][name][: lengths[k]] for k in chosen], batch_first=True, padding_value=filler)
-                for name, filler in fillers.items()
-            }
-            dealt.append({**made, "example_id": torch.stack([rows[k]["example_id"] for k in chosen])})
+            dealt.append(self._padded([cut[k] for k in chosen]))
         return dealt
+
+    def _padded(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What is one tensor a row stacked, sequences padded."""
+        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED, "source_rank": -1}
+        return {
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fillers[name])
+            if name in fillers
+            else torch.stack([row[name] for row in rows])
+            for name in rows[0]
+        }

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix, prefix_pays
 from hf_semalign.method.losses import relation_sequences
-from hf_semalign.splits import valid_positions
+from hf_semalign.splits import taught_positions, valid_positions
 from hf_semalign.transfer import TransferTrainer
 
 logger = logging.getLogger(__name__)
@@ -121,8 +121,11 @@ class SemAlignTrainer(TransferTrainer):
         """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
-            counts = [relation_sequences(valid_positions(batch["labels"])).sum() for batch in samples]
-            self._sequences_in_batch = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
+            taught = [taught_positions(batch) for batch in samples]
+            counts = torch.stack([torch.stack((relation_sequences(one).sum(), one.sum())) for one in taught]).sum(0)
+            self._sequences_in_batch, in_batch = self.accelerator.reduce(counts.to(device), "sum")
+            if "source_rank" in samples[0] and self.args.output_loss != "answers":
+                num_items = in_batch
         return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -134,8 +137,9 @@ class SemAlignTrainer(TransferTrainer):
         layers = self.frontier.supervised(stage) if self.args.relation_weight else range(0)
         outputs, states, signals = self._forward(model, inputs, layers, training=self.model.training)
         if num_items_in_batch is None:
-            valid = valid_positions(inputs["labels"])
-            tokens, sequences, ranks = valid.sum(), relation_sequences(valid).sum(), 1
+            taught = taught_positions(inputs)
+            tokens = valid_positions(inputs["labels"]).sum() if self.args.output_loss == "answers" else taught.sum()
+            sequences, ranks = relation_sequences(taught).sum(), 1
         else:
             tokens, sequences, ranks = num_items_in_batch, self._sequences_in_batch, self.accelerator.num_processes
         terms = self.objective.terms(states, signals, inputs["labels"], tokens, sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ from hf_semalign.models.anatomy import base_model, check_head, dissect
 from hf_semalign.models.hooks import capture, without_logits
 from hf_semalign.models.loading import device_name, licence_of, load_model
 from hf_semalign.models.lora import add_lora
-from hf_semalign.splits import Collator, Record, encode, fingerprint, is_encoded
+from hf_semalign.splits import Record, encode, fingerprint, is_encoded
 from hf_semalign.training.engines import warn_of_slow_bf16
 from hf_semalign.training.layerwise import LayerwiseTrainer
 from hf_semalign.training.preparation import Preparation, prepare
@@ -152,6 +153,9 @@ class TransferTrainer(LayerwiseTrainer):
         )
         check_head(cast(PeftModel, self.model))  # where it is going to run
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
+        if known.tokenizers is not None:
+            for name, rows in known.source_splits.items():
+                self.data_record[name]["source_fingerprint"] = fingerprint(rows)
         self._is_prepared = False
 
     @classmethod
@@ -185,7 +189,7 @@ class TransferTrainer(LayerwiseTrainer):
     def pairing(self) -> LayerPairing:
         """The source layer of each target layer; with ``pairing="attribution"`` this scores the source's layers first."""
         # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
-        (pairing,) = broadcast_object_list([self.known.pairing or self._attribute(self.known.splits["extract"])])
+        (pairing,) = broadcast_object_list([self.known.pairing or self._attribute(self.known.source_splits["extract"])])
         return pairing.named(self.source_id, self.target_id)
 
     @property
@@ -205,7 +209,7 @@ class TransferTrainer(LayerwiseTrainer):
             scores = layer_scores(
                 self.source,
                 extract,
-                cast(Collator, self.data_collator),
+                self.known.source_collator,
                 self._signals_folder,
                 precision=self._precision,
                 device=args.device,
@@ -220,14 +224,17 @@ class TransferTrainer(LayerwiseTrainer):
         """The losses with both heads, and with the map between them."""
         args, tokens, semantic_map = self.args, self.known.token_ids, self._given_map
         with timed("semantic map", self.seconds):
-            source_head = self.source.head(self._signals_folder).to(args.device).rows(tokens)
+            two = self.known.tokenizers
+            whole_head = self.source.head(self._signals_folder).to(args.device)
+            source_head = whole_head.rows(tokens if two is None else torch.arange(len(two.classes.source)))
             own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
             target_head = own_head.rows(tokens)
             semantic_map = None if semantic_map is None else semantic_map.by_content()
             if semantic_map is None and self.accelerator.is_main_process:
                 cache = Path(str(args.output_dir)) / "semantic_map.safetensors"
                 weights = source_head.weight, target_head.weight
-                semantic_map = SemanticMap.from_heads(*weights, kind=args.map_kind, cache=cache).cpu()
+                shared = None if two is None else two.map_rows
+                semantic_map = SemanticMap.from_heads(*weights, rows=shared, kind=args.map_kind, cache=cache).cpu()
             (semantic_map,) = broadcast_object_list([semantic_map])
         return Objective(
             args.layer_loss,
@@ -238,13 +245,16 @@ class TransferTrainer(LayerwiseTrainer):
             source_head,
             target_head,
             own_head,
+            None if two is None else two.classes.to(args.device),
         )
 
     @cached_property
     def signals(self) -> OnlineSignals | CachedSignals:
         """What the source says of a batch: read from disk, after the source has run over what is missing, or asked online."""
         if self._signals_folder is None:
-            signals: Any = OnlineSignals(self.source.model(self.args.device), self.pairing, self.semantic_map)
+            own_rows = None if self.known.tokenizers is None else self._source_batch
+            model = self.source.model(self.args.device)
+            signals: Any = OnlineSignals(model, self.pairing, self.semantic_map, own_rows=own_rows)
         else:
             with timed("source signals", self.seconds):
                 signals = self._cache(self._signals_folder)
@@ -260,7 +270,8 @@ class TransferTrainer(LayerwiseTrainer):
 
     def _cache(self, root: Path) -> CachedSignals:
         """The signals of all splits on disk; the source runs over what is missing."""
-        args, tokenizer = self.args, self.known.tokenizer
+        args, two = self.args, self.known.tokenizers
+        tokenizer = self.known.tokenizer if two is None else two.source_tokenizer
         signals = {
             name: SourceSignals(
                 self.source,
@@ -268,7 +279,7 @@ class TransferTrainer(LayerwiseTrainer):
                 self.semantic_map,
                 rows,
                 root,
-                self.data_collator,
+                self.known.source_collator,
                 tokenizer=digest(tokenizer.get_vocab()) if tokenizer else None,
                 precision=self._precision,
                 device=args.device,
@@ -276,7 +287,7 @@ class TransferTrainer(LayerwiseTrainer):
                 stream=args.source_memory == "stream",
                 progress=not args.disable_tqdm,
             )
-            for name, rows in self.known.splits.items()
+            for name, rows in self.known.source_splits.items()
             if name != "extract" or args.scale == "match"
         }
         cached = CachedSignals(signals, "align")
@@ -288,6 +299,17 @@ class TransferTrainer(LayerwiseTrainer):
         with self._autocast(), disk_errors_explained(root):
             cached.prepare(layers if args.learns_from_source else None)
         return cached
+
+    def _source_batch(self, source_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows of the source by their example ids."""
+        found = [self._source_rows[example] for example in source_ids.tolist()]
+        return self.known.source_collator([self.known.source_splits[split][row] for split, row in found])
+
+    @cached_property
+    def _source_rows(self) -> dict[int, tuple[str, int]]:
+        """Split and row of each example of the source."""
+        splits = self.known.source_splits.items()
+        return {example: (split, row) for split, rows in splits for row, example in enumerate(rows["example_id"])}
 
     def _ask_source(self) -> None:
         """What a method of its own wants of the source's weights, before they are let go."""
@@ -309,6 +331,8 @@ class TransferTrainer(LayerwiseTrainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
+            if self.known.tokenizers is not None:
+                raise InputError("With two tokenizers, evaluation is of the data that the trainer was made with: eval_dataset.")
             eval_dataset = encode(eval_dataset, self.known.tokenizer, split="eval", max_length=self.args.max_length)
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -355,17 +379,24 @@ class TransferTrainer(LayerwiseTrainer):
         with torch.no_grad():
             _, states, signals = self._forward(model, inputs, range(self.frontier.num_layers), training=False)
             sums = self.objective.sums(states, signals, inputs["labels"])
+            if "answer_bytes" in inputs:
+                sums = torch.column_stack((sums, inputs["answer_bytes"]))
         self._evaluated.append(self.accelerator.gather_for_metrics(sums).cpu())
-        return sums[:, 0].sum() / sums[:, 2].sum(), None, None
+        return sums[:, 0].sum() / sums[:, 1].sum(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split."""
+        """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split.
+
+        With two tokenizers ``eval_kl`` is the KL over classes of tokens, a position that is aligned; ``eval_bits_per_byte`` and
+        ``eval_kl_per_byte`` can be compared between tokenizers.
+        """
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        cross_entropy, kl, tokens, relation, sequences = torch.cat(self._evaluated).double().sum(0).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = cross_entropy / tokens
-        output.metrics[f"{metric_key_prefix}_kl"] = kl / tokens
-        output.metrics[f"{metric_key_prefix}_relation"] = relation / max(sequences, 1)
+        cross_entropy, tokens, kl, taught, relation, sequences, *read = torch.cat(self._evaluated).double().sum(0).tolist()
+        found = {"loss": cross_entropy / tokens, "kl": kl / taught, "relation": relation / max(sequences, 1)}
+        for answer_bytes in read:  # figures that do not depend on how a tokenizer cuts the text
+            found |= {"bits_per_byte": cross_entropy / answer_bytes / math.log(2), "kl_per_byte": kl / answer_bytes}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     # Saving and publishing
@@ -390,7 +421,14 @@ class TransferTrainer(LayerwiseTrainer):
             source=self.source_id,
             target=self.target_id,
             licences=self._licences,
+            **self._tokenizer_facts(),
         )
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        """What the record says of two tokenizers."""
+        if self.known.tokenizers is None:
+            return {}
+        return {"tokenizers": {"classes": self.known.tokenizers.classes.count, "aligned": self.known.aligned}}
 
     @cached_property
     def _licences(self) -> dict[str, dict[str, str] | None]:

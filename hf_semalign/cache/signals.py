@@ -29,10 +29,27 @@ from hf_semalign.method.pairing import LayerPairing
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import Anatomy, CausalLM, dissect
 from hf_semalign.models.hooks import capture
-from hf_semalign.splits import valid_positions
+from hf_semalign.splits import taught_positions, valid_positions
 
 logger = logging.getLogger(__name__)
 Batch = Mapping[str, torch.Tensor]
+
+
+def example_ids(batch: Batch) -> torch.Tensor:
+    """By which the source knows the rows of a batch ``[B]``: with two tokenizers it has ids of its own."""
+    return batch.get("source_id", batch["example_id"])
+
+
+def aligned_rows(batch: Batch, taught: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Which of the source's states belong to the taught positions of the target, ``[N]``.
+
+    Args:
+        batch: ``source_rank`` ``[B, T]``.
+        taught: ``[B, T]`` bool.
+        counts: ``[B]``, how many states the source has of each row, one row after the other.
+    """
+    before = counts.cumsum(0) - counts
+    return (batch["source_rank"] + before.unsqueeze(1))[taught]
 
 
 class OnlineSignals:
@@ -43,6 +60,7 @@ class OnlineSignals:
         pairing: which source layer goes with which target layer.
         semantic_map: map between the spaces.
         scales: one factor on the mapped states for each pair; all 1 by default.
+        own_rows: with two tokenizers, gives the source's batch for some example ids of its own.
     """
 
     def __init__(
@@ -51,11 +69,13 @@ class OnlineSignals:
         pairing: LayerPairing,
         semantic_map: SemanticMap,
         scales: Sequence[float] | None = None,
+        own_rows: Callable[[torch.Tensor], Batch] | None = None,
     ) -> None:
         self.source = source.eval().requires_grad_(False)
         self.pairing = pairing
         self.semantic_map = semantic_map
         self.scales = scales or (1.0,) * len(pairing.source_layers)
+        self._own_rows = own_rows
 
     @torch.no_grad()
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
@@ -65,13 +85,20 @@ class OnlineSignals:
             batch: ``input_ids, attention_mask, labels`` ``[B, T]`` on the source's device.
             target_layers: target layers whose supervision is wanted.
         """
-        anatomy = dissect(self.source)
+        anatomy, taught = dissect(self.source), taught_positions(batch)
+        own = batch
+        if self._own_rows is not None:
+            own = {name: tensor.to(taught.device) for name, tensor in self._own_rows(batch["source_id"]).items()}
         with capture([anatomy.layers[self.pairing.source_layers[k]] for k in target_layers]) as states:
-            final = anatomy.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-        supervision = [
-            self.semantic_map(state.output.float()) * self.scales[k] for k, state in zip(target_layers, states, strict=True)
-        ]
-        return BatchSignals(supervision, final[valid_positions(batch["labels"])])
+            final = anatomy.decoder(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False)[0]
+        valid = valid_positions(own["labels"])
+        if self._own_rows is None:  # one tokenizer: position by position
+            mapped = [self.semantic_map(state.output.float()) for state in states]
+        else:
+            chosen = aligned_rows(batch, taught, valid.sum(1))
+            mapped = [spread(self.semantic_map(state.output[valid][chosen].float()), taught) for state in states]
+        final = final[valid] if self._own_rows is None else final[valid][chosen]
+        return BatchSignals(taught, [states * self.scales[k] for k, states in zip(target_layers, mapped, strict=True)], final)
 
     def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
         """See :meth:`SourceSignals.find`; here nothing is known before the source has run."""
@@ -167,15 +194,22 @@ class SourceSignals:
         Raises:
             KeyError: an example of another data set.
         """
-        valid = valid_positions(batch["labels"])
-        where, places = valid.flatten().nonzero().squeeze(1), self.examples.places(batch["example_id"][valid.any(1)])
+        taught = taught_positions(batch)
+        some = taught.any(1)
+        where, places = taught.flatten().nonzero().squeeze(1), self.examples.places(example_ids(batch)[some])
+        chosen: torch.Tensor | slice = slice(None)
+        if "source_rank" in batch:
+            counts = torch.from_numpy(self.examples.answers[places]).to(taught.device)
+            chosen = aligned_rows({name: batch[name][some] for name in ("source_rank",)}, taught[some], counts)
+
+        def states(column: Column) -> torch.Tensor:
+            return self._states.read(column, places, taught.device)[chosen]
 
         def read(target_layers: Sequence[int]) -> BatchSignals:
             supervision = [
-                spread(self._states.read(self._mapped(layer), places, valid.device), valid, where).float() * self.scales[layer]
-                for layer in target_layers
+                spread(states(self._mapped(layer)), taught, where).float() * self.scales[layer] for layer in target_layers
             ]
-            return BatchSignals(supervision, self._states.read(self._final, places, valid.device))
+            return BatchSignals(taught, supervision, states(self._final))
 
         return read
 
@@ -294,7 +328,7 @@ class CachedSignals:
 
     def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
         """See :meth:`SourceSignals.find`."""
-        example = int(batch["example_id"][0])
+        example = int(example_ids(batch)[0])
         found = [signals.find(batch) for signals in self.splits.values() if example in signals]
 
         def read(target_layers: Sequence[int]) -> BatchSignals:
@@ -385,12 +419,12 @@ def match_scales(
     norms = torch.zeros(2, len(anatomy.layers), dtype=torch.float64)  # of the target's outputs, of the mapped states
     for batch in batches:
         batch = {key: tensor.to(anatomy.device) for key, tensor in batch.items()}
-        valid = valid_positions(batch["labels"])
-        with capture(anatomy.layers) as ours:
+        with capture(anatomy.layers) as states:
             anatomy.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        for k, mapped in enumerate(signals(batch, range(len(ours))).supervision):
-            norms[0, k] += ours[k].output[valid].float().norm(dim=-1).sum().cpu()
-            norms[1, k] += mapped[valid].norm(dim=-1).sum().cpu()
+        said = signals(batch, range(len(states)))
+        for k, (state, mapped) in enumerate(zip(states, said.supervision, strict=True)):
+            norms[0, k] += state.output[said.taught].float().norm(dim=-1).sum().cpu()
+            norms[1, k] += mapped[said.taught].norm(dim=-1).sum().cpu()
     target.train(was_training)
     if not norms[1].all():
         raise InputError(f"scale 'match' needs mapped states to measure, got mean norms {norms[1].tolist()}.")

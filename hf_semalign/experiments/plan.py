@@ -65,7 +65,8 @@ class Plan:
         multiplications: of one target forward.
         disk_bytes: signals and target prefix, at most.
         memory_bytes: estimate, by phase: the source's pass, and training; of a GPU's memory, or on a CPU of the process's.
-        shared_tokens: rows of both heads that map and KL are over.
+        shared_tokens: rows of both heads that map and KL are over; with two tokenizers the map alone.
+        aligned: with two tokenizers, the share of the target's answer tokens that are aligned with the source's.
         machine: what the time is told for.
         flops: floating-point operations a second that it sustains.
     """
@@ -82,6 +83,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: dict[str, int]
     shared_tokens: int
+    aligned: float | None = None
     machine: str = "100 TFLOP/s sustained"
     flops: float = GPU_FLOPS
 
@@ -186,6 +188,7 @@ def plan_table(plan: Plan) -> Table:
         "stages (optimizer steps)": f"{len(spans)}: {', '.join(spans)}",
         "splits": "; ".join(splits),
         "shared tokens": f"{plan.shared_tokens:,}",
+        **({} if plan.aligned is None else {"aligned answer tokens": f"{plan.aligned:.1%}"}),
         "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
         "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
         "time": f"{timedelta(seconds=round(plan.seconds(plan.flops)))} at {plan.machine}",
@@ -208,6 +211,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     """
     METHODS[method].trainer.check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
+    read = splits if known.tokenizers is None else {name: Counts.of(rows) for name, rows in known.source_splits.items()}
     stored = Size.of(dissect(known.source.shape))
     source = replace(stored, bytes=known.source.dtype.itemsize)
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
@@ -218,10 +222,10 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     if answers != "dataset":
         cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
     if args.relation_weight and known.pairing is None:
-        extract = splits["extract"]  # layers run again on the way back for what is in them
+        extract = read["extract"]  # layers run again on the way back for what is in them
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
-        cost["signals"] = source.forward(align.tokens) + align.valid * mapped * source.width * target.width
+        cost["signals"] = source.forward(read["align"].tokens) + align.valid * mapped * source.width * target.width
     if prefix:
         cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
     example = align.tokens / align.rows, align.valid / align.rows
@@ -247,7 +251,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         unit,
         (disk if args.signals == "cached" else 0) + 2 * prefix * align.tokens * target.width * 4,
         _memory(known, args, source, target, stored.bytes),
-        len(known.token_ids),
+        known.shared_tokens,
+        known.aligned.get("align"),
     )
 
 

@@ -27,6 +27,7 @@ from hf_semalign.experiments.recipe import Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
+from hf_semalign.method.semantic_map import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
 from hf_semalign.models.names import resolve_model
@@ -141,6 +142,8 @@ def with_answers(
         model = partial(_target, recipe, args, learnt)
         place.mkdir(parents=True, exist_ok=True)
     sampling = settings.sampling
+    if settings.answers == "source":
+        tokenizer = tokenizer_of_source(source, tokenizer)
     asked = [question(record) for record in data.align]
     facts = [writer, asked, asdict(sampling), digest(tokenizer.get_vocab()), tokenizer.chat_template, version("hf_semalign")]
     path = place / f"answers-{digest(facts)[:16]}.jsonl"
@@ -152,6 +155,16 @@ def with_answers(
     if args.should_save and place != folder:
         shutil.copyfile(path, folder / path.name)
     return replace(data, align=rows), {"by": settings.answers, **asdict(sampling), **counts}
+
+
+def tokenizer_of_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that the source reads and writes by: the target's, unless it has one that cuts text differently."""
+    own = source.tokenizer
+    if own is None or not differing(own, tokenizer):
+        return tokenizer
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    return own
 
 
 def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> CausalLM:

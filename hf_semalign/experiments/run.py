@@ -34,7 +34,7 @@ from hf_semalign.experiments.benchmarks.harness import check_benchmark, rows_dig
 from hf_semalign.experiments.evaluation import answer_loss, drift, exact_match, final_states
 from hf_semalign.experiments.figures import draw_comparison, draw_layers, draw_losses
 from hf_semalign.experiments.recipe import Recipe, load_tokenizer
-from hf_semalign.experiments.rounds import make_trainer, start_of, train_recipe, with_answers
+from hf_semalign.experiments.rounds import make_trainer, start_of, tokenizer_of_source, train_recipe, with_answers
 from hf_semalign.experiments.tasks import BENCHMARKS, TaskData
 from hf_semalign.files import checksum, claimed, digest, disk_errors_explained, keep_record, recall_record
 from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card
@@ -279,6 +279,7 @@ def _measure(
         "kl": evaluated["eval_kl"],
         "loss": evaluated["eval_loss"],
         "relation": evaluated["eval_relation"],
+        **{name: evaluated[f"eval_{name}"] for name in ("bits_per_byte", "kl_per_byte") if f"eval_{name}" in evaluated},
         **_generated(trainer.model, data.eval, tokenizer),
         **_scored(recipe, trainer.args, partial(_identity, recipe, trainer), lambda: trainer.model, tokenizer, scores),
     }
@@ -301,10 +302,10 @@ def _measure_source(
             logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
             return {"kl": 0.0}
         if metrics is None:
-            rows: Any = trainer.eval_dataset
-            batches = DataLoader(rows, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-            model = source.model(args.device)
-            metrics = {"kl": 0.0, "loss": answer_loss(model, batches), **_generated(model, data.eval, tokenizer)}
+            rows: Any = trainer.known.source_splits["eval"]
+            batches = DataLoader(rows, args.per_device_eval_batch_size, collate_fn=trainer.known.source_collator)
+            model, own = source.model(args.device), tokenizer_of_source(source, tokenizer)
+            metrics = {"kl": 0.0, "loss": answer_loss(model, batches), **_generated(model, data.eval, own)}
             if root is not None:
                 source.rest()
                 source.keep(root, name, metrics)
@@ -317,7 +318,8 @@ def _score_source(recipe: Recipe, trainer: TransferTrainer, tokenizer: PreTraine
     if args.source_memory == "stream" or recipe.benchmark is None:
         return {}
     scores = root / "scores" if args.signals == "online" else source.folder(root)
-    found = _scored(recipe, args, lambda: source.identity, lambda: source.model(args.device), tokenizer, scores)
+    own = tokenizer_of_source(source, tokenizer)
+    found = _scored(recipe, args, lambda: source.identity, lambda: source.model(args.device), own, scores)
     if args.signals == "cached":
         source.release()
     return found

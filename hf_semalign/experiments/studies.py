@@ -23,7 +23,7 @@ from hf_semalign.files import make_folder
 from hf_semalign.hub.push import load_transfer, read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers
-from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.method.semantic_map import SemanticMap, differing
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.models.loading import find_config, load_model, skeleton
 from hf_semalign.models.names import public_name, resolve_model
@@ -155,6 +155,8 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
     target = cast(CausalLM, target.to(args.device).eval())  # type: ignore[arg-type]
     embedded = {"source": source.embedding_rows, "target": embedding_rows(base_model(target))}
     check_token_ids({"eval": rows}, embedded, tokenizer)
+    if source.tokenizer is not None and (difference := differing(source.tokenizer, tokenizer)):
+        raise InputError(f"{difference}: the analyses compare position by position, and need one tokenizer.")
     model = source.model(args.device)
     semantic_map = SemanticMap.from_models(model, target, source.tokenizer, tokenizer, kind=args.map_kind)
     facts = {

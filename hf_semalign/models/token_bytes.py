@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -168,7 +169,7 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[bytes | None]
         turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": ANSWER}]
         try:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception:  # a template may want other turns, and rows of plain text do not need it
+        except (TemplateError, TypeError, ValueError):  # it may want other turns, and rows of plain text do not need it
             text = ""
         after = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"] if ANSWER in text else []
         ends.add(next((token for token in after if spelled[token] is None), None))

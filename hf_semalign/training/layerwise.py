@@ -34,7 +34,7 @@ from hf_semalign.method.frontier import Frontier, FrontierSchedule
 from hf_semalign.models.anatomy import Anatomy, base_model
 from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.models.loading import is_quantised
-from hf_semalign.splits import IGNORED, Collator
+from hf_semalign.splits import COLUMNS, IGNORED, Collator
 from hf_semalign.training.checkpoints import (
     CHECKSUMS,
     CheckpointOnInterrupt,
@@ -218,7 +218,7 @@ class LayerwiseTrainer(Trainer):
     # Batches and steps
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = ["input_ids", "labels", "example_id"]
+        self._signature_columns: Any = list(COLUMNS)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of a step, without the rows that accelerate repeats, and rows of like length together."""

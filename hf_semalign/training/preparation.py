@@ -18,13 +18,14 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.method.frontier import Frontier, FrontierSchedule, stage_learning_rate
 from hf_semalign.method.pairing import NEEDS_SCORES, LayerPairing, pair_layers
-from hf_semalign.method.semantic_map import SemanticMap, shared_token_ids
+from hf_semalign.method.semantic_map import SemanticMap, differing, shared_token_ids
 from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, position_limit
 from hf_semalign.models.loading import find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
 from hf_semalign.models.lora import lora_targets
 from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, Record, check_disjoint, check_rows, check_token_ids, encode, hold_out
 from hf_semalign.training.engines import check_engine
+from hf_semalign.training.two_tokenizers import TokenizerPair
 
 logger = logging.getLogger(__name__)
 Rows: TypeAlias = Dataset | Sequence[Record]
@@ -63,6 +64,10 @@ class Preparation:
         schedule: the stages in optimizer steps.
         learning_rate_factor: share of the peak learning rate at a step.
         lora_targets: names of the modules that get LoRA.
+        source_splits: the rows as the source reads them; those of ``splits``, if it has the same tokenizer.
+        source_collator: these rows to a batch.
+        tokenizers: what the two tokenizers share; ``None`` for one.
+        aligned: share of the target's valid positions that are aligned, by split; empty for one tokenizer.
     """
 
     source: Source
@@ -78,6 +83,15 @@ class Preparation:
     schedule: FrontierSchedule
     learning_rate_factor: Callable[[int], float]
     lora_targets: list[str]
+    source_splits: dict[str, Dataset]
+    source_collator: Collator
+    tokenizers: TokenizerPair | None
+    aligned: dict[str, float]
+
+    @property
+    def shared_tokens(self) -> int:
+        """Rows of both heads that the map is over."""
+        return len(self.token_ids if self.tokenizers is None else self.tokenizers.map_rows[0])
 
 
 def prepare(
@@ -127,9 +141,6 @@ def prepare(
         raise InputError(f"eval_dataset has None as {without}: leave these out.")
     given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
     splits = {name: rows for name, rows in given.items() if rows is not None}
-    encoded = {name: encode(rows, tokenizer, split=name, max_length=args.max_length) for name, rows in splits.items()}
-    check_disjoint(splits)
-
     source = source_model if isinstance(source_model, Source) else _source(source_model, args)
     for role, shape in (("source", source.shape), ("target", model)):
         if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
@@ -149,15 +160,35 @@ def prepare(
         raise InputError(
             f"The map is {semantic_map.matrix.dtype}, with numbers that are not finite or not real: build it anew."
         )
-    token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, rows)
-    if len(token_ids) < max(source.head_rows, rows):
+    two = _tokenizer_pair(source, tokenizer, rows, width)
+    if two is None:
+        own = source.tokenizer if tokenizer is not None else None
+        token_ids = shared_token_ids(own, tokenizer, source.head_rows, rows)
+        encoded = {name: encode(rows, tokenizer, split=name, max_length=args.max_length) for name, rows in splits.items()}
+        source_encoded, aligned = encoded, dict[str, float]()
+    else:
+        token_ids = torch.arange(len(two.classes.target))
+        paired = {
+            name: two.encode(rows, cast(Any, tokenizer), split=name, max_length=args.max_length)
+            for name, rows in splits.items()
+        }
+        encoded, source_encoded = ({name: getattr(one, side) for name, one in paired.items()} for side in ("target", "source"))
+        aligned = {name: one.aligned for name, one in paired.items()}
+    check_disjoint(splits)
+    if two is None and len(token_ids) < max(source.head_rows, rows):
         logger.warning(
             "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
             "hold, with both distributions renormalised.", source.head_rows, rows, len(token_ids),
         )  # fmt: skip
     embedded = {"source": source.embedding_rows, "target": embedding_rows(shape)}
-    check_token_ids(encoded, embedded, tokenizer)
-    _check_lengths(encoded, {"source": source.shape, "target": shape})
+    if two is None:
+        check_token_ids(encoded, embedded, tokenizer)
+    else:
+        check_token_ids(encoded, {"target": embedded["target"]}, tokenizer)
+        check_token_ids(source_encoded, {"source": embedded["source"]}, two.source_tokenizer)
+    _check_lengths(source_encoded, "source", source.shape)
+    _check_lengths(encoded, "target", shape)
+    pad = pad_token_id(tokenizer, shape, min(embedded.values()) if two is None else embedded["target"])
     frontier = Frontier(args.frontier, depths[1])
     schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
     return Preparation(
@@ -167,7 +198,7 @@ def prepare(
         public_name(str(shape.name_or_path)),
         tokenizer,
         encoded,
-        Collator(pad_token_id(tokenizer, shape, min(embedded.values()))),
+        Collator(pad),
         _pairing(pairing, args.pairing, depths),
         token_ids,
         frontier,
@@ -180,20 +211,31 @@ def prepare(
             cast(dict, args.lr_scheduler_kwargs),
         ),
         lora_targets(target.layers, args.lora_targets),
+        source_encoded,
+        Collator(pad if two is None else two.source_tokenizer.pad_token_id or 0),
+        two,
+        aligned,
     )
 
 
-def _check_lengths(splits: dict[str, Dataset], models: dict[str, PreTrainedModel]) -> None:
+def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, rows: int, width: int) -> TokenizerPair | None:
+    """What two tokenizers share; ``None`` where source and target have one, or none is known."""
+    if tokenizer is None or source.tokenizer is None or not (difference := differing(source.tokenizer, tokenizer)):
+        return None
+    logger.info("%s. Positions are aligned by the bytes of the answers.", difference)
+    return TokenizerPair.of(source.tokenizer, tokenizer, source_rows=source.head_rows, target_rows=rows, width=width)
+
+
+def _check_lengths(splits: dict[str, Dataset], role: str, model: PreTrainedModel) -> None:
     """Refuse rows that are longer than a model has learned positions."""
+    limit = position_limit(model)
     for split, rows in splits.items():
         longest = int(Examples(rows).tokens.max())
-        for role, model in models.items():
-            limit = position_limit(model)
-            if limit is not None and longest > limit:
-                raise InputError(
-                    f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
-                    f"max_length to {limit} or less, in a recipe data.max_length."
-                )
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
+                f"max_length to {limit} or less, in a recipe data.max_length."
+            )
 
 
 def _source(model: PreTrainedModel | str, args: SemAlignConfig) -> Source:

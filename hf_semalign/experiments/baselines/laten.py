@@ -248,6 +248,7 @@ class LaTenTrainer(TransferTrainer):
             "fp16, where its gradients would vanish": args.fp16,
             "source_memory='stream', because it reads the source's weights at every step": args.source_memory == "stream",
             "a quantised source": known.source.quantised,
+            "two tokenizers, because it reads the same tokens in both models": known.tokenizers is not None,
             "a quantised target": is_quantised(cast(Any, known.target.decoder).config),
         }
         for what, given in refused.items():

@@ -62,7 +62,7 @@ def fold(
 
 def extraction_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
     """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
-    extract = Counts.of(known.splits["extract"])
+    extract = Counts.of(known.source_splits["extract"])
     return {"sensitivities": 3 * Size.of(dissect(known.source.shape)).forward(extract.tokens, extract.valid)}
 
 
@@ -109,8 +109,8 @@ class SeekingTrainer(SFTTrainer):
             found = extract_once(
                 self.source,
                 self._needs,
-                known.splits["extract"],
-                known.collator,
+                known.source_splits["extract"],
+                known.source_collator,
                 None if args.signals == "online" else signals_root(args),
                 rank=args.lora_r,
                 device=args.device,

@@ -1,0 +1,213 @@
+"""Transfer between models whose tokenizers cut text differently, from rows to adapter."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from test_trainer import adapter
+from two_tokenizers import byte_level, sentencepiece_bpe, unigram, wordpiece
+
+from hf_semalign import SemAlignConfig, SemAlignTrainer
+from hf_semalign.cli import main
+from hf_semalign.experiments.baselines.laten import LaTenTrainer
+from hf_semalign.experiments.baselines.sft import SFTTrainer
+from hf_semalign.method.losses import token_class_kl
+from hf_semalign.models.hooks import capture
+from hf_semalign.splits import IGNORED, taught_positions
+
+ANSWERS = ("The sum of numbers is {}.", "été {} 😀 faces", "def f_{}(x):\n        return x", "thirteen foxes, {}.5")
+ROWS = [{"prompt": f"What is {i}?\n", "completion": ANSWERS[i % len(ANSWERS)].format(i * 137 % 2030)} for i in range(40)]
+
+
+def saved(folder, tokenizer, layers, width, seed):
+    model = tiny_llama(layers, width, len(tokenizer), seed=seed, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def pair(tmp_path, source=byte_level, target=sentencepiece_bpe):
+    """A source of 5 layers and a target of 3, each with a tokenizer of its own."""
+    return (
+        saved(tmp_path / "target", target(), 3, 16, seed=1),
+        saved(tmp_path / "source", source(), 5, 24, seed=2),
+    )
+
+
+def make(tmp_path, models, name="run", trainer=SemAlignTrainer, rows=ROWS, **settings):
+    settings = {"max_steps": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "relation_weight": 0.5} | settings
+    args = SemAlignConfig(
+        output_dir=str(tmp_path / name), logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, **settings
+    )
+    return trainer(*models, args, rows[:24], rows[24:32], rows[32:])
+
+
+def test_one_tokenizer_taken_for_two_gives_the_same_adapter(tmp_path, monkeypatch):
+    """Every position is aligned, each class is one token, and the map is the same but for the mean row."""
+    models = pair(tmp_path, byte_level, byte_level)
+    one = make(tmp_path, models, "one")
+    one.train()
+    monkeypatch.setattr("hf_semalign.training.preparation.differing", lambda *_: "They are taken for two")
+    two = make(tmp_path, models, "two")
+    assert two.known.tokenizers is not None
+    assert two.known.aligned == {"align": 1.0, "eval": 1.0, "extract": 1.0}
+    two._given_map = one.semantic_map  # whose heads are not less their mean row
+    two.train()
+    torch.testing.assert_close(adapter(two), adapter(one), rtol=1e-5, atol=1e-6)
+    ours, theirs = one.evaluate(), two.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_relation"):
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-5), name
+    text = sum(len(row["completion"].encode()) for row in ROWS[24:32])
+    tokens = sum(label != IGNORED for row in one.known.splits["eval"] for label in row["labels"][1:])
+    assert theirs["eval_kl_per_byte"] * text == pytest.approx(ours["eval_kl"] * tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("frontier", ["joint", "single"])
+@pytest.mark.parametrize(("source", "target"), [(byte_level, sentencepiece_bpe), (unigram, byte_level)])
+def test_cached_and_online_give_the_same_adapter(tmp_path, source, target, frontier):
+    models = pair(tmp_path, source, target)
+    settings = {"frontier": frontier, "pairing": "attribution", "scale": "match", "max_steps": 18}  # three epochs, a prefix
+    cached = make(tmp_path, models, "cached", **settings)
+    online = make(tmp_path, models, "online", signals="online", **settings)
+    for trainer in (cached, online):
+        trainer.train()
+    assert 0.3 < cached.known.aligned["align"] < 1
+    assert cached.pairing.source_layers == online.pairing.source_layers
+    torch.testing.assert_close(adapter(cached), adapter(online), rtol=1e-4, atol=1e-5)
+    ours, theirs = cached.evaluate(), online.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_relation", "eval_bits_per_byte", "eval_kl_per_byte"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_what_is_read_for_a_position_is_the_source_state_at_the_same_byte(tmp_path):
+    """Rows and positions found by hand: as many bytes of the answer are still to come on both sides."""
+    models = pair(tmp_path)
+    trainer = make(tmp_path, models)
+    trainer.prepare()
+    split, own = trainer.known.splits["eval"], trainer.known.source_splits["eval"]
+    batch = trainer.data_collator(list(split))
+    taught, said = taught_positions(batch), trainer.signals(batch, [1])
+    with torch.no_grad(), capture([trainer.source.model("cpu").model.layers[trainer.pairing.source_layers[1]]]) as (state,):
+        source_batch = trainer.known.source_collator(list(own))
+        final = trainer.source.model("cpu").model(source_batch["input_ids"], source_batch["attention_mask"])[0]
+    mapped, count = trainer.semantic_map(state.output), 0
+    tables = trainer.known.tokenizers
+
+    def rest(row, table, position):
+        """Bytes of the answer behind a position."""
+        return sum(len(table.spelled[label] or b"") for label in row["labels"][position + 1 :] if label != IGNORED)
+
+    for row in range(len(split)):
+        positions = [k for k, label in enumerate(own[row]["labels"][1:]) if label != IGNORED]
+        by_rest = {rest(own[row], tables.source, k): k for k in positions}
+        for position in taught[row].nonzero()[:, 0].tolist():
+            there = by_rest[rest(split[row], tables.target, position)]
+            torch.testing.assert_close(said.supervision[0][row, position], mapped[row, there])
+            torch.testing.assert_close(said.final[count], final[row, there])
+            count += 1
+    assert count == len(said.final) == taught.sum() > 50
+
+
+def test_the_output_loss_is_the_kl_of_classes_at_aligned_positions(tmp_path):
+    trainer = make(tmp_path, pair(tmp_path), relation_weight=0.0)
+    trainer.prepare()
+    batch, objective = trainer.data_collator(list(trainer.known.splits["eval"])), trainer.objective
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch)
+    with torch.no_grad():
+        hidden = trainer.target_anatomy.decoder(batch["input_ids"], batch["attention_mask"])[0][taught_positions(batch)]
+        said = trainer.signals(batch, [])
+        kl = token_class_kl(hidden, objective.target_head, said.final, objective.source_head, objective.classes)
+    torch.testing.assert_close(loss, kl.mean())
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+
+
+def test_accumulation_and_resuming_change_nothing(tmp_path):
+    models = pair(tmp_path)
+    whole = make(tmp_path, models, "whole", adam_epsilon=1e-3)  # else a gradient that is rounding alone makes a step
+    whole.train()
+    parts = make(tmp_path, models, "parts", adam_epsilon=1e-3, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    parts.train()
+    torch.testing.assert_close(adapter(parts), adapter(whole), rtol=1e-4, atol=1e-5)
+    stopped = make(tmp_path, models, "stopped", save_strategy="steps", save_steps=3)
+    stopped.train()
+    resumed = make(tmp_path, models, "stopped", save_strategy="steps", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+    torch.testing.assert_close(adapter(resumed), adapter(stopped), rtol=0, atol=0)
+
+
+def test_the_record_says_what_is_shared(tmp_path):
+    trainer = make(tmp_path, pair(tmp_path))
+    record = json.loads(json.dumps(trainer.record()))
+    assert record["tokenizers"]["aligned"].keys() == {"align", "eval", "extract"}
+    assert record["map"]["shared_tokens"] == trainer.known.shared_tokens > 4 * 16
+    assert record["data"]["align"]["source_fingerprint"] != record["data"]["align"]["fingerprint"]
+
+
+REFUSED = [
+    ("token ids", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 40, {}, "rows of token ids, and source and target have"),
+    (
+        "other bytes",
+        [{**row, "completion": f"{row['completion']}<s> x"} for row in ROWS],
+        {},
+        "is not the same bytes for both",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "settings", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_rows_that_cannot_be_aligned_are_refused(tmp_path, rows, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, pair(tmp_path), rows=rows, **settings)
+
+
+def test_models_that_cannot_be_aligned_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="what bytes its tokens spell cannot be known"):
+        make(tmp_path, pair(tmp_path / "a", source=wordpiece))
+    target = saved(tmp_path / "wide", sentencepiece_bpe(), 2, 512, seed=1)
+    source = saved(tmp_path / "source", byte_level(), 3, 24, seed=2)
+    with pytest.raises(ValueError, match=r"tokens of the tokenizers spell the same bytes, of .* the map needs 2048"):
+        make(tmp_path, (target, source))
+    with pytest.raises(ValueError, match="LaTen does not work with two tokenizers"):
+        make(tmp_path, pair(tmp_path / "b"), trainer=LaTenTrainer, **LaTenTrainer.settings)
+
+
+def test_fine_tuning_trains_on_all_positions(tmp_path):
+    """Its loss asks nothing of the source, so that no position is left out."""
+    trainer = make(tmp_path, pair(tmp_path), trainer=SFTTrainer, **SFTTrainer.settings)
+    batch = trainer.data_collator(list(trainer.known.splits["eval"]))
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    assert loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    trainer.train()
+
+
+def test_a_recipe_runs_with_its_baselines(tmp_path, capsys):
+    target, source = pair(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps(
+            {
+                "source": source,
+                "target": target,
+                "output_dir": str(tmp_path / "run"),
+                "data": {
+                    "task": "records",
+                    "files": {"train": str(tmp_path / "rows.jsonl")},
+                    "extract": 4,
+                    "align": 24,
+                    "eval": 8,
+                },
+                "baselines": ["kd", "seeking"],
+                "training": {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"},
+            }
+        )
+    )
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    assert "aligned answer tokens" in capsys.readouterr().out
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"kl", "bits_per_byte", "kl_per_byte"} <= results["metrics"]["semalign"].keys()
+    assert results["metrics"]["kd"]["kl"] < results["metrics"]["target"]["kl"]
+    assert main(["inspect", str(tmp_path / "run")]) == 0

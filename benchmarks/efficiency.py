@@ -131,6 +131,7 @@ def measure(spec: Spec) -> dict[str, Any]:
             trainer: Any = gkd_trainer(target, source, encoded, Collator(0), args, callbacks=[clock])
         else:
             trainer = SemAlignTrainer(target, source, args, rows, callbacks=[clock])
+            trainer.prepare()
         made = time.perf_counter()
         trainer.train()
         end = time.perf_counter()

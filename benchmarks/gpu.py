@@ -191,6 +191,7 @@ def transfer(spec: Record, folder: Path, keep: Callable, source: Any, steps: int
         clear()
         start = now()
         trainer = SemAlignTrainer(target, source, args, rows(spec, count), callbacks=[clock])
+        trainer.prepare()
         made = now()
         keep(sequences=count, signals=prepared[0], phases=trainer.seconds, construction=made - start, before=memory())
         clear()

@@ -278,6 +278,7 @@ class Bench:
         held_out = load_from_disk(str(self.folder / "eval"))
         with phase("trainer", self.phases):
             trainer = SemAlignTrainer(target, source, args, self.rows(), held_out, callbacks=[clock])
+            trainer.prepare()
         with phase("training", self.phases):
             trainer.train()
         with phase("evaluation", self.phases):

@@ -43,6 +43,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
         eval_dataset=rows.eval,
         processing_class=find_tokenizer(options.target),
     )
+    trainer.prepare()
     seconds = {}
     for name, work, count in (
         ("training", trainer.train, options.rows * options.steps),

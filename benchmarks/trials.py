@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,10 @@ class WithObjective(SemAlignTrainer):
         self._kind = kind
         super().__init__(*args, **given)
 
-    def _make_objective(self, semantic_map: SemanticMap | None, root: Path | None) -> Objective:
-        return self._kind(self, super()._make_objective(semantic_map, root))
+    @cached_property
+    def objective(self) -> Objective:
+        """The one that ``kind`` makes of the library's."""
+        return self._kind(self, super().objective)
 
 
 def _parts(objective: Objective) -> dict[str, Any]:
@@ -187,7 +189,7 @@ class ContributionObjective(Objective):
             return super().terms(states, signals, labels, tokens, sequences)
         added = [after - before for before, after in pairwise(signals.supervision)]
         wanted = [state.input.detach() + more for state, more in zip(states[1:-1], added, strict=True)]
-        return super().terms(states[1:], BatchSignals(wanted, signals.final), labels, tokens, sequences)
+        return super().terms(states[1:], BatchSignals(signals.taught, wanted, signals.final), labels, tokens, sequences)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class OwnSpaceObjective(ContributionObjective):
         if not signals.supervision:
             return super(ContributionObjective, self).terms(states, signals, labels, tokens, sequences)
         added = [after - before for before, after in pairwise(signals.supervision)]
-        more = BatchSignals(added, signals.final)
+        more = BatchSignals(signals.taught, added, signals.final)
         return super(ContributionObjective, self).terms(states[1:], more, labels, tokens, sequences)
 
     def _layer_loss(self, state, supervision, valid, tokens, sequences):
@@ -227,7 +229,8 @@ class DivergenceObjective(Objective):
     share: float | None = None
     answers: float = 0.0
 
-    def _output_losses(self, hidden, signals, labels, valid):
+    def _output_losses(self, final, signals, labels):
+        hidden, tokens = final[signals.taught], labels[:, 1:][signals.taught[:, :-1]]
         theirs = self.source_head.logits(signals.final).log_softmax(-1)
         logits = self.target_head.logits(hidden)
         own = logits.log_softmax(-1)
@@ -239,7 +242,7 @@ class DivergenceObjective(Objective):
             kls = [(one.exp() * (one - mixed)).sum(-1) for one in (theirs, own)]
             return self.share * kls[0] + (1 - self.share) * kls[1]
         kl = (theirs.exp() * (theirs - own)).sum(-1)
-        return kl + self.answers * F.cross_entropy(logits, labels[:, 1:][valid[:, :-1]], reduction="none")
+        return kl + self.answers * F.cross_entropy(logits, tokens, reduction="none")
 
 
 def _fisher(trainer: SemAlignTrainer, objective: Objective, normed: bool = False, random: bool = False) -> FisherObjective:

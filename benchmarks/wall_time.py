@@ -97,6 +97,7 @@ class Bench:
                 trainer = SemAlignTrainer(
                     target, source, args, self.rows["align"], extract_dataset=extract, processing_class=self.tokenizer
                 )
+                trainer.prepare()
             trainer.remove_callback(PrinterCallback)
             made = time.perf_counter()
             trainer.train()

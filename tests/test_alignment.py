@@ -11,9 +11,11 @@ from two_tokenizers import KINDS, byte_level, sentencepiece_bpe, texts, unigram
 
 from hf_semalign.method import alignment
 from hf_semalign.method.alignment import TokenRow, align_row, align_rows
+from hf_semalign.method.prefix_classes import prefix_classes
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.splits import IGNORED, tokenize
 
+ALL = 10**6  # rows of a head that is longer than the vocabulary
 CHAT = (
     "{% for message in messages %}<|{{ message.role }}|>BEFORE{{ message.content }}AFTER{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>OPENING{% endif %}"
@@ -33,9 +35,15 @@ def rows_of(records, tokenizer):
     return [TokenRow(*tokenize(record, tokenizer, "row")) for record in records]
 
 
+def tables(*tokenizers):
+    """What both tokenizers' tokens spell, and their classes."""
+    both = [TokenBytes.of(tokenizer) for tokenizer in tokenizers]
+    return *both, prefix_classes(*both, ALL, ALL)
+
+
 def aligned(record, source, target):
     rows = (rows_of([record], tokenizer)[0] for tokenizer in (source, target))
-    return align_row(*rows, TokenBytes.of(source), TokenBytes.of(target))
+    return align_row(*rows, *tables(source, target))
 
 
 def next_texts(record, tokenizer, places):
@@ -66,23 +74,36 @@ def by_brute_force(record, source, target):
     ]
 
 
+def by_classes(record, source, target, pairs):
+    """Whether the next tokens of pairs are of one class."""
+    classes = tables(source, target)[2]
+    places = np.array(valid(record, source))[pairs[:, 0]], pairs[:, 1]
+    ids = [
+        np.array(tokenize(record, tokenizer, "row")[0])[some + 1]
+        for tokenizer, some in zip((source, target), places, strict=True)
+    ]
+    return (classes.source[ids[0]] == classes.target[ids[1]]).tolist()
+
+
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("target", KINDS)
 def test_pairs_equal_brute_force_over_bytes(source, target):
     source, target = KINDS[source](), KINDS[target](seed=1)
-    prompts, completions = texts(40, seed=3), texts(40, seed=4)
+    prompts, completions = texts(16, seed=3), texts(16, seed=4)
     for prompt, completion in zip(prompts, completions, strict=True):
         record = {"prompt": prompt + "\n", "completion": completion}
         found = aligned(record, source, target)
-        assert found.pairs.dtype == np.int32
-        assert found.pairs[found.comparable].tolist() == by_brute_force(record, source, target)
-        assert found.comparable[1:].all() and (np.diff(found.pairs, axis=0) > 0).all()
+        expected = by_brute_force(record, source, target)
+        first = [0, valid(record, target)[0]]
+        assert found.pairs.tolist() in (expected, [first, *expected])
+        assert found.pairs.dtype == np.int32 and found.pairs[0].min() in (0, first[1])
+        assert found.comparable.tolist() == by_classes(record, source, target, found.pairs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_tokenizer_aligns_every_position_with_itself(kind):
     tokenizer = KINDS[kind]()
-    for prompt, completion in zip(texts(30, seed=5), texts(30, seed=6), strict=True):
+    for prompt, completion in zip(texts(10, seed=5), texts(10, seed=6), strict=True):
         record = {"prompt": prompt, "completion": completion}
         found = aligned(record, tokenizer, tokenizer)
         places = valid(record, tokenizer)
@@ -114,7 +135,7 @@ def test_nothing_predicts_the_first_token_of_a_row():
     found = meetings(record, byte_level(), byte_level(digits=True))
     assert found == ["0 0", "15 1", ". .", "</s> </s>"]
     one = byte_level(specials=("<unk>", "<pad>", "<s>", "."))
-    assert align_row(TokenRow([7], [7]), TokenRow([7], [7]), *[TokenBytes.of(one)] * 2) is None
+    assert align_row(TokenRow([7], [7]), TokenRow([7], [7]), *tables(one, one)) is None
 
 
 # Turns
@@ -218,7 +239,7 @@ def answers(completions):
 
 def align(records, source, target):
     rows = (rows_of(records, tokenizer) for tokenizer in (source, target))
-    return align_rows(*rows, TokenBytes.of(source), TokenBytes.of(target), split="align")
+    return align_rows(*rows, *tables(source, target), split="align")
 
 
 @table(
@@ -237,12 +258,16 @@ def test_rows_that_spell_different_bytes_are_named_and_left_out(make, completion
         align(answers([*["fine"] * 3, completion, completion, *["fine"] * 8]), byte_level(), make())
 
 
+def test_a_special_token_that_both_have_in_an_answer_does_not_end_it():
+    with pytest.raises(ValueError, match="the source has the token '<x>' in the answer"):
+        align(answers(["a<x>b"]), special_x(), special_x())
+
+
 def test_other_numbers_of_answers_are_named():
     tokenizer = byte_level()
-    table = TokenBytes.of(tokenizer)
     one, two = TokenRow([5, 6, 7], [-100, 6, 7]), TokenRow([5, 6, 7, 8], [-100, 6, -100, 8])
     with pytest.raises(ValueError, match="the source has 1 answers, the target 2"):
-        align_rows([one], [two], table, table, split="align")
+        align_rows([one], [two], *tables(tokenizer, tokenizer), split="align")
 
 
 def test_a_message_names_few_rows_and_shows_little_of_them():
@@ -256,24 +281,24 @@ def test_what_is_cut_at_the_maximal_length_of_either_side_drops_out():
     record = {"prompt": "The answer is", "completion": " 2015."}
     source, target = byte_level(), byte_level(digits=True)
     rows = [rows_of([record], tokenizer)[0] for tokenizer in (source, target)]
-    tables = TokenBytes.of(source), TokenBytes.of(target)
-    whole = align_row(*rows, *tables).pairs
+    both = tables(source, target)
+    whole = align_row(*rows, *both).pairs
     for length in range(3, len(rows[1].ids) + 2):
         kept = [[rank, place] for rank, place in whole.tolist() if valid(record, source)[rank] + 1 < length > place + 1]
-        found = align_row(*rows, *tables, length)
+        found = align_row(*rows, *both, length)
         assert (found.pairs.tolist() if found else []) == kept
     with pytest.raises(ValueError, match="nothing of the answer is left"):
-        align_rows(rows[:1], rows[1:], *tables, split="align", max_length=3)
+        align_rows(rows[:1], rows[1:], *both, split="align", max_length=3)
 
 
 def test_a_row_without_an_answer_is_not_aligned():
-    table = TokenBytes.of(byte_level())
-    assert align_row(*[TokenRow([5, 6], [-100, -100])] * 2, table, table) is None
+    tokenizer = byte_level()
+    assert align_row(*[TokenRow([5, 6], [-100, -100])] * 2, *tables(tokenizer, tokenizer)) is None
 
 
 def test_an_answer_is_not_aligned_with_an_empty_one():
     source, target = chat(byte_level), chat(byte_level)
     rows = [rows_of([{"messages": [USER, {"role": "assistant", "content": text}]}], source)[0] for text in ("", "The", " ")]
-    tables = TokenBytes.of(source), TokenBytes.of(target)
-    assert align_row(rows[0], rows[1], *tables) is None
-    assert len(align_row(rows[0], rows[2], *tables).pairs) == 1
+    both = tables(source, target)
+    assert align_row(rows[0], rows[1], *both) is None
+    assert len(align_row(rows[0], rows[2], *both).pairs) == 1

@@ -17,6 +17,7 @@ from typing import cast
 import numpy as np
 
 from hf_semalign.errors import InputError
+from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.splits import IGNORED
 
@@ -47,8 +48,9 @@ class Alignment:
 
     Attributes:
         pairs: ``[P, 2]`` int32: rank among the source's valid positions, position of the target.
-        comparable: ``[P]`` bool: the same text comes next on both sides, so that their predictions can be compared. It does
-            not at the start of a turn whose first token begins earlier on one side.
+        comparable: ``[P]`` bool: the tokens that come next are of one class, so that both predictions can be compared. They
+            are not where one tokenizer writes an indentation as three spaces and a word with a fourth one, and the other as
+            four spaces, and seldom at the start of a turn whose first token begins earlier on one side.
     """
 
     pairs: np.ndarray
@@ -77,6 +79,7 @@ def align_rows(
     target_rows: Iterable[TokenRow],
     source: TokenBytes,
     target: TokenBytes,
+    classes: PrefixClasses,
     *,
     split: str,
     max_length: int | None = None,
@@ -88,6 +91,7 @@ def align_rows(
         target_rows: the same rows as the target reads them.
         source: what the source's tokens spell.
         target: what the target's tokens spell.
+        classes: of the tokens of both.
         split: name for messages.
         max_length: longer sequences are going to be cut at the end, and what is aligned there drops out.
 
@@ -101,7 +105,7 @@ def align_rows(
     alignments: list[Alignment | None] = []
     reasons: list[str] = []
     for row, (ours, theirs) in enumerate(zip(source_rows, target_rows, strict=True)):
-        alignments.append(align_row(ours, theirs, source, target, max_length))
+        alignments.append(align_row(ours, theirs, source, target, classes, max_length))
         if alignments[-1] is None and len(reasons) < SHOWN:
             reasons.append(f"{split}[{row}]: {_parting(ours, theirs, source, target)}")
     left_out = alignments.count(None)
@@ -120,22 +124,30 @@ def align_rows(
 
 
 def align_row(
-    source_row: TokenRow, target_row: TokenRow, source: TokenBytes, target: TokenBytes, max_length: int | None = None
+    source_row: TokenRow,
+    target_row: TokenRow,
+    source: TokenBytes,
+    target: TokenBytes,
+    classes: PrefixClasses,
+    max_length: int | None = None,
 ) -> Alignment | None:
     """Aligned positions of one row; ``None`` where its answers spell different bytes. Arguments as in :func:`align_rows`."""
     ours, theirs = _turns(source_row, source), _turns(target_row, target)
     if not ours or not theirs or len(ours) != len(theirs) or not all(map(_agree, ours, theirs)):
         return None
-    tokens, comparable = (np.concatenate(parts) for parts in zip(*map(_meetings, ours, theirs), strict=True))
-    predicted = (tokens > 0).all(1)  # nothing predicts the first token of a row
+    tokens = np.concatenate(list(map(_meetings, ours, theirs)))
+    kept = (tokens > 0).all(1)  # nothing predicts the first token of a row
     if max_length is not None:
-        predicted &= (tokens < max_length).all(1)
-    if not predicted.any():
+        kept &= (tokens < max_length).all(1)
+    if not kept.any():
         return None
+    our_places, their_places = tokens[kept].T
     rank = np.cumsum(source_row.supervised[1:]) - 1
-    positions = tokens[predicted] - 1
-    pairs = np.stack([rank[positions[:, 0]], positions[:, 1]], axis=1).astype(np.int32)
-    return Alignment(pairs, comparable[predicted])
+    our_next, their_next = np.asarray(source_row.ids)[our_places], np.asarray(target_row.ids)[their_places]
+    return Alignment(
+        pairs=np.stack([rank[our_places - 1], their_places - 1], axis=1).astype(np.int32),
+        comparable=classes.source.numpy()[our_next] == classes.target.numpy()[their_next],
+    )
 
 
 def _turns(row: TokenRow, spelling: TokenBytes) -> list[_Turn] | None:
@@ -168,22 +180,18 @@ def _agree(one: _Turn, other: _Turn) -> bool:
     return bool(ours) == bool(theirs) and (ours.endswith(theirs) or theirs.endswith(ours))
 
 
-def _meetings(one: _Turn, other: _Turn) -> tuple[np.ndarray, np.ndarray]:
-    """``[P, 2]`` tokens of both rows that come next where two turns are aligned, and ``[P]`` whether that is comparable."""
+def _meetings(one: _Turn, other: _Turn) -> np.ndarray:
+    """``[P, 2]`` places in both rows of the tokens that come next where two turns are aligned."""
     ours, theirs = _cores(one, other)
     our_rest, their_rest = len(ours) - one.read, len(theirs) - other.read
     left, k, j = np.intersect1d(our_rest[our_rest > 0], their_rest[their_rest > 0], assume_unique=True, return_indices=True)
     parts = [np.stack([k, j], axis=1)[::-1]]
     later_start = min(len(ours), len(theirs))
-    starts_alike = later_start == 0 or later_start in left
-    if not starts_alike:
+    if later_start and later_start not in left:
         parts.insert(0, np.array([[0, 0]]))
     if one.ended and other.ended:
         parts.append(np.array([[len(one.read), len(other.read)]]) - 1)
-    meetings = np.concatenate(parts)
-    comparable = np.ones(len(meetings), bool)
-    comparable[:1] = starts_alike
-    return np.add(meetings, (one.first, other.first)), comparable
+    return np.concatenate(parts) + np.array([one.first, other.first])
 
 
 def _parting(source_row: TokenRow, target_row: TokenRow, source: TokenBytes, target: TokenBytes) -> str:

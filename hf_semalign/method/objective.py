@@ -49,7 +49,7 @@ class Objective:
     source_head: Head
     target_head: Head
     own_head: Head
-    classes: PrefixClasses | None = None
+    classes: PrefixClasses | None
 
     def terms(
         self,

@@ -1,8 +1,8 @@
 """Classes of tokens over which the predictions of two models with different tokenizers can be compared.
 
-The class of a token is the longest text that both vocabularies hold as a token and that its tokenizers' cuts lead to: the token
-itself where both have its bytes, else the first token of the other tokenizer's cut of them, and so on. So "201" counts as "2"
-for a tokenizer that cuts digits.
+Each token is led to a text that both vocabularies hold as a token: to its own, or else to the first token of the other
+tokenizer's cut of it, and from there on in the same way, each text shorter than the one before. So "201" counts as "2" for a
+tokenizer that cuts digits.
 """
 
 from __future__ import annotations

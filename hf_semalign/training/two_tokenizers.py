@@ -105,7 +105,7 @@ class TokenizerPair:
             )
         whole = [encode(rows, one, split=split) for one in (self.source_tokenizer, tokenizer)]
         theirs, ours = ((TokenRow(one["input_ids"], one["labels"]) for one in side) for side in whole)
-        found = align_rows(theirs, ours, self.source, self.target, split=split, max_length=max_length)
+        found = align_rows(theirs, ours, self.source, self.target, self.classes, split=split, max_length=max_length)
         source = write_rows(_cut(whole[0], found, max_length), SCHEMA)
         target = write_rows(self._paired(whole[1], source, found, max_length), PAIRED)
         valid = sum(np.count_nonzero(np.array(row["labels"][1:]) != IGNORED) for row in target)

@@ -42,13 +42,14 @@ __all__ = [
 _MODULES = {
     "method.attribution": ("LayerScores", "attribute_layers"),
     "config": ("SemAlignConfig",),
-    "method.frontier": ("FrontierCallback", "FrontierSchedule"),
+    "method.frontier": ("FrontierSchedule",),
     "hub.push": ("load_transfer", "push_transfer"),
     "method.losses": ("fisher_loss", "output_kl", "relation_loss", "steering_loss"),
     "method.pairing": ("LayerPairing", "pair_layers"),
     "method.semantic_map": ("SemanticMap", "semantic_bases"),
     "cache.signals": ("SourceSignals",),
     "trainer": ("SemAlignTrainer",),
+    "training.stages": ("FrontierCallback",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,7 +7,7 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_semalign.models import anatomy
+from hf_semalign.models import lora
 from hf_semalign.models.anatomy import base_model, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.models.lora import add_lora, lora_targets
 
@@ -198,7 +198,7 @@ def test_a_mixture_of_experts_gets_lora_on_its_attention_alone(caplog):
 def test_lora_that_peft_puts_elsewhere_is_refused(monkeypatch):
     model = tiny_llama(2, 16)
     monkeypatch.setattr(
-        anatomy, "get_peft_model", lambda target, config: get_peft_model(target, LoraConfig(target_modules=["q_proj"]))
+        lora, "get_peft_model", lambda target, config: get_peft_model(target, LoraConfig(target_modules=["q_proj"]))
     )
     with pytest.raises(
         ValueError, match=r"on \['model.layers.0.self_attn.q_proj', .* as well, and not on \['model.layers.0.self_attn.v"

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType
 
 from hf_semalign.experiments import symbols
 from hf_semalign.hub.card import benchmark_entries, render_card, restriction
+from hf_semalign.models import names
 
 TAGS = ["lora", "transformers", "hf-semalign", "knowledge-transfer"]
 LOCAL = ["embedded:target", "target", "/home/zoe/models/target", "./target", "~/zoe/x/target/", r"C:\Users\zoe\target"]
@@ -433,7 +434,7 @@ def test_the_python_example_is_python(record, results, target):
 
 
 def test_the_python_example_loads_the_adapter(record, results, tmp_path, monkeypatch):
-    monkeypatch.setattr(symbols, "PAIR_FOLDER", tmp_path / "pair")
+    monkeypatch.setattr(names, "PAIR_FOLDER", tmp_path / "pair")
     monkeypatch.chdir(tmp_path)
     tokenizer = symbols.build_tokenizer()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -9,14 +9,14 @@ import pytest
 import hf_semalign
 
 ORDER = (
-    "errors", "files",
+    "errors", "kinds", "files",
     "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading",
     "splits",
     "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
     "config",
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",
     "training.stages", "training.checkpoints", "training.engines", "training.preparation", "training.layerwise",
-    "hub.card", "hub.push", "hub.inspection",
+    "hub.reading", "hub.card", "hub.push", "hub.inspection",
     "trainer",
     "experiments.symbols", "experiments.rows", "experiments.tasks", "experiments.generation", "experiments.answers",
     "experiments.evaluation", "experiments.analysis", "experiments.figures", "experiments.tables", "experiments.paired",

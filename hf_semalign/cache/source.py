@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock
@@ -40,6 +40,15 @@ from hf_semalign.models.names import public_name
 
 logger = logging.getLogger(__name__)
 FACTS = "source.json"
+
+
+class Facts(TypedDict):
+    """What ``source.json`` holds: whose folder it is, and checksums of the files beside it, by name."""
+
+    name: str
+    identity: str
+    files: dict[str, str]
+    checksum: str
 
 
 class Source:
@@ -345,7 +354,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: something is damaged.
     """
-    facts = read_json(folder / FACTS, "name", "identity", "files", "checksum")
+    facts = read_json(folder / FACTS, Facts)
     damaged = [FACTS] if facts.pop("checksum") != digest(facts) else []
     if not damaged:
         damaged = [name for name, known in facts["files"].items() if not _is(folder / name, known)]

@@ -47,8 +47,9 @@ from hf_semalign.experiments.recipe import (
     read_yaml,
 )
 from hf_semalign.experiments.tables import latex, markdown
-from hf_semalign.files import claimed, make_folder, read_json
+from hf_semalign.files import claimed, make_folder
 from hf_semalign.hub.card import benchmark_scores
+from hf_semalign.hub.reading import read_record, read_results
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
@@ -396,7 +397,7 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
 
 def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
     """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
-    read = cache(lambda cell_folder: read_json(cell_folder / "results.json", "metrics", "seconds", "cost"))
+    read = cache(lambda folder: read_results(folder, read_record(folder)) or {})
     tables = []
     for task in comparison.recipes:
         for budget in comparison.budgets:

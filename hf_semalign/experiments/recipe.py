@@ -28,8 +28,7 @@ from hf_semalign.experiments.baselines.laten import LaTenTrainer
 from hf_semalign.experiments.baselines.seeking import SeekingTrainer
 from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
-from hf_semalign.files import read_json
-from hf_semalign.hub.push import read_record
+from hf_semalign.hub.reading import read_record, read_results
 from hf_semalign.models.loading import find_config, find_tokenizer
 from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root
@@ -235,13 +234,12 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: see :func:`load_recipe`.
     """
     record = read_record(folder)
-    if not (folder / "results.json").is_file():
+    results = read_results(folder, record)
+    if results is None:
         raise MissingFileError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
-    results = read_json(folder / "results.json", "task")
-    task = results.get("data_task", results["task"])
-    splits = {split: record["data"][split] for split in ("extract", "align", "eval")}
+    splits = {split: record["data"][split] for split in ("extract", "align", "eval") if split in record["data"]}
     rows = {split: facts.get("answers", facts)["rows"] for split, facts in splits.items()}  # written answers may be left out
-    data = {"task": task, **rows}
+    data = {"task": results.get("data_task", results["task"]), **rows}
     models = {"source": record["source"], "target": record["target"]}
     training = {name: value for name, value in record["settings"].items() if name in SETTINGS}  # others might name paths
     content = {**models, "output_dir": str(folder), "method": record["method"], "data": data, "training": training}

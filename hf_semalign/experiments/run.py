@@ -36,7 +36,16 @@ from hf_semalign.experiments.figures import draw_comparison, draw_layers, draw_l
 from hf_semalign.experiments.recipe import Recipe, load_tokenizer
 from hf_semalign.experiments.rounds import make_trainer, start_of, train_recipe, with_answers
 from hf_semalign.experiments.tasks import BENCHMARKS, TaskData
-from hf_semalign.files import checksum, claimed, digest, disk_errors_explained, keep_record, recall_record
+from hf_semalign.files import (
+    checksum,
+    claimed,
+    digest,
+    disk_errors_explained,
+    file_digest,
+    keep_record,
+    recall_record,
+    write_text,
+)
 from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card
 from hf_semalign.hub.inspection import printable
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer
@@ -199,13 +208,14 @@ def _write(folder: Path, trainer: SemAlignTrainer, results: dict[str, Any], star
     if not trainer.is_world_process_zero():
         return
     results["adapter_mb"] = (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1e6
+    results["adapter_checksum"] = file_digest(folder / SAFETENSORS_WEIGHTS_NAME)
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
     if trainer.method == SemAlignTrainer.method:  # others use no pairs
         drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    write_text(folder / "results.json", json.dumps(results, indent=2))
     shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)  # of an earlier run here
     for name, entries in benchmark_entries(results, trainer.method).items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)

@@ -30,13 +30,22 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from yaml import YAMLError
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, MissingFileError, StorageError, brief
-from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, digest, file_digest, read_json, sha256
+from hf_semalign.files import ADAPTER, RECORD_NAME, digest, file_digest, sha256
 from hf_semalign.hub.card import TAGS
+from hf_semalign.hub.reading import (
+    RESULTS_NAME,
+    check_adapter,
+    check_recorded,
+    read_adapter_config,
+    read_record,
+    read_results,
+)
 from hf_semalign.models.loading import load_weights
 from hf_semalign.models.names import EMBEDDED, is_hub_id, resolve_model
 
@@ -44,10 +53,9 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, CARD)
-KEYS = ("method", "source", "target", "pairing", "settings", "data", "versions", "adapter_checksum")  # that others read
 PUBLISHED = [
     *NEEDED,
-    "results.json",
+    RESULTS_NAME,
     ".eval_results/*.yaml",
     "figures/*.png",
     "figures/*.svg",
@@ -56,6 +64,7 @@ PUBLISHED = [
     "chat_template.jinja",
 ]
 UNCLAIMED = {".gitattributes", ".gitignore", CARD}  # what a repository holds that somebody has only just made
+FIGURE = re.compile(r"\]\((figures/[^)]+)\)")
 PROBE = 16  # token ids that are compared
 
 
@@ -263,7 +272,8 @@ def published_files(folder: Path) -> dict[str, Path]:
     check_adapter(folder)
     record = read_record(folder)
     check_recorded(folder, record)
-    base = read_json(folder / ADAPTER[1], "base_model_name_or_path")["base_model_name_or_path"]
+    read_results(folder, record)
+    base = read_adapter_config(folder)["base_model_name_or_path"]
     if base != record["target"] or not (str(base).startswith(EMBEDDED) or is_hub_id(str(base))):
         raise InputError(
             f"{ADAPTER[1]} of {folder} names the base {base!r}, and {RECORD_NAME} {record['target']!r}: expected the same Hub "
@@ -271,20 +281,10 @@ def published_files(folder: Path) -> dict[str, Path]:
         )
     if fault := card_fault(folder / CARD):
         raise InputError(f"{folder / CARD} {fault}")
+    shown = FIGURE.findall((folder / CARD).read_text(encoding="utf-8"))
+    if missing := [name for name in shown if folder / name not in found]:
+        raise InputError(f"{folder / CARD} shows {missing}, which are not there: copy them again, or train again.")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found, key=lambda path: path.name == CARD)}
-
-
-def check_recorded(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse an adapter that is not the one that the record of its folder is about, or a checkpoint that needs another base.
-
-    Raises:
-        ValueError: the checksums differ, or it is a checkpoint of Seeking, whose matrices belong to a changed target.
-    """
-    if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
-        raise InputError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
-    rank = record.get("seeking", {}).get("adapter_rank")
-    if rank is not None and read_json(folder / ADAPTER[1], "r")["r"] != rank:
-        raise InputError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
 
 
 def card_fault(path: Path) -> str | None:
@@ -351,9 +351,17 @@ def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] |
 
 def _adapted(base: Any, folder: Path, name: str) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"The adapter of {folder} does not fit {name}: {brief(error)}. Pass its own target.") from error
+    with safe_open(folder / ADAPTER[0], framework="pt") as file:  # of other names peft only warns
+        odd = set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if odd:
+        raise InputError(
+            f"The adapter of {folder} does not fit {name}: {len(odd)} weights are in one of them alone, such as {min(odd)}. "
+            "Pass its own target."
+        )
+    return model
 
 
 @torch.no_grad()
@@ -439,7 +447,7 @@ def find_target(record: dict[str, Any], target: str | None = None) -> str:
     """Hub id or folder of a record's target.
 
     Args:
-        record: see :func:`read_record`.
+        record: see :func:`hf_semalign.hub.reading.read_record`.
         target: the target, where the record knows only a local folder's name.
 
     Raises:
@@ -449,17 +457,3 @@ def find_target(record: dict[str, Any], target: str | None = None) -> str:
     if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
         raise InputError(f"The target {name!r} of the record is no Hub id: name it by target=.")
     return resolve_model(name)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's ``semalign.json``.
-
-    Raises:
-        FileNotFoundError: a folder without it.
-        ValueError: it is damaged.
-    """
-    if not (folder / RECORD_NAME).is_file():
-        if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
-            raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
-        raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    return read_json(folder / RECORD_NAME, *KEYS)

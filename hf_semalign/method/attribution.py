@@ -17,6 +17,8 @@ from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.errors import InputError
+from hf_semalign.files import read_json
+from hf_semalign.kinds import check_kinds
 from hf_semalign.method.losses import answer_cross_entropy
 from hf_semalign.models.anatomy import dissect
 from hf_semalign.models.hooks import checkpointed, without_cudnn_attention
@@ -48,6 +50,12 @@ class LayerScores:
     num_examples: int
     aggregate: str
 
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.deviations):
+            raise InputError(
+                f"There are {len(self.values)} scores and {len(self.deviations)} deviations: expected one of each source layer."
+            )
+
     @property
     def flat(self) -> bool:
         """Whether the layers differ by less than one layer's score differs between examples: a ranking says little."""
@@ -59,13 +67,23 @@ class LayerScores:
 
     @classmethod
     def from_json(cls, path: str | Path) -> LayerScores:
-        """Read what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds something else.
+        """
+        return cls.from_dict(read_json(path), str(path))
 
     @classmethod
-    def from_dict(cls, record: dict) -> LayerScores:
-        """Rebuild from plain values, also after JSON."""
-        return cls(**{**record, "values": tuple(record["values"]), "deviations": tuple(record["deviations"])})
+    def from_dict(cls, record: dict, where: str = "the scores") -> LayerScores:
+        """Rebuild from plain values, also after JSON.
+
+        Raises:
+            ValueError: they are something else; the message names ``where`` they stand.
+        """
+        check_kinds(record, cls, where)
+        return cls(tuple(record["values"]), tuple(record["deviations"]), record["num_examples"], record["aggregate"])
 
 
 @without_cudnn_attention()

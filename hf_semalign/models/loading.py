@@ -26,8 +26,8 @@ from transformers import (
 from yaml import YAMLError
 
 from hf_semalign.errors import InputError, brief
-from hf_semalign.files import _check_header
-from hf_semalign.models.anatomy import Parts, name_parts
+from hf_semalign.files import check_header
+from hf_semalign.models.anatomy import Parts, base_model, name_parts
 from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
         if not files:
             raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         for file in files:
-            _check_header(file)
+            check_header(file)
     with torch.device("meta"), _readable(name_or_path):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 

@@ -42,8 +42,9 @@ from hf_semalign.experiments.generation import (
     generating,
     rows_that_fit,
 )
-from hf_semalign.files import ADAPTER, check_adapter, digest, file_digest, make_folder, read_json, write_text
-from hf_semalign.hub.push import RECORD_NAME, find_folder, find_target, load_transfer, read_record
+from hf_semalign.files import RECORD_NAME, digest, file_digest, make_folder, read_json, write_text
+from hf_semalign.hub.push import find_folder, find_target, load_transfer
+from hf_semalign.hub.reading import Benchmarks, check_adapter, read_adapter_config, read_record
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import find_tokenizer, load_weights
 from hf_semalign.models.names import public_name, resolve_model
@@ -169,9 +170,7 @@ def evaluate_run(
         "benchmarks": [],
     }
     place = folder / RESULTS_NAME
-    earlier = read_json(place, *content) if place.is_file() else content
-    if not all(entry.keys() >= SETTINGS for entry in earlier["benchmarks"]):
-        raise InputError(f"{place} is not what this command writes: move it away, or name another output.")
+    earlier = read_json(place, Benchmarks) if place.is_file() else content
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
@@ -389,7 +388,7 @@ def _open_vllm(name: str, target: str | None) -> Any:
     if adapter is None:
         return VLLM(pretrained=resolve_model(name), **given)
     check_adapter(adapter)
-    config = read_json(adapter / ADAPTER[1], "r")
+    config = read_adapter_config(adapter)
     rank = max(config["r"], *config.get("rank_pattern", {}).values(), 0)
     largest = next((known for known in VLLM_RANKS if known >= rank), None)
     if largest is None:

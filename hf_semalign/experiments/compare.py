@@ -31,7 +31,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from hf_semalign.config import MOST_SEED, SemAlignConfig, check_numbers
+from hf_semalign.config import MOST_SEED, SemAlignConfig
 from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.experiments.figures import draw_gaps
 from hf_semalign.experiments.paired import paired_difference
@@ -50,6 +50,7 @@ from hf_semalign.experiments.tables import latex, markdown
 from hf_semalign.files import claimed, make_folder
 from hf_semalign.hub.card import benchmark_scores
 from hf_semalign.hub.reading import read_record, read_results
+from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
@@ -74,11 +75,6 @@ class Reported:
 
     origin: str
     rows: dict[str, dict[str, float]]
-
-    def __post_init__(self) -> None:
-        rows = self.rows.values() if isinstance(self.rows, dict) else [None]
-        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
-            raise InputError(f"rows of reported is {self.rows!r}: expected by method, and then by task, a number.")
 
 
 @dataclass(frozen=True)
@@ -176,30 +172,23 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         key, _, value = text.partition("=")
         content[key] = read_yaml(value, f"The override {text!r}")
     check_names(content, known, where)
-    if missing := {"output_dir", "tasks", "methods", "seeds"} - content.keys():
-        raise InputError(f"The {where} lacks {sorted(missing)}.")
-    for name, kind in (("tasks", dict), ("methods", dict), ("seeds", list), ("budgets", list)):
-        if name in content and not (isinstance(content[name], kind) and content[name]):
-            raise InputError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
+    check_kinds(content, Comparison, f"the {where}")
+    if empty := [name for name in ("tasks", "methods", "seeds", "budgets") if not content.get(name, True)]:
+        raise InputError(f"{empty[0]} of the {where} is {content[empty[0]]!r}: expected at least one.")
     check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
     for seed in content["seeds"]:
-        check_numbers({"seed": seed}, SemAlignConfig)
         if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
             raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
     for name, changes in content["methods"].items():
         place = f"methods.{name} of the {where}"
-        if not isinstance(changes, dict) or not isinstance(name, str):
-            raise InputError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
         check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
         read_settings(changes)
         for key, home in PLACED.items():
             if key in changes:
                 raise InputError(f"{place} has {key}, which is set {home}.")
-        if not isinstance(written := changes.get("data", {}), dict):
-            raise InputError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
-        check_names(written, OF_ANSWERS, f"data of {place}")
-        check_numbers(written, DataSettings)
+        check_kinds({"data": changes.get("data", {})}, dict[str, dict], place)
+        check_names(changes.get("data", {}), OF_ANSWERS, f"data of {place}")
     for section in ("tasks", "methods"):
         folders: dict[str, str] = {}
         for name in map(str, content[section]):
@@ -214,6 +203,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
         for name, changes in content["methods"].items():
             data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
+            check_kinds(asdict(data), DataSettings, f"data of {place}")
             check_answers(data, changes.get("method", Recipe.method), (), place)
     return Comparison(
         **{
@@ -229,9 +219,7 @@ def _section(kind: Any, content: Any, where: str) -> Any:
     if content is None:
         return None
     names = [item.name for item in fields(kind)]
-    if not isinstance(content, dict) or set(content) != set(names):
-        raise InputError(f"The section {where} is {content!r}: expected {names}.")
-    check_numbers(content, kind)
+    check_names(content, names, where)
     return kind(**content)
 
 

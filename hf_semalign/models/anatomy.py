@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_semalign.errors import InputError
+from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 CausalLM = PreTrainedModel | PeftModel
@@ -188,6 +189,7 @@ def name_parts(config: PretrainedConfig, parts: Parts) -> None:
         return
     try:
         parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
+        check_kinds(parts, dict[str, str])
     except (TypeError, ValueError) as error:
         raise InputError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -220,7 +222,17 @@ def dissect(model: CausalLM) -> Anatomy:
             f"The decoder of {name} is not found: name the path of the part that ends with its final norm, and that of its "
             "layers, by hand (settings source_parts and target_parts)."
         )
-    layers = named.get("layers") or _layers(decoder, name, getattr(config, "num_hidden_layers", None))
+    layers = named["layers"] if "layers" in named else _layers(decoder, name, getattr(config, "num_hidden_layers", None))
+    if not isinstance(layers, nn.ModuleList) or all(layers is not part for part in decoder.modules()):
+        raise InputError(
+            f"The layers of {name} are a {type(layers).__name__}: expected the ModuleList of its {type(decoder).__name__} "
+            "(settings source_parts and target_parts)."
+        )
+    if len(getattr(getattr(head, "weight", None), "shape", ())) != 2:
+        raise InputError(
+            f"The head of {name} is a {type(head).__name__}: expected a linear layer, with a weight of [V, D] (settings "
+            "source_parts and target_parts)."
+        )
     scale = _setting(config, "logit_scale", "lm_head_multiplier") or 1.0
     scale /= _setting(config, "logits_scaling") or 1.0
     softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

@@ -36,7 +36,7 @@ from hf_semalign.files import (
 from hf_semalign.models.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.models.hooks import bypass, gives_tuples
 from hf_semalign.models.loading import find_config, find_tokenizer, is_quantised, load_dtype, load_model, load_weights, skeleton
-from hf_semalign.models.names import public_name
+from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
 FACTS = "source.json"
@@ -59,7 +59,8 @@ class Source:
     also stand for the source itself, on a machine that has no weights.
 
     Args:
-        model: a causal LM, a Hub id, a local folder, or a folder that another run has left under its ``signals_dir``.
+        model: a causal LM, a Hub id, a local folder, an embedded model, or a folder that another run has left under its
+            ``signals_dir``.
         precision: of the run, see :func:`hf_semalign.models.loading.load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
@@ -76,7 +77,8 @@ class Source:
         ValueError: a model that the method cannot use, before any weight is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> None:
+    def __init__(self, model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> None:
+        model = resolve_model(model) if isinstance(model, (str, Path)) else model  # its files have checksums
         self._given = model
         self._precision = precision
         self._named = parts

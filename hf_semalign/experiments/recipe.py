@@ -31,7 +31,6 @@ from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held
 from hf_semalign.hub.reading import read_record, read_results
 from hf_semalign.kinds import check_kinds
 from hf_semalign.models.loading import find_config, find_tokenizer
-from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SETTINGS, SemAlignTrainer, signals_root
 
 logger = logging.getLogger(__name__)
@@ -374,9 +373,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: a target without a tokenizer, or a pad token that it does not have.
     """
-    name = resolve_model(recipe.target)
-    find_config(name)  # a model that is not there is not one without a tokenizer
-    tokenizer = find_tokenizer(name)
+    find_config(recipe.target)  # a model that is not there is not one without a tokenizer
+    tokenizer = find_tokenizer(recipe.target)
     if tokenizer is None:
         raise InputError(f"The target {recipe.target!r} has no tokenizer: save it beside its weights, with save_pretrained.")
     if recipe.pad_token is not None:

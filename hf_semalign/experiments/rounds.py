@@ -28,7 +28,6 @@ from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
-from hf_semalign.models.names import resolve_model
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 from hf_semalign.training.checkpoints import damage, last_checkpoint
 
@@ -132,7 +131,7 @@ def with_answers(
         place, writer = source.folder(signals_root(args)), [source.identity]
         model: Callable[[], CausalLM] = partial(source.model, args.device)
     else:
-        target = Source(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+        target = Source(recipe.target, precision=args.mixed_precision, parts=args.target_parts)
         place, writer = folder, [target.identity]
         writer += [] if learnt is None else [file_digest(learnt / SAFETENSORS_WEIGHTS_NAME)]
         model = partial(_target, recipe, args, learnt)
@@ -153,7 +152,7 @@ def with_answers(
 
 def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> CausalLM:
     """The target as it is by now, on the run's device."""
-    target = load_model(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+    target = load_model(recipe.target, precision=args.mixed_precision, parts=args.target_parts)
     model: Any = target if learnt is None else PeftModel.from_pretrained(target, learnt)
     return model.to(args.device)
 
@@ -189,7 +188,7 @@ def make_trainer(
 ) -> SemAlignTrainer:
     """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
     return METHODS[method](
-        resolve_model(recipe.target),
+        recipe.target,
         source,
         args,
         data.align,

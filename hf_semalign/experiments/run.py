@@ -51,7 +51,6 @@ from hf_semalign.hub.inspection import printable
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import device_name
-from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import check_disjoint, encode
 from hf_semalign.trainer import SemAlignTrainer, signals_root, timed
 from hf_semalign.training.engines import check_engine, is_set
@@ -121,7 +120,7 @@ def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -
             token=args.hub_token,
             private=args.hub_private_repo,
             revision=args.hub_revision,
-            target=resolve_model(recipe.target),
+            target=recipe.target,
         )
     except (OSError, ValueError) as error:
         raise StorageError(
@@ -137,7 +136,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
         others = HeldOut.load(recipe, tokenizer)
         for other in others:
             check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
-    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
+    source = Source(recipe.source, precision=args.mixed_precision, parts=args.source_parts)
 
     def measure_before(trainer: SemAlignTrainer) -> None:
         metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
@@ -189,7 +188,7 @@ def run_signals(recipe: Recipe) -> Path:
     if args.signals != "cached":
         raise InputError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
-    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
+    source = Source(recipe.source, precision=args.mixed_precision, parts=args.source_parts)
     if recipe.data.answers == "target":
         raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
@@ -334,7 +333,7 @@ def _score_source(recipe: Recipe, trainer: SemAlignTrainer, tokenizer: PreTraine
 
 def _identity(recipe: Recipe, trainer: SemAlignTrainer) -> str:
     """What stands for a trainer's target as it is: of one that has learnt nothing, the target's own weights alone."""
-    base = Source(resolve_model(recipe.target)).identity
+    base = Source(recipe.target).identity
     learnt = [trainer.method, [checksum(p) for layer in trainer.lora_layers for p in layer]]
     return digest([base, learnt if trainer.state.global_step else None])
 

@@ -27,7 +27,7 @@ from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.models.loading import find_config, load_model, skeleton
-from hf_semalign.models.names import public_name, resolve_model
+from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
 from hf_semalign.trainer import signals_root
 
@@ -170,12 +170,12 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
 
 def _find(recipe: Recipe, role: str) -> str:
     """Folder or Hub id of a recipe's model, looked up before any weight is loaded."""
-    name = resolve_model(getattr(recipe, role))
+    name = getattr(recipe, role)
     try:
         find_config(name)
     except ValueError as error:
         raise InputError(
             f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
-            f"that a model from a folder must be named again. ({brief(error.__cause__)})"
+            f"that a model from a folder must be named again. ({brief(error.__cause__ or error)})"
         ) from error
     return name

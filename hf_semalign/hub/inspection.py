@@ -60,7 +60,7 @@ class Inspection:
             )
 
 
-def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Inspection:
+def inspect_transfer(repo_id_or_folder: str | Path, revision: str | None = None) -> Inspection:
     """Read what an adapter is.
 
     Args:
@@ -72,13 +72,14 @@ def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Ins
         ValueError: a name that is neither, a revision of a folder, or damaged files.
         OSError: the Hub cannot be reached, or fails.
     """
-    if Path(repo_id_or_folder).is_dir():
+    name = str(repo_id_or_folder)
+    if Path(name).is_dir():
         if revision is not None:
-            raise InputError(f"{repo_id_or_folder} is a folder, without a revision {revision!r}: name a Hub id, or none.")
-        return _inspect_folder(Path(repo_id_or_folder))
-    if not is_hub_id(repo_id_or_folder):
-        raise InputError(f"{repo_id_or_folder!r} is no folder and no Hub id: name a run folder, or owner/name.")
-    return _inspect_repo(repo_id_or_folder, revision)
+            raise InputError(f"{name} is a folder, without a revision {revision!r}: name a Hub id, or none.")
+        return _inspect_folder(Path(name))
+    if not is_hub_id(name):
+        raise InputError(f"{name!r} is no folder and no Hub id: name a run folder, or owner/name.")
+    return _inspect_repo(name, revision)
 
 
 def _inspect_folder(folder: Path) -> Inspection:

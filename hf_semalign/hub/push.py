@@ -76,7 +76,7 @@ def push_transfer(
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
-    target: str | None = None,
+    target: str | Path | None = None,
     message: str = "SemAlign transfer",
 ) -> str:
     """Publish a run folder: adapter, record, card, results, figures and tokenizer, and nothing else that lies there.
@@ -325,18 +325,18 @@ def _same_files(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], t
     return same
 
 
-def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] | None:
+def _probe(folder: Path, target: str | Path | None) -> tuple[PeftModel, torch.Tensor] | None:
     """The target with a run's adapter, and its logits; ``None``, which is logged, where the target is not on this machine.
 
     Raises:
         ValueError: the adapter does not fit the target, or gives logits that are not finite.
     """
-    name = target or read_record(folder)["target"]
+    name = str(target or read_record(folder)["target"])
     reason = "the record has no local paths"
     base = None
     if target is not None or not Path(name).exists():  # a folder of that name may be anything
         try:
-            base = load_weights(resolve_model(name), dtype="auto", local_files_only=True)
+            base = load_weights(name, dtype="auto", local_files_only=True)
         except (ImportError, ValueError):
             reason = "its weights are not on this machine, and are not downloaded for that"
     if base is None:
@@ -399,7 +399,7 @@ def _compare(
 
 
 def load_transfer(
-    repo_id_or_folder: str | Path, *, target: str | None = None, revision: str | None = None
+    repo_id_or_folder: str | Path, *, target: str | Path | None = None, revision: str | None = None
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Load an adapter and its record.
 
@@ -419,7 +419,7 @@ def load_transfer(
     record = read_record(folder)
     check_adapter(folder)
     check_recorded(folder, record)
-    name = find_target(record, None if target is None else str(target))
+    name = find_target(record, target)
     try:
         base = load_weights(name, dtype="auto")
     except ValueError as error:
@@ -433,7 +433,7 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
     Raises:
         FileNotFoundError: it is neither, or cannot be reached.
     """
-    given = str(repo_id_or_folder)
+    given = resolve_model(repo_id_or_folder)
     local = Path(given).is_dir()
     if local and revision is not None:
         raise InputError(f"revision is {revision!r}, and {given} is a folder, which has none: leave it out.")
@@ -443,8 +443,8 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
         raise MissingFileError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
 
 
-def find_target(record: dict[str, Any], target: str | None = None) -> str:
-    """Hub id or folder of a record's target.
+def find_target(record: dict[str, Any], target: str | Path | None = None) -> str:
+    """Name of a record's target.
 
     Args:
         record: see :func:`hf_semalign.hub.reading.read_record`.
@@ -453,7 +453,7 @@ def find_target(record: dict[str, Any], target: str | None = None) -> str:
     Raises:
         ValueError: the record names a path.
     """
-    name = target or record["target"]
+    name = str(target or record["target"])
     if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
         raise InputError(f"The target {name!r} of the record is no Hub id: name it by target=.")
-    return resolve_model(name)
+    return name

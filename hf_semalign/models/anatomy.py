@@ -154,8 +154,15 @@ class Size:
 
 
 def base_model(model: CausalLM) -> PreTrainedModel:
-    """The transformers model inside a peft model, or the model itself."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    """The transformers model inside a peft model, or the model itself.
+
+    Raises:
+        ValueError: neither.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise InputError(f"The model is a {type(model).__name__}: expected a causal LM of transformers, or its name.")
+    return base
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -1,4 +1,7 @@
-"""Engines, folders, models and tokenizers that a trainer is given: loaded, or refused with a clear error."""
+"""Models and tokenizers by name, or as they are given: loaded, or refused with a clear error.
+
+A name is a Hub id, a folder or an embedded model (``embedded:source``, ``embedded:target``).
+"""
 
 from __future__ import annotations
 
@@ -76,13 +79,14 @@ def _readable(name_or_path: str) -> Iterator[None]:
 
 
 def find_config(name_or_path: str) -> PretrainedConfig:
-    """The configuration of a Hub id or folder.
+    """The configuration of a model by name.
 
     Raises:
         ValueError: there is none, or it is broken.
     """
+    place = resolve_model(name_or_path)
     with _readable(name_or_path):
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
 
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
@@ -91,15 +95,15 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: its files are broken.
     """
-    name = public_name(name_or_path)
+    name, place = public_name(name_or_path), resolve_model(name_or_path)
     try:
-        if name_or_path:
-            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        if place:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         reason = "it was made in memory"
     except json.JSONDecodeError as error:
         raise InputError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0].replace(name_or_path, name)
+        reason = str(error).split("\n")[0].replace(place, name)
     logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
     return None
 
@@ -108,7 +112,7 @@ def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
     """The dtype to load a model in.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: its name.
         precision: of the run. Under ``bf16`` float16 weights are loaded in bfloat16, lest layers give out float32. ``no`` is
             training in 32 bits, as transformers says of ``bf16=False``: half-precision weights are loaded in float32. Otherwise
             weights keep their own dtype.
@@ -158,10 +162,10 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
-    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading.
+    """A model by name without its weights: its shape alone, so that much can be refused before loading.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: its name.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
         weights: whether a folder has to hold weights; of those in safetensors the headers are read.
 
@@ -171,8 +175,8 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
     config = find_config(name_or_path)
     name_parts(config, parts)
     is_quantised(config)
-    if weights and Path(name_or_path).is_dir():
-        files = list(Path(name_or_path).glob("model*.safetensors"))
+    if weights and (folder := Path(resolve_model(name_or_path))).is_dir():
+        files = list(folder.glob("model*.safetensors"))
         if not files:
             raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         for file in files:
@@ -182,16 +186,17 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
 
 
 def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, with all weights from safetensors files, none as it was drawn.
+    """``AutoModelForCausalLM.from_pretrained`` by name, with all weights from safetensors files, none as it was drawn.
 
     Nothing is unpickled, and no code of a repository is run.
 
     Raises:
         ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
     """
+    place = resolve_model(name_or_path)
     with _readable(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, **settings, trust_remote_code=False, use_safetensors=True,
+            place, **settings, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     model, report = loaded
@@ -205,21 +210,21 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def load_model(model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
-    """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
+def load_model(model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
+    """The model of a name, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
     Args:
-        model: a model, an id or a folder.
+        model: a model, or its name.
         precision: of the run, see :func:`load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
     Raises:
-        ValueError: a model that carries LoRA already, weights that do not fit, or that are quantised in a way that is not
-            supported.
+        ValueError: no causal LM, a model that carries LoRA already, or weights that do not fit, or that are quantised in a way
+            that is not supported.
     """
-    if isinstance(model, str):
-        model = load_weights(model, dtype=load_dtype(model, precision))
-    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
+    if isinstance(model, (str, Path)):
+        model = load_weights(str(model), dtype=load_dtype(str(model), precision))
+    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in base_model(model).named_parameters()):
         raise InputError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)
     keep_layout(model)

@@ -68,7 +68,7 @@ def run_benchmark(
     batch_size: int | None = None,
     chat_template: bool = False,
     backend: str = "hf",
-    target: str | None = None,
+    target: str | Path | None = None,
     answers: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a benchmark.
@@ -119,10 +119,10 @@ def run_benchmark(
 
 
 def evaluate_run(
-    origin: str,
+    origin: str | Path,
     tasks: Sequence[str],
     *,
-    target: str | None = None,
+    target: str | Path | None = None,
     files: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -153,6 +153,7 @@ def evaluate_run(
         ValueError: see :func:`run_benchmark`; and no folder to write to.
         FileNotFoundError: likewise.
     """
+    origin = str(origin)
     adapter = _find_adapter(origin)
     if output is None and (adapter is None or not Path(origin).is_dir()):
         raise InputError(f"{origin!r} is no run folder, so that there is no place for {RESULTS_NAME}: name one by output.")
@@ -165,7 +166,7 @@ def evaluate_run(
     record = {} if adapter is None else read_record(adapter)
     content: dict[str, Any] = {
         "model": public_name(origin),
-        "target": None if adapter is None else public_name(target or record["target"]),
+        "target": None if adapter is None else public_name(str(target or record["target"])),
         "adapter_checksum": record.get("adapter_checksum"),
         "benchmarks": [],
     }
@@ -321,7 +322,7 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
 @contextmanager
 def _opened(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | None, backend: str, target: str | None
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | None, backend: str, target: str | Path | None
 ) -> Iterator[_Opened]:
     from lm_eval.api.model import LM
 
@@ -356,16 +357,14 @@ def _opened(
 
 def _find_adapter(name: str) -> Path | None:
     """The folder of a transfer; ``None`` for the name of a model."""
-    if resolve_model(name) != name:
-        return None
     folder = find_folder(name)
     return folder if (folder / RECORD_NAME).is_file() else None
 
 
-def _load_named(name: str, target: str | None) -> tuple[Any, PreTrainedTokenizerBase | None]:
+def _load_named(name: str, target: str | Path | None) -> tuple[Any, PreTrainedTokenizerBase | None]:
     adapter = _find_adapter(name)
     if adapter is None:
-        model: Any = load_weights(resolve_model(name), dtype="auto")
+        model: Any = load_weights(name, dtype="auto")
     else:
         model, _ = load_transfer(adapter, target=target)
     if torch.accelerator.is_available():
@@ -373,18 +372,19 @@ def _load_named(name: str, target: str | None) -> tuple[Any, PreTrainedTokenizer
     return model.eval(), find_tokenizer(_tokenizer_place(name, adapter, target))
 
 
-def _tokenizer_place(name: str, adapter: Path | None, target: str | None) -> str:
+def _tokenizer_place(name: str, adapter: Path | None, target: str | Path | None) -> str:
     """Where the tokenizer lies: with the adapter, or with its target."""
     if adapter is None:
-        return resolve_model(name)
+        return name
     return str(adapter) if (adapter / "tokenizer_config.json").is_file() else find_target(read_record(adapter), target)
 
 
-def _open_vllm(name: str, target: str | None) -> Any:
+def _open_vllm(name: str, target: str | Path | None) -> Any:
     from lm_eval.models.vllm_causallms import VLLM
 
     adapter = _find_adapter(name)
-    given = {"tokenizer": _tokenizer_place(name, adapter, target), "add_bos_token": True, "batch_size": "auto"}
+    place = resolve_model(_tokenizer_place(name, adapter, target))  # vLLM knows no embedded models
+    given = {"tokenizer": place, "add_bos_token": True, "batch_size": "auto"}
     if adapter is None:
         return VLLM(pretrained=resolve_model(name), **given)
     check_adapter(adapter)
@@ -393,7 +393,7 @@ def _open_vllm(name: str, target: str | None) -> Any:
     largest = next((known for known in VLLM_RANKS if known >= rank), None)
     if largest is None:
         raise InputError(f"vLLM has LoRA of rank {VLLM_RANKS[-1]} at most, and this adapter {rank}: use the backend hf.")
-    base = find_target(read_record(adapter), target)
+    base = resolve_model(find_target(read_record(adapter), target))
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
 

@@ -655,3 +655,23 @@ def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(file
     monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
     assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
     assert calls == [2, 2, 0]  # one of two rows was there
+
+
+def test_an_interrupted_evaluation_keeps_its_answers_beside_the_results(run_folder, files, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return continue_prompts(*args, **settings)
+
+    monkeypatch.setattr(harness, "continue_prompts", interrupted)
+    evaluate = partial(evaluate_run, run_folder / "run", ["gsm8k"], files=files, batch_size=1, target=run_folder / "target")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(output=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("benchmark-gsm8k-") and len(kept.read_text().splitlines()) == 1
+    content = evaluate(output=tmp_path)
+    assert len(calls) == 3 and [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
+    assert evaluate(output=tmp_path / "whole") == content

@@ -28,6 +28,7 @@ from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.files import checksum
 from hf_semalign.kinds import check_kinds
 from hf_semalign.models.anatomy import CausalLM, dissect
+from hf_semalign.models.loading import unknown_words_explained
 
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
@@ -299,12 +300,9 @@ def _first_difference(
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """Tokens of a text; none from a tokenizer of whole words that knows not all of them and has no token for such."""
-    try:
+    with suppress(InputError), unknown_words_explained():
         return list(tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    except Exception as error:  # tokenizers has no narrower type
-        if "[UNK]" not in str(error):
-            raise
-        return []
+    return []
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,24 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     return None
 
 
+@contextmanager
+def unknown_words_explained() -> Iterator[None]:
+    """Say what is wrong where a tokenizer meets a word that it does not know, and has no token for such.
+
+    Raises:
+        ValueError: in the place of the error of tokenizers, which has no type of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(words in str(error) for words in ("[UNK]", "`unk_id`")):
+            raise
+        raise InputError(
+            f"The tokenizer does not know a word of the text, and has no token for unknown ones ({error}): choose a model "
+            "whose tokenizer cuts any text, or texts of its words."
+        ) from error
+
+
 def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
     """The dtype to load a model in.
 

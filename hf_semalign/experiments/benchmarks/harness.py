@@ -20,9 +20,10 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from peft import PeftModel
@@ -30,6 +31,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.cache.source import Source
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import read_entries
 from hf_semalign.experiments.benchmarks.problems import CODE, METRICS, build_task, find_rows, quiet
@@ -46,7 +48,7 @@ from hf_semalign.files import RECORD_NAME, digest, file_digest, make_folder, rea
 from hf_semalign.hub.push import find_folder, find_target, load_transfer
 from hf_semalign.hub.reading import Benchmarks, check_adapter, read_adapter_config, read_record
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.models.loading import find_tokenizer, load_weights
+from hf_semalign.models.loading import find_tokenizer, load_weights, unknown_words_explained
 from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a run folder, an adapter on the Hub, or a model, on benchmarks, and write ``benchmarks.json``.
 
-    Results of other tasks and settings that stand there already are kept, if they are of the same weights.
+    Results of other tasks and settings that stand there already are kept, if they are of the same weights. Until a task has its
+    score its answers are kept beside the file, so that an interrupted call goes on where it stopped.
 
     Args:
         origin: its name.
@@ -175,11 +178,17 @@ def evaluate_run(
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
+        base = None if backend != "hf" else Source(origin if adapter is None else find_target(record, target)).identity
         for task, (built, path) in ready.items():
+            facts = [base, record.get("adapter_checksum"), task, chat_template, version("lm_eval"), version("hf_semalign")]
+            answers = folder / f"benchmark-{task}-{digest(facts)[:16]}.answers"
+            if backend == "hf":
+                opened.lm.answers = answers
             new = _measure(opened, task, built, path, limit, chat_template)
             kept = [old for old in content["benchmarks"] if any(old[key] != new[key] for key in SETTINGS)]
             content["benchmarks"] = [*kept, new]
-            place.write_text(json.dumps(content, indent=2) + "\n")
+            write_text(place, json.dumps(content, indent=2) + "\n")
+            answers.unlink(missing_ok=True)
     return content
 
 
@@ -245,7 +254,14 @@ class _Opened:
     own: bool = False
 
 
-class _Kept:
+class Kept(TypedDict):
+    """A line of the file that keeps answers."""
+
+    asked: str
+    answer: str
+
+
+class _Keeper:
     """The harness's cache hook, which gets each answer as soon as its batch is done: JSON lines, by a digest of what was asked.
 
     Not the harness's own cache, whose file holds pickles: who sends a folder of signals could run a program by it.
@@ -256,13 +272,14 @@ class _Kept:
         if path is not None:  # without a line that was cut, where a process was killed
             write_text(path, "".join(self._line(*one) for one in known.items()))
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _Keeper:
         self.file = None if self.path is None else self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.file is not None:
             self.file.close()
+            self.file = None  # choices of a later task are not kept
 
     def add_partial(self, kind: str, asked: Any, answer: str) -> None:
         """Keep an answer."""
@@ -282,16 +299,20 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
     class GreedyLM(HFLM):
         answers: Path | None = None
 
+        def tok_encode(self, *args: Any, **settings: Any) -> Any:
+            with unknown_words_explained():
+                return super().tok_encode(*args, **settings)
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             asked = [digest(request.args) for request in requests]
-            known = {} if self.answers is None else {one["asked"]: one["answer"] for one in read_entries(self.answers)}
+            known = {} if self.answers is None else {one["asked"]: one["answer"] for one in read_entries(self.answers, Kept)}
             missing = [request for request, key in zip(requests, asked, strict=True) if key not in known]
             room = requests[0].args[1].get("max_gen_toks", self.max_gen_toks)
             self.batch_size_per_gpu = batch_size or rows_that_fit(model, room)
             total, off = len(requests), disable_tqdm or self.rank != 0
             self.bar = tqdm(total=total, initial=total - len(missing), desc="answers", disable=off)
             try:
-                with self.bar, _Kept(self.answers, known) as self.cache_hook:
+                with self.bar, _Keeper(self.answers, known) as self.cache_hook:
                     made = iter(super().generate_until(missing, disable_tqdm=True) if missing else ())
                 return [known[key] if key in known else next(made) for key in asked]
             finally:
@@ -348,7 +369,9 @@ def _opened(
         raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+    with unknown_words_explained():
+        begins = tokenizer("a")["input_ids"][:1]
+    if tokenizer.bos_token is not None and begins != [tokenizer.bos_token_id]:
         tokenizer.add_bos_token = True
     causal = cast(CausalLM, model)
     with generating(causal), computing_in(causal, fastest_dtype(causal)):

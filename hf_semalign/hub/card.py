@@ -259,7 +259,9 @@ def _results(record: dict[str, Any], results: dict[str, Any], measures: Sequence
     contenders = [method for method in methods if method != "source"]
     table = [["Method", *(escaped(measure.label) + " (%)" * measure.percent for measure in measures)]]
     table += [[escaped(METHOD_NAMES.get(m, m)), *(measure.cell(m, contenders) for measure in measures)] for m in methods]
-    text = f"Measured on {rows}, seen neither in training nor in layer attribution. Bold: the best but for the source."
+    use = _use_of_extract(record)
+    seen = f"seen neither in training nor for {use}" if use else "not seen in training"
+    text = f"Measured on {rows}, {seen}. Bold: the best but for the source."
     if any(numbers.get("exact_match") for numbers in results["metrics"].values()):
         text += " Exact match: the greedily decoded answer equals the reference."
     for one in {
@@ -289,8 +291,7 @@ def _figures(record: dict[str, Any], results: dict[str, Any]) -> str:
 def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
     origin = f", from {_link(results['dataset'], 'datasets/')}" if results["dataset"] else ""
     table = [["Split", "Used for", "Rows", "Fingerprint"]]
-    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
-    uses = SPLIT_USES | {"extract": "nothing" if idle else EXTRACT_USES.get(record["method"], "nothing")}
+    uses = SPLIT_USES | {"extract": _use_of_extract(record) or "nothing"}
     for split, facts in record["data"].items():
         table.append([escaped(split), uses.get(split, ""), f"{facts['rows']:,}", escaped(facts["fingerprint"])])
     text = f"Task: {escaped(_public(results['task']))}{origin}. No prompt is in two splits."
@@ -308,6 +309,12 @@ def _data(record: dict[str, Any], results: dict[str, Any]) -> str:
             f"asks, and {100 * shared['share']:.1f} % of them share 13 words in a row with one."
         )
     return f"{text}\n\n{pipe_table(table)}"
+
+
+def _use_of_extract(record: dict[str, Any]) -> str:
+    """What the extract split was used for; nothing by methods that take nothing out of the source."""
+    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
+    return "" if idle else EXTRACT_USES.get(record["method"], "")
 
 
 def _settings(record: dict[str, Any]) -> str:

@@ -300,7 +300,8 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
     was_training = model.training
     model.eval()
     try:
-        theirs = model(**inputs, use_cache=False).logits.float()
+        with torch.autocast(given.device.type, enabled=False):  # it would round both, and not alike
+            theirs = model(**inputs, use_cache=False).logits.float()
     finally:
         for handle in handles:
             handle.remove()
@@ -316,8 +317,8 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
             f"The logits of {anatomy.name} {model.name_or_path!r} are not finite: its weights hold nan or inf, or overflow in "
             f"{model.dtype}. Copy or download them again, or load them in another dtype."
         )
-    head = anatomy.output_head()
-    off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()
+    with torch.autocast(given.device.type, enabled=False):
+        off = ((anatomy.output_head().logits(final) - theirs).norm() / theirs.norm()).item()
     full = anatomy.head.get_parameter("weight").dtype in (torch.float32, torch.float64)
     if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
         raise InputError(

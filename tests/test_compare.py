@@ -19,6 +19,8 @@ from hf_semalign.experiments import compare
 from hf_semalign.experiments.compare import BUDGETS, cells, load_comparison, plans, run_comparison
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import plan_recipe
+from hf_semalign.experiments.tables import latex, markdown
+from hf_semalign.models import loading
 
 SMALL = ["data.align=64", "data.eval=12", "data.extract=4", "training.max_steps=6", "training.frontier=joint"]
 OTHERS = "forgetting={copy: {task: symbols, eval: 6, skills: [copy]}}"
@@ -354,6 +356,36 @@ def test_methods_may_differ_in_who_writes_the_answers(written):
     cost = {name: planned["symbols", name].cost for name in methods}
     assert "answers" not in cost["KD"] and cost["KD, source's answers"]["answers"] > 0
     assert cost["KD, on-policy"]["signals"] == pytest.approx(3 * cost["KD"]["signals"])
+
+
+def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_out_there(written, no_weights, capsys):
+    path = written(
+        methods={"SFT": {"method": "sft"}, "Source's answers": {"method": "sft", "data": {"answers": "source"}}}, seeds=[1]
+    )
+    comparison = load_comparison(path, ["data.align=64", "data.eval=8", "data.extract=4", "training.max_steps=1"])
+    planned = plans(comparison)
+    assert [(cell.name, cell.budgets) for cell in cells(comparison, planned)] == [
+        ("SFT", BUDGETS), ("Source's answers", ("equal data",)),
+    ]  # fmt: skip
+    (sentence,) = compare.equal_compute(comparison, planned)[1].values()
+    assert sentence.startswith("Source's answers is left out of equal compute: sft costs ")
+    assert main(["compare", str(path), "--dry-run", "data.align=64", "data.eval=8", "training.max_steps=1"]) == 0
+    assert "Source's answers is left out of equal compute" in capsys.readouterr().out
+    ends = {"kl": 1.0}
+    table = {"task": "symbols", "budget": BUDGETS[1], "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
+    record = {"pair": {"source": "a", "target": "b"}, "tables": [table], "reported": None, "reference": "SFT"}
+    assert sentence in markdown(record) and sentence in latex(record)
+
+
+def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
+    loaded, drawn = [], []
+    find, load = loading.AutoTokenizer.from_pretrained, compare.DataSettings.load
+    monkeypatch.setattr(
+        loading.AutoTokenizer, "from_pretrained", lambda *name, **how: (loaded.append(name), find(*name, **how))[1]
+    )
+    monkeypatch.setattr(compare.DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
+    compare.costs_table(load_comparison(written(), SMALL))
+    assert len(loaded) == 2 and len(drawn) == 1  # the target's and the source's, for four methods under two budgets
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from hf_semalign.config import MOST_SEED, SemAlignConfig
 from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.experiments.figures import draw_gaps
 from hf_semalign.experiments.paired import paired_difference
-from hf_semalign.experiments.plan import Plan, plan_recipe
+from hf_semalign.experiments.plan import Material, Plan, plan_recipe
 from hf_semalign.experiments.recipe import (
     METHODS,
     DataSettings,
@@ -103,7 +103,7 @@ class Comparison:
         tasks: recipe by the task's name; a path from the comparison's own folder.
         methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
             that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
-            ``equal compute`` is measured by.
+            ``equal compute`` is measured by; a method that costs more than that before it trains has no run there.
         seeds: of training.
         budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
             method do.
@@ -223,29 +223,51 @@ def _section(kind: Any, content: Any, where: str) -> Any:
     return kind(**content)
 
 
-def plans(comparison: Comparison) -> dict[tuple[str, str], Plan]:
+def plans(comparison: Comparison, known: Mapping[str, Material] | None = None) -> dict[tuple[str, str], Plan]:
     """What each method does on each task under ``equal data``, by task and name.
+
+    Args:
+        comparison: see :func:`load_comparison`.
+        known: what is known of each task.
 
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
-    planned: dict[tuple[str, str], Plan] = {}
-    for task, recipe in comparison.recipes.items():
-        data = recipe.data.load()
-        planned |= {(task, name): plan_recipe(_changed(comparison, task, name), data) for name in comparison.methods}
-    return planned
+    known = known or materials(comparison)
+    return {
+        (task, name): plan_recipe(_changed(comparison, task, name), known[task])
+        for task in comparison.recipes
+        for name in comparison.methods
+    }
+
+
+def materials(comparison: Comparison) -> dict[str, Material]:
+    """What the plans of all methods on a task have in common, by task."""
+    return {task: Material(recipe) for task, recipe in comparison.recipes.items()}
+
+
+def equal_compute(
+    comparison: Comparison, planned: Mapping[tuple[str, str], Plan]
+) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], str]]:
+    """Steps under ``equal compute`` by task and name, and of those that have none there, why."""
+    steps, left_out = {}, {}
+    for (task, name), plan in planned.items() if BUDGETS[1] in comparison.budgets else ():
+        budget = sum(planned[task, next(iter(comparison.methods))].cost.values())
+        try:
+            steps[task, name] = plan.steps_for(budget) if METHODS[plan.method].takes_steps else plan.steps
+        except InputError as error:
+            left_out[task, name] = f"{name} is left out of equal compute: {error}"
+    return steps, left_out
 
 
 def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
     """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
     found = []
-    for task, (name, changes), seed in _product(comparison):
-        first = planned[task, next(iter(comparison.methods))]
-        plan, trainer = planned[task, name], METHODS[changes.get("method", Recipe.method)]
-        steps = {budget: plan.steps for budget in comparison.budgets}
-        if "equal compute" in steps and trainer.takes_steps:
-            steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
-        recipe = _changed(comparison, task, name)
+    equal, _ = equal_compute(comparison, planned)
+    for task, name, seed in _product(comparison):
+        plan, recipe = planned[task, name], _changed(comparison, task, name)
+        known = {"equal data": plan.steps, "equal compute": equal.get((task, name))}
+        steps = {budget: count for budget, count in known.items() if budget in comparison.budgets and count is not None}
         stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
         steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
         for count in dict.fromkeys(steps.values()):
@@ -258,12 +280,12 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
     return found
 
 
-def _product(comparison: Comparison) -> Iterator[tuple[str, tuple[str, dict[str, Any]], int]]:
+def _product(comparison: Comparison) -> Iterator[tuple[str, str, int]]:
     """Seed by seed, so that whole tables come as early as may be."""
     for seed in comparison.seeds:
         for task in comparison.recipes:
-            for method in comparison.methods.items():
-                yield task, method, seed
+            for name in comparison.methods:
+                yield task, name, seed
 
 
 def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
@@ -303,6 +325,8 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         for cell in wanted:
             _check(cell)
         missing = [cell for cell in wanted if not _is_whole(cell)]
+        for sentence in equal_compute(comparison, planned)[1].values():
+            logger.warning("%s", sentence)
         logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
         threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -325,7 +349,8 @@ def costs_table(comparison: Comparison) -> Group:
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
-    planned, hardware = plans(comparison), comparison.hardware
+    known, hardware = materials(comparison), comparison.hardware
+    planned = plans(comparison, known)
     tables = {task: Table(title=f"{task}, each over {len(comparison.seeds)} seeds", box=SIMPLE) for task in comparison.recipes}
     for table in tables.values():
         for heading in ("method", "equal"):
@@ -334,7 +359,7 @@ def costs_table(comparison: Comparison) -> Group:
             table.add_column(heading, justify="right", no_wrap=True)
     hours = 0.0
     for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
-        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe)
+        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe, known[cell.task])
         seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
         hours += len(comparison.seeds) * seconds / 3600
         budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
@@ -342,7 +367,8 @@ def costs_table(comparison: Comparison) -> Group:
         row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
         row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
         tables[cell.task].add_row(*map(Text, row))
-    notes = "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
+    notes = "".join(f"{sentence}\n" for sentence in equal_compute(comparison, planned)[1].values())
+    notes += "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
     if hardware:
         notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
     return Group(*tables.values(), Text(notes))
@@ -386,7 +412,8 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
 def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
     """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
     read = cache(lambda folder: read_results(folder, read_record(folder)) or {})
-    tables = []
+    tables: list[dict[str, Any]] = []
+    _, left_out = equal_compute(comparison, planned)
     for task in comparison.recipes:
         for budget in comparison.budgets:
             chosen = [cell for cell in done if cell.task == task and budget in cell.budgets]
@@ -401,7 +428,10 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
                     ahead = {} if name == first else _ahead(_outcomes(found), _outcomes(runs[first]))
                     rows.append({"name": name, **_row(found, ends), **ahead})
             target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
-            tables.append({"task": task, "budget": budget, "target": target, "source": source, "methods": rows})
+            table = {"task": task, "budget": budget, "target": target, "source": source, "methods": rows}
+            if budget == BUDGETS[1]:
+                table["left_out"] = [sentence for (place, _), sentence in left_out.items() if place == task]
+            tables.append(table)
     return {
         "pair": {"source": next(iter(planned.values())).source, "target": next(iter(planned.values())).target},
         "seeds": comparison.seeds,
@@ -477,7 +507,8 @@ def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> d
             samples.setdefault(name, []).append(value)
     row: dict[str, Any] = {"method": runs[0][0].recipe.method, "seeds": len(runs)}
     for name, values in samples.items():
-        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        spread = len(values) > 1 and all(map(math.isfinite, values))  # a run that has diverged has nan
+        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if spread else None}
     return row
 
 

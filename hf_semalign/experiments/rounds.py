@@ -21,7 +21,7 @@ from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import answered, question, write_answers
-from hf_semalign.experiments.plan import plan, plans_of
+from hf_semalign.experiments.plan import Material, plan, plans_of
 from hf_semalign.experiments.recipe import METHODS, Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
@@ -56,7 +56,7 @@ def train_recipe(
     steps, history = 0, []
     cost: dict[str, float] = {}
     if recipe.data.answers != "dataset":
-        plans_of(recipe, data)  # whatever the run would be refused for, before hours of writing
+        plans_of(recipe, Material(recipe, data, tokenizer))  # whatever the run would be refused for, before hours of writing
     for settings in recipe.rounds(args, len(data.align)):
         trainer = None  # before another target is loaded
         checkpoint = start_of(settings, args.resume_from_checkpoint)

@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's call: a user cannot act on it
+    # What no user can act on: peft's own call, and a kernel that bitsandbytes looks for when it is imported, and that is never
+    # used here (hf_semalign.models.loading.keep_layout).
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.update(dict.fromkeys(BARS, "1"))
     try:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from os import PathLike
+from inspect import signature
+from numbers import Integral
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_xla_available
 
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, brief
+from hf_semalign.kinds import check_kinds
 from hf_semalign.method.frontier import BUDGETS, FRONTIERS
 from hf_semalign.method.pairing import STRATEGIES
 from hf_semalign.method.semantic_map import KINDS
@@ -33,15 +34,15 @@ CHOICES = {
     "signals": ("cached", "online"),
     "source_memory": ("resident", "stream"),
 }
+WIDER: dict[str, Any] = {  # than TrainingArguments and command lines have it
+    "resume_from_checkpoint": str | bool | None, "debug": str | list | None, "accelerator_config": Any, "pairing": Any,
+}  # fmt: skip
 LEAST = {
     "learning_rate": 0, "num_train_epochs": 0, "relation_weight": 0, "kl_weight": 0, "seed": 0, "max_length": 1,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "lora_r": 1,
-    "lora_alpha": 1,
+    "lora_alpha": 1, "weight_decay": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "dataloader_num_workers": 0,
 }  # fmt: skip
 MOST_SEED = 2**32 - 1
-NUMBERS: dict[type, tuple[type, str]] = {
-    bool: (bool, "true or false"), int: (Integral, "a whole number"), float: (Real, "a number"),
-}  # fmt: skip
 REFUSED = {
     "hub_always_push": "a run is published once, when it is finished",
     "auto_find_batch_size": "another batch size would move the stages; choose per_device_train_batch_size",
@@ -63,21 +64,6 @@ REFUSED = {
     "fsdp": "choose FSDP2 by an accelerate config, as in recipes/accelerate/fsdp2.yaml",
     "deepspeed": "choose ZeRO-2 by an accelerate config, as in recipes/accelerate/zero2.yaml",
 }
-
-
-def check_numbers(values: Mapping[str, Any], settings: type) -> None:
-    """Refuse values of another type where the fields of a dataclass are numbers, or true or false.
-
-    Raises:
-        ValueError: names the value and what was expected.
-    """
-    for name, hint in get_type_hints(settings).items():
-        kind = next((kind for kind in NUMBERS if hint in (kind, kind | None)), None)
-        if kind is None or name not in values or (values[name] is None and hint is not kind):
-            continue
-        accepted, words = NUMBERS[kind]
-        if not isinstance(values[name], accepted) or isinstance(values[name], bool) != (kind is bool):
-            raise InputError(f"{name} is {values[name]!r}: expected {words}.")
 
 
 @dataclass
@@ -157,7 +143,9 @@ class SemAlignConfig(TrainingArguments):
             value, known = getattr(self, item.name), item.metadata.get("choices")
             if known is not None and value not in (item.default, *known):
                 raise InputError(f"{item.name} is {value!r}: expected one of {', '.join(map(str, known))}.")
-        check_numbers(vars(self), SemAlignConfig)
+        for name, hint in (get_type_hints(SemAlignConfig) | WIDER).items():
+            if name not in REFUSED:
+                check_kinds(getattr(self, name), hint, name)
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -165,6 +153,8 @@ class SemAlignConfig(TrainingArguments):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} is {value}: expected a finite number.")
+        if (largest := max(self.adam_beta1, self.adam_beta2)) >= 1:
+            raise InputError(f"adam_beta1 or adam_beta2 is {largest}: expected a number below 1.")
         if self.seed > MOST_SEED:
             raise InputError(f"seed is {self.seed}: expected at most {MOST_SEED}, which is what numpy takes.")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -177,10 +167,8 @@ class SemAlignConfig(TrainingArguments):
         listed = isinstance(pairing, (list, tuple)) and all(isinstance(layer, Integral) for layer in pairing)
         if not listed and pairing not in STRATEGIES:
             raise InputError(f"pairing is {pairing!r}: expected one of {STRATEGIES} or a list of source layers, as numbers.")
-        if isinstance(self.lora_targets, str) or self.lora_targets == []:
-            raise InputError(f"lora_targets is {self.lora_targets!r}: expected a list of module names.")
-        if not isinstance(self.signals_dir, (str, PathLike, NoneType)):
-            raise InputError(f"signals_dir is {self.signals_dir!r}: expected a path.")
+        if self.lora_targets == []:
+            raise InputError("lora_targets is []: expected a list of module names.")
         if self.signals_dir is not None:
             self.signals_dir = str(Path(self.signals_dir).expanduser())
         if self.source_memory == "stream" and self.signals == "online":
@@ -210,6 +198,11 @@ class SemAlignConfig(TrainingArguments):
             if name.endswith("_kwargs") and value is not None and not isinstance(value, dict):
                 raise InputError(f"{name} is {value!r}: expected names and values.")
         get_reporting_integration_callbacks(self.report_to)  # refuses a name that it does not know
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except (ImportError, ValueError) as error:
+            name = OptimizerNames(self.optim).value
+            raise InputError(f"optim {name!r} with optim_args {self.optim_args!r} cannot be used: {brief(error)}") from error
         if self.hub_strategy not in ("every_save", "end"):
             raise InputError(f"hub_strategy is {self.hub_strategy!r}: expected 'end', a run is published when it is finished.")
         loading: Any = self.accelerator_config
@@ -219,6 +212,8 @@ class SemAlignConfig(TrainingArguments):
                 "fill an epoch's last batch would be learnt from, or ranks wait for one that has a batch less."
             )
         kwargs: Any = self.activation_checkpointing_kwargs or {}
+        if unknown := sorted(kwargs.keys() - signature(checkpoint).parameters.keys()):
+            raise InputError(f"activation_checkpointing_kwargs has {unknown}, which torch.utils.checkpoint does not take.")
         if self.activation_checkpointing and kwargs.get("use_reentrant"):
             raise InputError("Reentrant checkpointing cuts the layer losses off the graph: use_reentrant must be False.")
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_semalign.errors import InputError, MissingFileError, StorageError
+from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -188,38 +189,35 @@ def make_folder(name: str, folder: str | Path) -> None:
         raise InputError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
+def read_json(path: str | Path, hint: Any = dict[str, Any]) -> dict[str, Any]:
     """Content of a JSON file that this package or one of its companions has written.
 
+    Args:
+        path: the file.
+        hint: what it has to hold, see :func:`hf_semalign.kinds.check_kinds`.
+
     Raises:
-        ValueError: it is broken, or lacks one of the keys.
+        FileNotFoundError: no such file.
+        ValueError: it is broken, or holds something else.
     """
+    if not Path(path).is_file():
+        raise MissingFileError(f"There is no file {path}: correct its name.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_kinds(content, hint, str(path))
+    except InputError as error:
+        raise InputError(f"{error} Copy it again, or make its folder anew.") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged (it holds no names and values): copy it again, or make its folder anew.")
-    if missing := [key for key in keys if key not in content]:
-        raise InputError(f"{path} lacks {missing}: copy it again, or make its folder anew.")
     return content
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header cannot be read.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file is damaged.
+        ValueError: it is damaged.
     """
-    if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
-        raise MissingFileError(f"{folder} lacks {missing}: expected a folder with {' and '.join(ADAPTER)}.")
-    weights, config = ADAPTER
-    _check_header(folder / weights)
-    read_json(folder / config)
-
-
-def _check_header(path: Path) -> None:
     try:
         with safe_open(path, framework="pt"):
             pass

@@ -27,7 +27,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, brief
 
 IGNORED = -100
 HELD_OUT = 20  # the size that LaTen's extract splits have
@@ -57,6 +57,37 @@ def taught_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """``[B, T]`` bool: the valid positions that the source says something about, with two tokenizers the aligned ones."""
     valid = valid_positions(batch["labels"])
     return valid & (batch["source_rank"] >= 0) if "source_rank" in batch else valid
+
+
+def tensors_of(
+    batch: Mapping[str, torch.Tensor], rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``input_ids, attention_mask, labels`` of a batch on a device, ``[B, T]`` each.
+
+    Args:
+        batch: has these three; others are left out.
+        rows: tokens that the model has embeddings for.
+        device: where the model is.
+
+    Raises:
+        ValueError: one is missing or has another form, or a token has no embedding.
+    """
+    names = ("input_ids", "attention_mask", "labels")
+    given = {name: batch.get(name) for name in names} if isinstance(batch, Mapping) else {}
+    tensors = [tensor for tensor in given.values() if isinstance(tensor, torch.Tensor) and tensor.dim() == 2]
+    if len({tensor.shape for tensor in tensors}) != 1 or len(tensors) != 3 or any(map(torch.is_floating_point, tensors)):
+        found = {
+            name: f"{one.dtype} {list(one.shape)}" if isinstance(one, torch.Tensor) else one for name, one in given.items()
+        }
+        raise InputError(
+            f"A batch has {brief(found or type(batch).__name__)}: expected {', '.join(names)}, tensors of whole numbers of one "
+            "shape [B, T]."
+        )
+    ids, mask, labels = (tensor.to(device) for tensor in tensors)
+    for tokens in (ids, labels[labels != IGNORED]):
+        if len(odd := tokens[(tokens < 0) | (tokens >= rows)]):
+            raise InputError(f"A batch has the token id {odd[0].item()}: the model has embeddings for {rows} tokens.")
+    return ids, mask, labels
 
 
 def normalise_prompt(text: str) -> str:

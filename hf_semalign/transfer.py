@@ -17,13 +17,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, align_special_tokens
 
 from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
 from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, brief
 from hf_semalign.files import digest, disk_errors_explained
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer, write_card
 from hf_semalign.hub.record import describe_run, save_adapter
@@ -33,7 +33,7 @@ from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.models.anatomy import base_model, check_head, dissect
 from hf_semalign.models.hooks import capture, without_logits
-from hf_semalign.models.loading import device_name, licence_of, load_model
+from hf_semalign.models.loading import device_name, licence_of, load_model, quietly
 from hf_semalign.models.lora import add_lora
 from hf_semalign.splits import Record, encode, fingerprint, is_encoded
 from hf_semalign.training.engines import warn_of_slow_bf16
@@ -62,6 +62,16 @@ def _check_metric(args: SemAlignConfig, evals: Sequence[str]) -> None:
     wanted = args.load_best_model_at_end or args.save_strategy == "best"
     if wanted and metric not in (*known, "runtime", "samples_per_second", "steps_per_second"):
         raise InputError(f"metric_for_best_model is {args.metric_for_best_model!r}: expected one of {', '.join(known)}.")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    """Refuse callbacks that are none, before transformers calls them."""
+
+    def is_one(one: Any) -> bool:
+        return isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
+
+    if callbacks is not None and not (isinstance(callbacks, (list, tuple)) and all(map(is_one, callbacks))):
+        raise InputError(f"callbacks is {brief(repr(callbacks))}: expected a list of TrainerCallbacks.")
 
 
 def signals_root(args: SemAlignConfig) -> Path:
@@ -105,6 +115,7 @@ class TransferTrainer(LayerwiseTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.seconds: dict[str, float] = {}
+        _check_callbacks(callbacks)
         model = str(model) if isinstance(model, Path) else model
         source_model = str(source_model) if isinstance(source_model, Path) else source_model
         known = prepare(
@@ -136,6 +147,9 @@ class TransferTrainer(LayerwiseTrainer):
         self._given_map = semantic_map
         with timed("loading the target", self.seconds):
             target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
+        if known.tokenizer is not None:
+            with quietly():  # the Trainer would say so of every run
+                align_special_tokens(target, known.tokenizer)
         anatomy = dissect(target)
         torch.manual_seed(args.seed)
         super().__init__(

@@ -119,6 +119,12 @@ def test_logits_that_the_head_does_not_explain_are_refused():
         check_head(model)
 
 
+def test_a_head_is_looked_at_without_the_rounding_of_autocast():
+    """Which may stand around whoever asks for the source first, and rounds before Gemma's cap what the head does not."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check_head(build("Gemma2"))
+
+
 def test_parts_can_be_named_by_hand_and_stay_named(tmp_path):
     model = tiny_llama(2, 16)
     model.model.others = nn.ModuleList([nn.Identity(), nn.Identity()])

@@ -128,6 +128,27 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert written(tmp_path / "other.jsonl", sampling=Sampling(40, 1.0, seed=7)) != expected
 
 
+@table(
+    "line, message",
+    [
+        ("no JSON", "garbage", r"Line 2 of .*kept.jsonl is damaged \(Expecting value.*take the file away"),
+        ("no text", b"\xff", "Line 2 of .* is damaged"),
+        ("a list", "[1]", r"is damaged \(it is \[1\]: expected names and values"),
+        ("of another file", {"asked": "a", "answer": "b"}, r"is damaged \(it lacks \['row', 'prompt'"),
+        ("tokens of words", {"tokens": "many"}, r"is damaged \(tokens of it is 'many': expected a whole number"),
+        ("other prompts", {"prompt": "w50"}, "has the answers to other prompts, as in row 1: name another file"),
+    ],
+)
+def test_a_file_that_holds_something_else(tmp_path, line, message):
+    path = tmp_path / "kept.jsonl"
+    first, second = written(path, ROWS[:2], Sampling(3))
+    if isinstance(line, dict):
+        line = json.dumps(line if "asked" in line else {**second, **line})
+    path.write_bytes(json.dumps(first).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(ValueError, match=message):
+        write_answers(ROWS[:2], TOKENIZER, no_model, str(path), Sampling(3))
+
+
 def test_an_answer_that_the_template_refuses_ends_nothing(tmp_path):
     refusing = CHAT_TEMPLATE + "{% if messages|length > 1 %}{{ raise_exception('too long') }}{% endif %}"
     tokenizer = word_tokenizer([*WORDS, "<user>", "<assistant>"], refusing)

@@ -4,13 +4,15 @@ One row a case. Recipes and data: tests/test_bad_recipes.py. The library: tests/
 """
 
 import json
+import math
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import WORDS, table, word_tokenizer
+from conftest import WORDS, table, tiny_llama, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from hf_semalign import load_transfer
 from hf_semalign.cli import main
@@ -156,6 +158,82 @@ def test_adapters(good, run, no_weights, damage, error, message):
     damage(run)
     with pytest.raises(error, match=message):
         load_transfer(run, target=str(good / "target"))
+
+
+@table(
+    "make, message",
+    [
+        ("deeper", lambda: tiny_llama(4, 16), "8 weights are in one of them alone, such as base_model.model.model.layers.3."),
+        ("shallower", lambda: tiny_llama(2, 16), "8 weights are in one of them alone"),
+        ("wider", lambda: tiny_llama(3, 24), "size mismatch"),
+        (
+            "of another family",
+            lambda: tiny_model(GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=3, n_head=2),
+            "not found in the",
+        ),
+    ],
+)
+def test_an_adapter_of_another_target(run, tmp_path, make, message):
+    make().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"(?s)The adapter of .* does not fit .*other: .*{message}.*Pass its own target"):
+        load_transfer(run, target=tmp_path / "other")
+
+
+RUNS = [
+    ("record a list", text("semalign.json", "[1]"), r"semalign.json is \[1\]: expected names and values"),
+    ("record cut short", cut("semalign.json"), "semalign.json is damaged"),
+    ("no settings", changed("semalign.json", settings=None), "settings of .*semalign.json is None: expected names and values"),
+    ("a method of later", changed("semalign.json", method="magic"), "method of .*semalign.json is 'magic': expected one of"),
+    ("rows of words", changed("semalign.json", data={"align": {"rows": "many"}}), r"data.align of .* lacks \['fingerprint'\]"),
+    (
+        "pairs of words",
+        changed("semalign.json", pairing={"source_layers": ["a"], "num_source_layers": 5, "strategy": "last"}),
+        r"source_layers\[0\] of the pairing of .*semalign.json is 'a': expected a whole number",
+    ),
+    (
+        "pairs of others",
+        changed("semalign.json", pairing={"source_layers": [4, 9], "num_source_layers": 5, "strategy": "last"}),
+        r"The pairing \[4, 9\] must be ascending 0-based source layers between 0 and 4",
+    ),
+    ("results cut short", cut("results.json"), "results.json is damaged"),
+    ("results a list", text("results.json", "[]"), r"results.json is \[\]: expected names and values"),
+    ("results of nothing", text("results.json", "{}"), r"results.json lacks \['task', 'dataset', 'metrics'"),
+    ("results of another run", changed("results.json", adapter_checksum="0"), "results.json is of another adapter than sem"),
+    ("results of another method", changed("results.json", metrics={"kd": {}}), "results.json is of another adapter than sem"),
+    (
+        "a figure of words",
+        changed("results.json", metrics={"kd": {"kl": "low"}}),
+        "metrics.kd.kl of .* is 'low': expected a num",
+    ),
+]
+
+
+@pytest.mark.parametrize("command", [["report"], ["push"], ["analyze", "cka"]], ids=lambda words: words[0])
+@table("damage, message", RUNS)
+def test_runs_of_another_form(run, no_weights, caplog, command, damage, message):
+    damage(run)
+    assert main([*command, str(run), *["me/run"] * (command == ["push"])]) == 2
+    assert re.search(f"error: .*{message}", caplog.text)
+
+
+def test_figures_of_a_card_that_are_not_there_are_missed_by_a_push_alone(run, caplog):
+    (run / "figures" / "comparison.png").unlink()
+    assert main(["push", str(run), "me/run"]) == 2
+    assert "README.md shows ['figures/comparison.png'], which are not there" in caplog.text
+    assert main(["report", str(run)]) == 0
+
+
+def test_results_that_are_not_finite_are_shown(run):
+    changed("results.json", metrics={"semalign": {"kl": math.nan, "loss": 1.0}, "target": {"kl": 1.0, "loss": math.inf}})(run)
+    assert main(["report", str(run)]) == 0
+    assert "nan" in (run / "report.html").read_text()
+
+
+def test_benchmarks_of_another_adapter_are_not_reported(run, caplog):
+    content = {"model": "run", "target": "target", "adapter_checksum": "0", "benchmarks": []}
+    (run / "benchmarks.json").write_text(json.dumps(content))
+    assert main(["report", str(run)]) == 2
+    assert "benchmarks.json is of another adapter: run `semalign evaluate` again" in caplog.text
 
 
 def test_a_transfer_whose_target_is_elsewhere(run):

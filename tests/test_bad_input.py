@@ -5,16 +5,23 @@ One row a case. The command line: tests/test_bad_recipes.py. Folders on the disk
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAPER, TEXTS, WORDS, random_rows, table, tiny_llama, word_tokenizer
+from conftest import PAPER, TEXTS, WORDS, batches_of, random_rows, table, tiny_llama, word_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError, SemAlignError
+from hf_semalign.experiments import analysis
+from hf_semalign.experiments.analysis import layer_cka, recomposition_cosines
+from hf_semalign.experiments.benchmarks.harness import run_benchmark
+from hf_semalign.experiments.evaluation import answer_loss
+from hf_semalign.method.attribution import LayerScores, attribute_layers
 from hf_semalign.method.frontier import FrontierSchedule
 from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
 from hf_semalign.method.pairing import LayerPairing, pair_layers
@@ -60,7 +67,7 @@ SETTINGS = [
     ("output_loss unknown", {"output_loss": "mse"}, r"output_loss is 'mse': expected one of \('kl', 'cosine', 'answers'\)"),
     ("signals unknown", {"signals": "disk"}, "signals is 'disk'"),
     ("signals streamed and online", {"signals": "online", "source_memory": "stream"}, "the source must be resident"),
-    ("signals_dir a number", {"signals_dir": 5}, "signals_dir is 5: expected a path"),
+    ("signals_dir a number", {"signals_dir": 5}, "signals_dir is 5: expected text"),
     ("weight_decay nan", {"weight_decay": float("nan")}, "weight_decay is nan: expected a finite number"),
     ("seed too large", {"seed": 2**32}, "seed is 4294967296: expected at most 4294967295"),
     ("LoRA in no module", {"lora_targets": []}, r"lora_targets is \[\]: expected a list of module names"),
@@ -74,7 +81,7 @@ SETTINGS = [
     ("lora_r zero", {"lora_r": 0}, "lora_r is 0: expected a finite number of at least 1"),
     ("lora_r a fraction", {"lora_r": 2.5}, "lora_r is 2.5: expected a whole number"),
     ("lora_alpha a word", {"lora_alpha": "four"}, "lora_alpha is 'four': expected a whole number"),
-    ("lora_targets a word", {"lora_targets": "v_proj"}, "lora_targets is 'v_proj': expected a list of module names"),
+    ("lora_targets a word", {"lora_targets": "v_proj"}, "lora_targets is 'v_proj': expected a list"),
     ("learning_rate negative", {"learning_rate": -1e-3}, "learning_rate is -0.001: expected a finite number of at least 0"),
     ("max_steps negative", {"max_steps": -5}, "max_steps is -5: expected at least 1, or -1 for num_train_epochs"),
     ("max_steps zero", {"max_steps": 0}, "max_steps is 0: expected at least 1"),
@@ -424,6 +431,113 @@ def test_functions(loss, message):
     """What torch would broadcast, index by, or take for a number."""
     with pytest.raises(ValueError, match=message):
         loss()
+
+
+@pytest.mark.parametrize("read", [LayerScores.from_json, LayerPairing.from_json, SemanticMap.load])
+@table(
+    "content, error, message",
+    [
+        ("none", None, FileNotFoundError, "There is no .*kept.json: correct its name"),
+        ("empty", "", ValueError, "kept.json is damaged.*: copy it again"),
+        ("cut short", '{"values": [0.1', ValueError, "kept.json is damaged.*: copy it again"),
+        ("a list", "[1]", ValueError, r"kept.json is (\[1\]: expected names and values|damaged)"),
+        ("of nothing", "{}", ValueError, r"kept.json (lacks \['(values|source_layers)', |is damaged)"),
+        ("no text", b"\xff\xfe", ValueError, "kept.json is damaged"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, read, content, error, message):
+    if content is not None:
+        (tmp_path / "kept.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SemAlignError, match=message) as found:
+        read(tmp_path / "kept.json")
+    assert isinstance(found.value, error)
+
+
+@table(
+    "read, change, message",
+    [
+        ("scores of words", LayerScores, {"values": ["a", "b"]}, r"values\[0\] of .* is 'a': expected a number"),
+        ("scores without deviations", LayerScores, {"deviations": []}, "There are 2 scores and 0 deviations"),
+        ("pairs of fractions", LayerPairing, {"source_layers": [0.5, 1]}, r"source_layers\[0\] of .* is 0.5: expected a whole"),
+        ("too few scores", LayerPairing, {"scores": [1.0]}, "There are 1 scores of 2 source layers: expected one each"),
+    ],
+)
+def test_files_with_values_of_another_kind(tmp_path, read, change, message):
+    whole = {"values": [1.0, 2.0], "deviations": [0.1, 0.1], "num_examples": 3, "aggregate": "dot"}
+    whole |= {"source_layers": [0, 1], "num_source_layers": 2, "strategy": "last", "of a later version": True}
+    (tmp_path / "kept.json").write_text(json.dumps(whole))
+    read.from_json(tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text(json.dumps({**whole, **change}))
+    with pytest.raises(InputError, match=message):
+        read.from_json(tmp_path / "kept.json")
+
+
+BATCH = batches_of(ROWS[:2], 2)[0]
+SMALL = tiny_llama(2, 16)
+
+
+@pytest.mark.parametrize("use", [attribute_layers, recomposition_cosines, answer_loss], ids=lambda use: use.__name__)
+@table(
+    "batches, message",
+    [
+        (
+            "no labels",
+            [{name: BATCH[name] for name in ("input_ids", "attention_mask")}],
+            "A batch has .*'labels': None}: expected",
+        ),
+        (
+            "lists",
+            [{name: tensor.tolist() for name, tensor in BATCH.items()}],
+            "A batch has .*: expected input_ids, attention_m",
+        ),
+        (
+            "a list of rows",
+            [ROWS[:2]],
+            "A batch has list: expected input_ids, attention_mask, labels, tensors of whole numbers",
+        ),
+        ("ids of fractions", [{**BATCH, "input_ids": BATCH["input_ids"].float()}], "A batch has .*torch.float32"),
+        ("one sequence", [{name: tensor[0] for name, tensor in BATCH.items()}], r"A batch has .*\[7\]"),
+        ("labels cut", [{**BATCH, "labels": BATCH["labels"][:, 1:]}], r"A batch has .*\[2, 6\].*of one shape"),
+        ("a token too many", [{**BATCH, "input_ids": BATCH["input_ids"] + 90}], "token id .*: the model has embeddings for 97"),
+        ("no answers", [{**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}], "[Nn]o valid positions in"),
+        ("no batches", iter(()), "got no batches|no valid positions in the batches"),
+    ],
+)
+def test_batches(use, batches, message):
+    with pytest.raises(InputError, match=message):
+        use(SMALL, batches)
+
+
+def test_batches_that_are_gone_through_once(monkeypatch):
+    monkeypatch.setattr(analysis, "MOMENTS", 1)  # a group for each source layer
+    with pytest.raises(InputError, match="batches is an iterator, and has to be gone through more than once"):
+        layer_cka(SMALL, SMALL, iter([BATCH]), SemanticMap.from_models(SMALL, SMALL))
+    with pytest.raises(InputError, match="batches is a dict: expected several batches"):
+        attribute_layers(SMALL, BATCH)
+    with pytest.raises(InputError, match="The model is a str: expected a causal LM of transformers, or its name"):
+        attribute_layers("gpt2", [BATCH])
+
+
+@table(
+    "name, message",
+    [
+        ("no embedded model", "embedded:other", "No embedded model 'embedded:other': use embedded:source or embedded:target"),
+        ("no folder", Path("/nowhere"), "The model '/nowhere' cannot be read: name a Hub id, or a folder"),
+        ("a number", 5, "The model is a int: expected a causal LM of transformers, or its name"),
+        ("another module", nn.Linear(2, 2), "The model is a Linear: expected a causal LM"),
+    ],
+)
+def test_names_that_are_no_models(tmp_path, name, message):
+    for given in ({"model": name}, {"source": name}):
+        with pytest.raises(InputError, match=message):
+            build(tmp_path, **given)
+
+
+def test_a_tokenizer_of_whole_words_meets_others(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "How many?", "answer": "#### 5"}')
+    model = tiny_llama(2, 16, max_position_embeddings=2048)
+    with pytest.raises(InputError, match=r"does not know a word of the text, and has no token for unknown ones \(.*UNK"):
+        run_benchmark(model, word_tokenizer([*WORDS[1:], "a"]), "gsm8k", files=tmp_path)
 
 
 def test_rows_for_evaluation_with_an_example_id_of_their_own_are_encoded_like_others(tmp_path):

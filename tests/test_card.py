@@ -448,6 +448,16 @@ def test_parts_of_a_test_set_and_other_benchmarks_are_no_entries(results, change
     assert benchmark_entries(results, "kd") == {}
 
 
+@pytest.mark.parametrize("method", ["kd", "sft"])
+def test_a_card_of_a_baseline_says_nothing_of_attribution(record, results, method):
+    record["method"] = method
+    results["metrics"][method] = results["metrics"].pop("semalign")
+    results["figures"].remove("layers.png")  # which is of pairs
+    card = render_card(record, results)
+    assert "held-out rows, not seen in training. " in card and "| extract | nothing |" in card
+    assert "attribution" not in card
+
+
 def test_rendering_is_pure(record, results):
     before = copy.deepcopy((record, results))
     card = render_card(record, results)

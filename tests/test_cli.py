@@ -1,6 +1,7 @@
 """The command line: every command with its help and example, exit codes, what starts fast, and what a pipe gets."""
 
 import fcntl
+import logging
 import os
 import pty
 import re
@@ -150,3 +151,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_130(tmp_path):
     assert process.wait() == 130
     assert list(tmp_path.glob("checkpoint-*/checksums.json"))
     assert "Interrupted: the same command goes on" in rest and "Traceback" not in rest
+
+
+def test_a_kernel_that_is_never_used_is_not_missed(tmp_path):
+    """Of 4-bit products, by bitsandbytes on some CPUs, when peft imports it."""
+    assert main(["report", str(tmp_path)]) == 2
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

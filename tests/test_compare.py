@@ -19,6 +19,8 @@ from hf_semalign.experiments import compare
 from hf_semalign.experiments.compare import BUDGETS, cells, load_comparison, plans, run_comparison
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import plan_recipe
+from hf_semalign.experiments.tables import latex, markdown
+from hf_semalign.models import loading
 
 SMALL = ["data.align=64", "data.eval=12", "data.extract=4", "training.max_steps=6", "training.frontier=joint"]
 OTHERS = "forgetting={copy: {task: symbols, eval: 6, skills: [copy]}}"
@@ -156,23 +158,28 @@ def test_dry_run_loads_no_weights(written, no_weights, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {}}, "methods of the comparison .* expected a dict that is not empty"),
-        ({"seeds": [1.5]}, "seed is 1.5: expected a whole number"),
+        ({"methods": {}}, "methods of the comparison .* is {}: expected at least one"),
+        ({"seeds": [1.5]}, r"seeds\[0\] of the comparison .* is 1.5: expected a whole number"),
         ({"seeds": [1, 1]}, r"seeds of the comparison .* is \[1, 1\]: expected different numbers"),
         ({"seeds": [-1]}, "expected different numbers from 0 to"),
         ({"methods": {"A": {"max_length": 8}}}, r"methods.A .* has max_length, which is set in the task's recipe"),
         ({"methods": {"A": {"seed": 8}}}, r"methods.A .* has seed, which is set by seeds"),
-        ({"methods": {1: {}}}, "The section methods.1 "),
-        ({"reported": {"origin": "x", "rows": {"KD": {"a": "90%"}}}}, "expected by method, and then by task, a number"),
+        ({"methods": {1: {}}}, "the name 1 of methods of the comparison .* expected text"),
+        (
+            {"reported": {"origin": "x", "rows": {"KD": {"a": "90%"}}}},
+            "reported.rows.KD.a of the comparison .* is '90%': expected a number",
+        ),
         ({"hardware": {"name": "x", "tflops": 0}}, "tflops of hardware is 0: expected a number above 0"),
         ({"seeds": 3}, "seeds of the comparison .* is 3: expected a list"),
         ({"budgets": ["equal date"]}, "did you mean 'equal data'"),
         ({"methods": {"A": {"method": "sfd"}}}, "did you mean 'sft'"),
         ({"methods": {"A": {"frontyer": "joint"}}}, "did you mean 'frontier'"),
-        ({"methods": {"A": "kd"}}, r"section methods\.A .* is 'kd': expected keys and values"),
+        ({"methods": {"A": "kd"}}, r"methods\.A of the comparison .* is 'kd': expected names and values"),
         ({"tasks": {"x": "nowhere.yaml"}}, "No recipe .*nowhere.yaml"),
-        ({"reported": {"rows": {}}}, r"expected \['origin', 'rows'\]"),
-        ({"hardware": {"name": "x", "tflops": "fast"}}, "tflops is 'fast': expected a number"),
+        ({"reported": {"rows": {}}}, r"reported of the comparison .* lacks \['origin'\]"),
+        ({"hardware": {"name": "x", "tflops": "fast"}}, "hardware.tflops of the comparison .* is 'fast': expected a number"),
+        ({"output_dir": 3}, "output_dir of the comparison .* is 3: expected text"),
+        ({"methods": {"A": {"data": {"rounds": "two"}}}}, "rounds of data of methods.A .* is 'two': expected a whole number"),
         ({"sedes": [1]}, "did you mean 'seeds'"),
     ],
 )
@@ -351,11 +358,41 @@ def test_methods_may_differ_in_who_writes_the_answers(written):
     assert cost["KD, on-policy"]["signals"] == pytest.approx(3 * cost["KD"]["signals"])
 
 
+def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_out_there(written, no_weights, capsys):
+    path = written(
+        methods={"SFT": {"method": "sft"}, "Source's answers": {"method": "sft", "data": {"answers": "source"}}}, seeds=[1]
+    )
+    comparison = load_comparison(path, ["data.align=64", "data.eval=8", "data.extract=4", "training.max_steps=1"])
+    planned = plans(comparison)
+    assert [(cell.name, cell.budgets) for cell in cells(comparison, planned)] == [
+        ("SFT", BUDGETS), ("Source's answers", ("equal data",)),
+    ]  # fmt: skip
+    (sentence,) = compare.equal_compute(comparison, planned)[1].values()
+    assert sentence.startswith("Source's answers is left out of equal compute: sft costs ")
+    assert main(["compare", str(path), "--dry-run", "data.align=64", "data.eval=8", "training.max_steps=1"]) == 0
+    assert "Source's answers is left out of equal compute" in capsys.readouterr().out
+    ends = {"kl": 1.0}
+    table = {"task": "symbols", "budget": BUDGETS[1], "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
+    record = {"pair": {"source": "a", "target": "b"}, "tables": [table], "reported": None, "reference": "SFT"}
+    assert sentence in markdown(record) and sentence in latex(record)
+
+
+def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
+    loaded, drawn = [], []
+    find, load = loading.AutoTokenizer.from_pretrained, compare.DataSettings.load
+    monkeypatch.setattr(
+        loading.AutoTokenizer, "from_pretrained", lambda *name, **how: (loaded.append(name), find(*name, **how))[1]
+    )
+    monkeypatch.setattr(compare.DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
+    compare.costs_table(load_comparison(written(), SMALL))
+    assert len(loaded) == 2 and len(drawn) == 1  # the target's and the source's, for four methods under two budgets
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ("{align: 3}", "Unknown key 'align' in the data of methods.KD"),
-        ("3", "data of methods.KD of the comparison .* is 3: expected keys and values"),
+        ("3", "data of methods.KD of the comparison .* is 3: expected names and values"),
         ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: only answers of the target change"),
         ("{answers: oracle}", "Unknown key 'oracle' in the answers of methods.KD"),
     ],

@@ -33,7 +33,6 @@ from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_ch
 from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
 from hf_semalign.experiments.generation import continue_prompts
 from hf_semalign.files import file_digest
-from hf_semalign.hub.push import KEYS
 
 SUBJECTS = [
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -485,6 +484,16 @@ def test_a_pad_token_without_an_embedding_is_not_used(files):
 
 # By name
 
+RECORD = {
+    "method": "semalign", "source": "org/source", "target": "folder name", "versions": {"hf_semalign": "0.1.0"}, "data": {},
+    "pairing": {"source_layers": [0, 1], "num_source_layers": 2, "strategy": "last"},
+    "map": {"shape": [16, 16], "shared_tokens": 259, "condition_number": 1.0, "scales": [1.0, 1.0]},
+    "settings": {
+        "layer_loss": "relation", "output_loss": "kl", "relation_weight": 0.1, "kl_weight": 1.0, "frontier": "joint",
+        "scale": "none", "max_steps": 1, "seed": 1,
+    },
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
@@ -496,8 +505,7 @@ def run_folder(tmp_path_factory):
     config = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, rank_pattern={"0.self_attn.v_proj": 12})
     get_peft_model(model, config).save_pretrained(folder / "run")
     checksum = file_digest(folder / "run" / "adapter_model.safetensors")
-    record = {**{key: {} for key in KEYS}, "target": "folder name", "adapter_checksum": checksum}
-    (folder / "run" / "semalign.json").write_text(json.dumps(record))
+    (folder / "run" / "semalign.json").write_text(json.dumps({**RECORD, "adapter_checksum": checksum}))
     return folder
 
 
@@ -517,7 +525,7 @@ def test_command(run_folder, files, capsys, caplog):
     place.write_text(json.dumps({**again, "adapter_checksum": "of other weights"}))
     assert len(evaluate_run(run, ["gsm8k"], files=files, target=target)["benchmarks"]) == 1
     place.write_text(json.dumps({**again, "benchmarks": [{}]}))
-    with pytest.raises(ValueError, match="is not what this command writes"):
+    with pytest.raises(ValueError, match=r"benchmarks\[0\] of .* lacks \['task', "):
         evaluate_run(run, ["gsm8k"], files=files, target=target)
     place.unlink()
     assert main(["evaluate", run, "--task", "gsm8k", *settings[:-2]]) == 2
@@ -647,3 +655,23 @@ def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(file
     monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
     assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
     assert calls == [2, 2, 0]  # one of two rows was there
+
+
+def test_an_interrupted_evaluation_keeps_its_answers_beside_the_results(run_folder, files, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return continue_prompts(*args, **settings)
+
+    monkeypatch.setattr(harness, "continue_prompts", interrupted)
+    evaluate = partial(evaluate_run, run_folder / "run", ["gsm8k"], files=files, batch_size=1, target=run_folder / "target")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(output=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("benchmark-gsm8k-") and len(kept.read_text().splitlines()) == 1
+    content = evaluate(output=tmp_path)
+    assert len(calls) == 3 and [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
+    assert evaluate(output=tmp_path / "whole") == content

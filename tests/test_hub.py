@@ -226,11 +226,12 @@ def other_adapter(run):
 
 
 def recorded(run, change):
-    """Change the weights, and the record's checksum with them."""
+    """Change the weights, and with them the checksum in record and results."""
     path = run / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
-    record = json.loads((run / "semalign.json").read_text())
-    (run / "semalign.json").write_text(json.dumps(record | {"adapter_checksum": file_digest(path)}))
+    for name in ("semalign.json", "results.json"):
+        known = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(known | {"adapter_checksum": file_digest(path)}))
 
 
 def edit_card(**changes):
@@ -532,11 +533,12 @@ def test_a_record_of_strangers_is_shown_to_the_letter(run, inspect):
 
 
 @table("name, content, message", [
-    ("a list", "semalign.json", [1], "is damaged .it holds no names and values"),
-    ("a number", "adapter_config.json", 3, "is damaged .it holds no names and values"),
-    ("pairs", "semalign.json", {"pairing": {"source_layers": "none", "strategy": 1}}, "is damaged .ValueError"),
-    ("versions", "semalign.json", {"versions": []}, "is damaged .AttributeError"),
-    ("a rank", "adapter_config.json", {"r": {}}, "is damaged .TypeError"),
+    ("a list", "semalign.json", [1], r"semalign.json is \[1\]: expected names and values"),
+    ("a number", "adapter_config.json", 3, "adapter_config.json is 3: expected names and values"),
+    ("pairs", "semalign.json", {"pairing": {"source_layers": "none", "num_source_layers": 5, "strategy": ""}},
+     "source_layers of the pairing of .* is 'none': expected a list"),
+    ("versions", "semalign.json", {"versions": []}, r"versions of .*semalign.json is \[\]: expected names"),
+    ("a rank", "adapter_config.json", {"r": {}}, "r of .*adapter_config.json is {}: expected a whole number"),
 ])  # fmt: skip
 def test_a_record_of_another_form_is_damaged(run, inspect, name, content, message):
     changed = json.loads((run / name).read_text()) | content if isinstance(content, dict) else content

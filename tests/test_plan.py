@@ -97,6 +97,12 @@ def test_steps_for_a_budget(method, frontier, no_weights):
         planned.steps_for(total - planned.cost["training"])
 
 
+@pytest.mark.parametrize("method", ["kd", "sft"])
+def test_baselines_without_pairs_count_no_attribution(method, no_weights):
+    small = ["data.align=64", "data.eval=8", "data.extract=4", "training.max_steps=4", "training.pairing=attribution"]
+    assert "attribution" not in plan_recipe(load_recipe(QUICKSTART, [*small, f"method={method}"])).cost
+
+
 def test_a_plan_is_that_of_the_run(no_weights):
     recipe = load_recipe(QUICKSTART, ["training.frontier=single", "training.pairing=last"])
     planned = plan_recipe(recipe)

@@ -63,7 +63,7 @@ def test_overrides_reach_their_section():
         ("training.relation_wieght=1", "did you mean 'relation_weight'"),
         ("baselines=[kdd]", "did you mean 'kd'"),
         ("training.seed", "not of the form key=value"),
-        ("data=7", "must hold keys and values"),
+        ("data=7", "data of the recipe .* is 7: expected names and values"),
         ("training.seed.value=7", "'training.seed' is no section"),
         ("training.max_length=7", "Set data.max_length, not training.max_length"),
         ("training.output_dir=x", "Set output_dir, not training.output_dir"),
@@ -302,10 +302,10 @@ def test_forgetting_is_measured_on_tasks_that_are_not_transferred(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("forgetting={copy: {task: symbols}}", r"section forgetting\.copy of .* lacks \['eval'\]"),
+        ("forgetting={copy: {task: symbols}}", r"forgetting\.copy of the recipe .* lacks \['eval'\]"),
         ("forgetting={copy: {task: symbolz, eval: 3}}", "did you mean 'symbols'"),
         ("forgetting={copy: {task: symbols, eval: 3, skill: x}}", "did you mean 'skills'"),
-        ("forgetting=[copy]", r"forgetting of the recipe .* expected sections by name"),
+        ("forgetting=[copy]", r"forgetting of the recipe .* expected names and values"),
     ],
 )
 def test_a_forgetting_section_that_cannot_be_used(change, message):

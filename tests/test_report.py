@@ -44,6 +44,13 @@ def assert_self_contained(page):
     return found
 
 
+def scores(**facts):
+    """What benchmarks.json holds."""
+    score = {"task": "gsm8k", "metric": "exact_match", "value": 0.25, "rows": 4, "limit": None, "chat_template": False}
+    score |= {"backend": "hf", "harness": "0.4.9", "data": "test.jsonl"}
+    return {"model": "run", "target": "target", "benchmarks": [score], **facts}
+
+
 def report(run, tmp_path):
     output = tmp_path / "page.html"
     assert main(["report", str(run), "--output", str(output)]) == 0
@@ -72,7 +79,7 @@ def test_default_place_and_analyses(good, tmp_path, capsys):
         (run / name).write_bytes((good / "run" / name).read_bytes())
     (run / "analysis" / "cka.png").write_bytes(b"pixels")
     (run / "benchmarks.json").write_text(
-        json.dumps({"benchmarks": [{"task": "gsm8k", "metric": "exact_match", "value": 0.25, "rows": 4}]})
+        json.dumps(scores(adapter_checksum=json.loads((run / "semalign.json").read_text())["adapter_checksum"]))
     )
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
@@ -131,9 +138,11 @@ def test_what_is_no_run_is_refused(tmp_path, caplog, content, message):
 
 def test_what_is_json_and_no_record_of_ours_is_refused(good, tmp_path, caplog):
     (tmp_path / "semalign.json").write_bytes((good / "run" / "semalign.json").read_bytes())
-    (tmp_path / "results.json").write_text(json.dumps({"task": "x", "metrics": [1], "steps": 1}))
+    (tmp_path / "results.json").write_text(
+        json.dumps(json.loads((good / "run" / "results.json").read_text()) | {"metrics": [1]})
+    )
     assert main(["report", str(tmp_path)]) == 2
-    assert "is not what this package writes" in caplog.text
+    assert "metrics of" in caplog.text and "is [1]: expected names and values" in caplog.text
 
 
 def test_an_output_that_is_a_folder_and_a_run_that_is_not_over(good, tmp_path, caplog):

@@ -342,8 +342,9 @@ def test_save_and_load_round_trip(tmp_path, kind):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["map.safetensors"]
 
 
-def test_load_without_a_file_gives_nothing(tmp_path, caplog):
-    assert SemanticMap.load(tmp_path / "missing.safetensors") is None and not warnings_in(caplog)
+def test_a_cache_that_is_not_there_yet_is_no_damage(models, tmp_path, caplog):
+    SemanticMap.from_models(*models, cache=tmp_path / "map.safetensors")
+    assert not warnings_in(caplog)
 
 
 def test_cache_is_used_while_the_heads_are_the_same(models, builds, tmp_path):
@@ -411,6 +412,8 @@ def test_a_damaged_cache_is_reported_and_rebuilt(models, builds, tmp_path, caplo
     cache = tmp_path / "map.safetensors"
     first = SemanticMap.from_models(*models, cache=cache)
     damage(cache)
+    with pytest.raises(ValueError, match=r"map.safetensors is damaged, or no semantic map"):
+        SemanticMap.load(cache)
     rebuilt = SemanticMap.from_models(*models, cache=cache)
     assert len(builds) == 2 and torch.equal(rebuilt.matrix, first.matrix)
     assert any("map.safetensors" in message and "built again" in message for message in warnings_in(caplog))

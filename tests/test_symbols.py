@@ -3,8 +3,13 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_semalign import SemAlignConfig, SemAlignTrainer, load_transfer
+from hf_semalign.cache.source import Source
+from hf_semalign.errors import InputError
+from hf_semalign.experiments.benchmarks.harness import evaluate_run
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.symbols import SKILLS, SYMBOLS, build_tokenizer, make_records
+from hf_semalign.models.loading import licence_of
 from hf_semalign.models.names import PAIR_FOLDER, public_name, resolve_model
 
 
@@ -60,6 +65,21 @@ def test_source_masters_every_skill_and_the_target_is_visibly_worse(pair):
     assert min(shares["source"].values()) >= 0.99
     assert all(shares["target"][skill] <= 0.99 for skill in SKILLS)
     assert sum(shares["target"].values()) < 0.8 * sum(shares["source"].values())
+
+
+def test_embedded_names_stand_wherever_a_model_is_named(tmp_path):
+    rows = make_records(12, seed=1)
+    args = SemAlignConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = SemAlignTrainer("embedded:target", "embedded:source", args, rows)
+    trainer.train()
+    trainer.save_model()
+    assert (trainer.record()["source"], trainer.record()["target"]) == ("embedded:source", "embedded:target")
+    assert load_transfer(tmp_path)[1]["target"] == "embedded:target"
+    assert licence_of("embedded:target") == {"license": "apache-2.0"}
+    assert Source("embedded:source").identity == Source(PAIR_FOLDER / "source").identity
+    (tmp_path / "test.jsonl").write_text('{"question": "How many?", "answer": "#### 5"}')
+    with pytest.raises(InputError, match="The model reads 64 tokens"):  # so it was found, with its tokenizer
+        evaluate_run("embedded:target", ["gsm8k"], files=tmp_path, output=tmp_path)
 
 
 def test_names_for_records_hold_no_path(tmp_path):

@@ -262,9 +262,12 @@ def test_a_run_folder_says_nothing_of_where_to_read_and_write(run_folder, tmp_pa
     path, results = run_folder / "semalign.json", run_folder / "results.json"
     record = json.loads(path.read_text())
     settings = record["settings"] | {"signals_dir": str(tmp_path), "logging_dir": str(tmp_path), "hub_token": TOKEN}
-    data = {"files": {"rows": {"eval": "/etc/passwd"}}, **{split: {"rows": 4} for split in ("extract", "align", "eval")}}
+    split = {"rows": 4, "fingerprint": "", "files": {"eval": "/etc/passwd"}}
+    data = {name: split for name in ("files", "extract", "align", "eval")}
     path.write_text(json.dumps(record | {"settings": settings, "data": data}))
-    results.write_text(json.dumps({"task": "symbols"}))
+    figures = {**{name: {} for name in ("seconds", "cost", "machine")}, "history": [], "figures": []}
+    known = {"task": "symbols", "dataset": None, "steps": 3, "peak_memory_mb": None, "metrics": {record["method"]: {}}}
+    results.write_text(json.dumps(figures | known))
     recipe = load_run(run_folder)
     assert recipe.output_dir == str(run_folder)
     assert recipe.data.files is None

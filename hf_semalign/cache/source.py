@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock
@@ -32,9 +32,19 @@ from hf_semalign.files import (
 from hf_semalign.models.anatomy import Head, Parts, dissect
 from hf_semalign.models.frozen import FrozenModel
 from hf_semalign.models.loading import find_config
+from hf_semalign.models.names import resolve_model
 
 logger = logging.getLogger(__name__)
 FACTS = "source.json"
+
+
+class Facts(TypedDict):
+    """What ``source.json`` holds: whose folder it is, and checksums of the files beside it, by name."""
+
+    name: str
+    identity: str
+    files: dict[str, str]
+    checksum: str
 
 
 class Source(FrozenModel):
@@ -44,7 +54,8 @@ class Source(FrozenModel):
     loads the source. That folder may also stand for the source itself, on a machine that has no weights.
 
     Args:
-        model: a causal LM, a Hub id, a local folder, or a folder that another run has left under its ``signals_dir``.
+        model: a causal LM, a Hub id, a local folder, an embedded model, or a folder that another run has left under its
+            ``signals_dir``.
         precision: of the run, see :func:`hf_semalign.models.loading.load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
@@ -52,7 +63,8 @@ class Source(FrozenModel):
         ValueError: a model that the method cannot use, before any weight is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> None:
+    def __init__(self, model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> None:
+        model = resolve_model(model) if isinstance(model, (str, Path)) else model  # its files have checksums
         is_kept = isinstance(model, str) and (Path(model) / FACTS).is_file()
         self._facts = _read_facts(Path(str(model))) if is_kept else None
         self._whole: set[Path] = set()  # folders that were found so, or made
@@ -161,7 +173,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: something is damaged.
     """
-    facts = read_json(folder / FACTS, "name", "identity", "files", "checksum")
+    facts = read_json(folder / FACTS, Facts)
     damaged = [FACTS] if facts.pop("checksum") != digest(facts) else []
     if not damaged:
         damaged = [name for name, known in facts["files"].items() if not _is(folder / name, known)]

@@ -6,7 +6,7 @@ matrix over its positions is ever held, and the batch size changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from hf_semalign.errors import InputError
 from hf_semalign.method.semantic_map import KINDS, SemanticMap, semantic_bases
-from hf_semalign.models.anatomy import CausalLM, base_model, dissect
+from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows
 from hf_semalign.models.hooks import capture
-from hf_semalign.splits import valid_positions
+from hf_semalign.splits import tensors_of, valid_positions
 
 Batch = Mapping[str, torch.Tensor]
 RANDOM_STATES = 4096
@@ -31,12 +31,15 @@ def layer_states(model: CausalLM, batch: Batch, layers: slice = slice(None)) -> 
         model: a causal LM in evaluation mode.
         batch: ``input_ids, attention_mask, labels`` ``[B, T]``.
         layers: which ones; by default all.
+
+    Raises:
+        ValueError: a batch of another form.
     """
     anatomy = dissect(model)
-    valid = valid_positions(batch["labels"].to(anatomy.device))
-    inputs = {name: batch[name].to(anatomy.device) for name in ("input_ids", "attention_mask")}
+    ids, mask, labels = tensors_of(batch, embedding_rows(base_model(model)), anatomy.device)
+    valid = valid_positions(labels)
     with capture(anatomy.layers[layers]) as captures:
-        anatomy.decoder(**inputs, use_cache=False)
+        anatomy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     return torch.stack([kept.output[valid].double() for kept in captures])
 
 
@@ -81,6 +84,9 @@ def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str
         ``positions``: how many were valid; ``tied``: whether one matrix is embeddings and head; ``cosines``: by kind of
         decomposition (:func:`recomposition`) and by bases (:func:`vocabulary_bases`), ``layers``, the mean over positions
         for every layer, and ``random_states``, the same for isotropic vectors in the place of states.
+
+    Raises:
+        ValueError: batches of another form, or without a valid position.
     """
     bases = vocabulary_bases(model)
     maps = [recomposition(vectors, kind) for kind in KINDS for vectors in bases.values()]
@@ -89,6 +95,8 @@ def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str
         states = layer_states(model, batch)
         totals = totals.to(states) + _cosines(states, maps).sum(-1)
         positions += states.shape[1]
+    if not positions:
+        raise InputError("There are no valid positions in the batches: give rows with answers.")
     chance = _cosines(_gaussian(RANDOM_STATES, len(maps[0]), seed=1).to(maps[0].device), maps).mean(-1)
     names = [(kind, name) for kind in KINDS for name in bases]
     cosines: dict[str, Any] = {kind: {} for kind in KINDS}
@@ -190,10 +198,16 @@ def layer_cka(source: CausalLM, target: CausalLM, batches: Iterable[Batch], sema
     Returns:
         ``unaligned`` and ``aligned``, with source states as they are and mapped, and ``random_map``, with a Gaussian matrix of
         the map's shape in its place: lists ``[L_src][L_tgt]``. ``positions``: how many were valid.
+
+    Raises:
+        ValueError: batches of another form, or that can be gone through only once and not in one group; fewer than four valid
+            positions.
     """
     depth, width = len(dissect(source).layers), len(dissect(target).layers)
     rows, columns = semantic_map.matrix.shape
     group = max(1, int(MOMENTS / (8 * width * rows * (columns + 2 * rows))))
+    if group < depth and isinstance(batches, Iterator):
+        raise InputError("batches is an iterator, and has to be gone through more than once: make a list of it.")
     control = _gaussian(rows, columns, seed=0).to(semantic_map.matrix)
     values: dict[str, list[list[float]]] = {"unaligned": [], "aligned": [], "random_map": []}
     positions = 0

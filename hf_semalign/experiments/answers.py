@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,6 +24,7 @@ from hf_semalign.experiments.generation import (
     rows_that_fit,
 )
 from hf_semalign.files import write_text
+from hf_semalign.kinds import check_kinds
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
 
@@ -32,6 +33,18 @@ WRITERS = ("dataset", "source", "target")
 ROWS_ON_CPU = 32  # prompts at a time, where memory allows it: what is drawn depends on it
 ROWS = 256  # the same on a GPU
 Entry = dict[str, Any]
+
+
+class Answer(TypedDict):
+    """A line of the file that :func:`write_answers` keeps."""
+
+    row: int
+    prompt: str | list[dict[str, Any]]
+    completion: str | list[dict[str, Any]]
+    prompt_tokens: int
+    tokens: int
+    ended: bool
+    same_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def write_answers(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     model: Callable[[], CausalLM],
-    path: Path,
+    path: str | Path,
     sampling: Sampling = Sampling(),
     *,
     progress: bool = True,
@@ -93,13 +106,15 @@ def write_answers(
         The entries of the file, one for each row, in the order of the rows.
 
     Raises:
-        ValueError: a row without a prompt in text, a tokenizer without EOS, or a file with the answers to other prompts.
+        ValueError: a row without a prompt in text, a tokenizer without EOS, or a file that is damaged or has the answers to
+            other prompts.
     """
+    path = Path(path)
     if tokenizer.eos_token_id is None:
         raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
-    known = {entry["row"]: entry for entry in read_entries(path)}
+    known = {entry["row"]: entry for entry in read_entries(path, Answer)}
     if other := [row for row, one in enumerate(questions) if row in known and known[row]["prompt"] != one["prompt"]]:
         raise InputError(f"{path} has the answers to other prompts, as in row {other[0]}: name another file.")
     if any(row not in known for row in range(len(prompts))):
@@ -185,12 +200,26 @@ def _text(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBa
     return both[len(before) :] if both.startswith(before) else alone
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file, which may end in the middle of one, where a process was killed."""
-    if not path.is_file():
-        return []
-    text = path.read_bytes()
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]]
+def read_entries(path: Path, hint: Any) -> list[Entry]:
+    """The entries of a file, which may end in the middle of one, where a process was killed.
+
+    Args:
+        path: the file, which need not be there.
+        hint: what an entry holds, see :func:`hf_semalign.kinds.check_kinds`.
+
+    Raises:
+        ValueError: a line that is something else.
+    """
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
+        try:
+            entries.append(json.loads(line))
+            check_kinds(entries[-1], hint, "it")
+        except ValueError as error:
+            raise InputError(
+                f"Line {number} of {path} is damaged ({error}): take the file away, and what it held is written anew."
+            ) from error
+    return entries
 
 
 def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dict[str, Any]], dict[str, int]]:

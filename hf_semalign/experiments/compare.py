@@ -31,12 +31,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from hf_semalign.config import MOST_SEED, SemAlignConfig, check_numbers
+from hf_semalign.config import MOST_SEED, SemAlignConfig
 from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
 from hf_semalign.experiments.figures import draw_gaps
 from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.paired import paired_difference
-from hf_semalign.experiments.plan import Plan, plan_recipe
+from hf_semalign.experiments.plan import Material, Plan, plan_recipe
 from hf_semalign.experiments.recipe import (
     DataSettings,
     Recipe,
@@ -47,8 +47,10 @@ from hf_semalign.experiments.recipe import (
     read_yaml,
 )
 from hf_semalign.experiments.tables import latex, markdown
-from hf_semalign.files import claimed, make_folder, read_json
+from hf_semalign.files import claimed, make_folder
 from hf_semalign.hub.card import benchmark_scores
+from hf_semalign.hub.reading import read_record, read_results
+from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
@@ -73,11 +75,6 @@ class Reported:
 
     origin: str
     rows: dict[str, dict[str, float]]
-
-    def __post_init__(self) -> None:
-        rows = self.rows.values() if isinstance(self.rows, dict) else [None]
-        if not all(isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values()) for row in rows):
-            raise InputError(f"rows of reported is {self.rows!r}: expected by method, and then by task, a number.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Comparison:
         tasks: recipe by the task's name; a path from the comparison's own folder.
         methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
             that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
-            ``equal compute`` is measured by.
+            ``equal compute`` is measured by; a method that costs more than that before it trains has no run there.
         seeds: of training.
         budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
             method do.
@@ -175,30 +172,23 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         key, _, value = text.partition("=")
         content[key] = read_yaml(value, f"The override {text!r}")
     check_names(content, known, where)
-    if missing := {"output_dir", "tasks", "methods", "seeds"} - content.keys():
-        raise InputError(f"The {where} lacks {sorted(missing)}.")
-    for name, kind in (("tasks", dict), ("methods", dict), ("seeds", list), ("budgets", list)):
-        if name in content and not (isinstance(content[name], kind) and content[name]):
-            raise InputError(f"{name} of the {where} is {content[name]!r}: expected a {kind.__name__} that is not empty.")
+    check_kinds(content, Comparison, f"the {where}")
+    if empty := [name for name in ("tasks", "methods", "seeds", "budgets") if not content.get(name, True)]:
+        raise InputError(f"{empty[0]} of the {where} is {content[empty[0]]!r}: expected at least one.")
     check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
     for seed in content["seeds"]:
-        check_numbers({"seed": seed}, SemAlignConfig)
         if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
             raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
     for name, changes in content["methods"].items():
         place = f"methods.{name} of the {where}"
-        if not isinstance(changes, dict) or not isinstance(name, str):
-            raise InputError(f"The section {place} is {changes!r}: expected keys and values, or {{}}.")
         check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
         check_names([changes.get("method", Recipe.method)], METHODS, place)
         read_settings(changes)
         for key, home in PLACED.items():
             if key in changes:
                 raise InputError(f"{place} has {key}, which is set {home}.")
-        if not isinstance(written := changes.get("data", {}), dict):
-            raise InputError(f"data of {place} is {written!r}: expected keys and values, such as {{answers: source}}.")
-        check_names(written, OF_ANSWERS, f"data of {place}")
-        check_numbers(written, DataSettings)
+        check_kinds({"data": changes.get("data", {})}, dict[str, dict], place)
+        check_names(changes.get("data", {}), OF_ANSWERS, f"data of {place}")
     for section in ("tasks", "methods"):
         folders: dict[str, str] = {}
         for name in map(str, content[section]):
@@ -213,6 +203,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
         for name, changes in content["methods"].items():
             data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
+            check_kinds(asdict(data), DataSettings, f"data of {place}")
             check_answers(data, changes.get("method", Recipe.method), (), place)
     return Comparison(
         **{
@@ -228,35 +219,55 @@ def _section(kind: Any, content: Any, where: str) -> Any:
     if content is None:
         return None
     names = [item.name for item in fields(kind)]
-    if not isinstance(content, dict) or set(content) != set(names):
-        raise InputError(f"The section {where} is {content!r}: expected {names}.")
-    check_numbers(content, kind)
+    check_names(content, names, where)
     return kind(**content)
 
 
-def plans(comparison: Comparison) -> dict[tuple[str, str], Plan]:
+def plans(comparison: Comparison, known: Mapping[str, Material] | None = None) -> dict[tuple[str, str], Plan]:
     """What each method does on each task under ``equal data``, by task and name.
+
+    Args:
+        comparison: see :func:`load_comparison`.
+        known: what is known of each task.
 
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
-    planned: dict[tuple[str, str], Plan] = {}
-    for task, recipe in comparison.recipes.items():
-        data = recipe.data.load()
-        planned |= {(task, name): plan_recipe(_changed(comparison, task, name), data) for name in comparison.methods}
-    return planned
+    known = known or materials(comparison)
+    return {
+        (task, name): plan_recipe(_changed(comparison, task, name), known[task])
+        for task in comparison.recipes
+        for name in comparison.methods
+    }
+
+
+def materials(comparison: Comparison) -> dict[str, Material]:
+    """What the plans of all methods on a task have in common, by task."""
+    return {task: Material(recipe) for task, recipe in comparison.recipes.items()}
+
+
+def equal_compute(
+    comparison: Comparison, planned: Mapping[tuple[str, str], Plan]
+) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], str]]:
+    """Steps under ``equal compute`` by task and name, and of those that have none there, why."""
+    steps, left_out = {}, {}
+    for (task, name), plan in planned.items() if BUDGETS[1] in comparison.budgets else ():
+        budget = sum(planned[task, next(iter(comparison.methods))].cost.values())
+        try:
+            steps[task, name] = plan.steps_for(budget) if METHODS[plan.method].takes_steps else plan.steps
+        except InputError as error:
+            left_out[task, name] = f"{name} is left out of equal compute: {error}"
+    return steps, left_out
 
 
 def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
     """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
     found = []
-    for task, (name, changes), seed in _product(comparison):
-        first = planned[task, next(iter(comparison.methods))]
-        plan, method = planned[task, name], METHODS[changes.get("method", Recipe.method)]
-        steps = {budget: plan.steps for budget in comparison.budgets}
-        if "equal compute" in steps and method.takes_steps:
-            steps["equal compute"] = plan.steps_for(sum(first.cost.values()))
-        recipe = _changed(comparison, task, name)
+    equal, _ = equal_compute(comparison, planned)
+    for task, name, seed in _product(comparison):
+        plan, recipe = planned[task, name], _changed(comparison, task, name)
+        known = {"equal data": plan.steps, "equal compute": equal.get((task, name))}
+        steps = {budget: count for budget, count in known.items() if budget in comparison.budgets and count is not None}
         stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
         steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
         for count in dict.fromkeys(steps.values()):
@@ -269,12 +280,12 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
     return found
 
 
-def _product(comparison: Comparison) -> Iterator[tuple[str, tuple[str, dict[str, Any]], int]]:
+def _product(comparison: Comparison) -> Iterator[tuple[str, str, int]]:
     """Seed by seed, so that whole tables come as early as may be."""
     for seed in comparison.seeds:
         for task in comparison.recipes:
-            for method in comparison.methods.items():
-                yield task, method, seed
+            for name in comparison.methods:
+                yield task, name, seed
 
 
 def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
@@ -314,6 +325,8 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         for cell in wanted:
             _check(cell)
         missing = [cell for cell in wanted if not _is_whole(cell)]
+        for sentence in equal_compute(comparison, planned)[1].values():
+            logger.warning("%s", sentence)
         logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
         threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -336,7 +349,8 @@ def costs_table(comparison: Comparison) -> Group:
     Raises:
         ValueError: whatever a run would be refused for before weights are loaded.
     """
-    planned, hardware = plans(comparison), comparison.hardware
+    known, hardware = materials(comparison), comparison.hardware
+    planned = plans(comparison, known)
     tables = {task: Table(title=f"{task}, each over {len(comparison.seeds)} seeds", box=SIMPLE) for task in comparison.recipes}
     for table in tables.values():
         for heading in ("method", "equal"):
@@ -345,7 +359,7 @@ def costs_table(comparison: Comparison) -> Group:
             table.add_column(heading, justify="right", no_wrap=True)
     hours = 0.0
     for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
-        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe)
+        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe, known[cell.task])
         seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
         hours += len(comparison.seeds) * seconds / 3600
         budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
@@ -353,7 +367,8 @@ def costs_table(comparison: Comparison) -> Group:
         row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
         row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
         tables[cell.task].add_row(*map(Text, row))
-    notes = "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
+    notes = "".join(f"{sentence}\n" for sentence in equal_compute(comparison, planned)[1].values())
+    notes += "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
     if hardware:
         notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
     return Group(*tables.values(), Text(notes))
@@ -396,8 +411,9 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
 
 def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
     """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
-    read = cache(lambda cell_folder: read_json(cell_folder / "results.json", "metrics", "seconds", "cost"))
-    tables = []
+    read = cache(lambda folder: read_results(folder, read_record(folder)) or {})
+    tables: list[dict[str, Any]] = []
+    _, left_out = equal_compute(comparison, planned)
     for task in comparison.recipes:
         for budget in comparison.budgets:
             chosen = [cell for cell in done if cell.task == task and budget in cell.budgets]
@@ -412,7 +428,10 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
                     ahead = {} if name == first else _ahead(_outcomes(found), _outcomes(runs[first]))
                     rows.append({"name": name, **_row(found, ends), **ahead})
             target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
-            tables.append({"task": task, "budget": budget, "target": target, "source": source, "methods": rows})
+            table = {"task": task, "budget": budget, "target": target, "source": source, "methods": rows}
+            if budget == BUDGETS[1]:
+                table["left_out"] = [sentence for (place, _), sentence in left_out.items() if place == task]
+            tables.append(table)
     return {
         "pair": {"source": next(iter(planned.values())).source, "target": next(iter(planned.values())).target},
         "seeds": comparison.seeds,
@@ -488,7 +507,8 @@ def _row(runs: Sequence[tuple[Cell, dict[str, Any]]], ends: dict[str, Any]) -> d
             samples.setdefault(name, []).append(value)
     row: dict[str, Any] = {"method": runs[0][0].recipe.method, "seeds": len(runs)}
     for name, values in samples.items():
-        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        spread = len(values) > 1 and all(map(math.isfinite, values))  # a run that has diverged has nan
+        row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if spread else None}
     return row
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.errors import InputError
 from hf_semalign.experiments.generation import continue_prompts, generating
 from hf_semalign.method.losses import token_cross_entropy, token_hits, token_kl
-from hf_semalign.models.anatomy import CausalLM, dissect
-from hf_semalign.splits import valid_positions
+from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows
+from hf_semalign.splits import tensors_of, valid_positions
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
@@ -23,15 +24,21 @@ def final_states(model: CausalLM, batches: Batches) -> Iterator[tuple[torch.Tens
     Args:
         model: a causal LM; its mode is restored at the end.
         batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
+
+    Raises:
+        ValueError: batches of another form, or without a valid position.
     """
-    anatomy, was_training = dissect(model), model.training
+    anatomy, was_training, positions = dissect(model), model.training, 0
     model.eval()
     for batch in batches:
-        ids, mask, labels = (batch[name].to(anatomy.device) for name in ("input_ids", "attention_mask", "labels"))
+        ids, mask, labels = tensors_of(batch, embedding_rows(base_model(model)), anatomy.device)
         valid = valid_positions(labels)
+        positions += int(valid.sum())
         hidden = anatomy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         yield hidden[valid], labels[:, 1:][valid[:, :-1]]
     model.train(was_training)
+    if not positions:
+        raise InputError("There are no valid positions in the batches: give rows with answers.")
 
 
 def answer_loss(model: CausalLM, batches: Batches) -> float:

@@ -8,6 +8,7 @@ between positions and the singular value decompositions of Seeking are not count
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import prefix_pays
+from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import question
@@ -34,7 +36,6 @@ from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import LOGIT_ROWS
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
-from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
 from hf_semalign.training.preparation import Counts, Preparation, prepare
 
@@ -116,17 +117,40 @@ class Plan:
         return asdict(self)
 
 
-def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
+class Material:
+    """What the plans of several methods on one task have in common: data, tokenizer, and the source without its weights.
+
+    Args:
+        recipe: of the task.
+        data: its data, where they have been read already.
+        tokenizer: the target's, likewise.
+    """
+
+    def __init__(self, recipe: Recipe, data: TaskData | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.data = data or recipe.data.load()
+        self.tokenizer = tokenizer or load_tokenizer(recipe)
+        self._name = recipe.source
+        self._sources: dict[str, Source] = {}
+
+    def source(self, args: SemAlignConfig) -> Source:
+        """The source under some settings."""
+        key = json.dumps([args.mixed_precision, args.source_parts])
+        if key not in self._sources:
+            self._sources[key] = Source(self._name, precision=args.mixed_precision, parts=args.source_parts)
+        return self._sources[key]
+
+
+def plan_recipe(recipe: Recipe, material: Material | None = None) -> Plan:
     """Plan a recipe's run: its data are read, and of the models all but their weights.
 
     Args:
         recipe: the recipe.
-        data: its data, where they have been read already.
+        material: what is known of its task.
 
     Raises:
         ValueError: whatever the run would be refused for before weights are loaded.
     """
-    planned, dtype = plans_of(recipe, data or recipe.data.load())
+    planned, dtype = plans_of(recipe, material or Material(recipe))
     if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
         return planned
     # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
@@ -135,21 +159,20 @@ def plan_recipe(recipe: Recipe, data: TaskData | None = None) -> Plan:
     return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
 
 
-def plans_of(recipe: Recipe, data: TaskData) -> tuple[Plan, torch.dtype]:
+def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     """The plan of all rounds of a recipe together, and the dtype that training computes in.
 
     Raises:
         ValueError: whatever the run would be refused for before weights are loaded.
     """
-    args, tokenizer = recipe.config(Path(recipe.output_dir)), load_tokenizer(recipe)
-    source, target = resolve_model(recipe.source), resolve_model(recipe.target)
+    args, data, tokenizer = recipe.config(Path(recipe.output_dir)), material.data, material.tokenizer
     align = data.align
     if recipe.data.answers != "dataset":
         check_disjoint({"extract": data.extract, "align": align, "eval": data.eval})
         align = _as_if_answered(recipe.data, align, tokenizer)
     plans, cost, stages = [], dict[str, float](), [0]
     for settings in recipe.rounds(args, len(data.align)):
-        known = prepare(target, source, settings, align, data.eval, data.extract, tokenizer)
+        known = prepare(recipe.target, material.source(settings), settings, align, data.eval, data.extract, tokenizer)
         plans.append(plan(known, settings, recipe.method, recipe.data.answers))
         stages += [stages[-1] + boundary for boundary in plans[-1].stages[1:]]
         for phase, amount in plans[-1].cost.items():

@@ -13,23 +13,22 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.config import SemAlignConfig, check_numbers
+from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.answers import WRITERS, Sampling
 from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.tasks import BENCHMARKS, TASKS, TaskData, load_held_out, load_task
-from hf_semalign.files import read_json
-from hf_semalign.hub.push import read_record
+from hf_semalign.hub.reading import read_record, read_results
 from hf_semalign.hub.record import RECORDED_SETTINGS
+from hf_semalign.kinds import check_kinds
 from hf_semalign.models.loading import find_config, find_tokenizer
-from hf_semalign.models.names import resolve_model
 from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class BenchmarkSettings:
         chat_template: whether prompts are in the chat template.
     """
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     files: str | None = None
     limit: int | None = None
     batch_size: int | None = None
@@ -230,13 +229,12 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: see :func:`load_recipe`.
     """
     record = read_record(folder)
-    if not (folder / "results.json").is_file():
+    results = read_results(folder, record)
+    if results is None:
         raise MissingFileError(f"{folder} has no results.json, which names the task: pass the recipe of the run.")
-    results = read_json(folder / "results.json", "task")
-    task = results.get("data_task", results["task"])
-    splits = {split: record["data"][split] for split in ("extract", "align", "eval")}
+    splits = {split: record["data"][split] for split in ("extract", "align", "eval") if split in record["data"]}
     rows = {split: facts.get("answers", facts)["rows"] for split, facts in splits.items()}  # written answers may be left out
-    data = {"task": task, **rows}
+    data = {"task": results.get("data_task", results["task"]), **rows}
     models = {"source": record["source"], "target": record["target"]}
     known = record["settings"].items()
     training = {name: value for name, value in known if name in RECORDED_SETTINGS}  # others might name paths
@@ -257,47 +255,41 @@ def _checked(content: dict[str, Any], overrides: Sequence[str], path: str) -> Re
             if not isinstance(section, dict):
                 raise InputError(f"In the override {override!r}, {'.'.join(sections[:depth])!r} is no section of the recipe.")
         section[name] = read_yaml(value, f"The override {override!r}")
+    content = {name: value for name, value in content.items() if value is not None}
+    training, others = content.setdefault("training", {}), content.get("forgetting", {})
     _check_keys(content, Recipe, f"recipe {path}")
-    _check_keys(content["data"], DataSettings, f"data section of {path}")
-    training = content.get("training") or {}
+    _check_keys(content.get("data"), DataSettings, f"data section of {path}")
     _check_keys(training, SemAlignConfig, f"training section of {path}")
+    _check_keys(content.get("benchmark"), BenchmarkSettings, f"benchmark section of {path}")
+    for name, section in others.items() if isinstance(others, dict) else ():
+        _check_keys(section, HeldOutSettings, f"section forgetting.{name} of {path}")
+    check_kinds(content, Recipe, f"the recipe {path}")
     for name, home in (("output_dir", "output_dir"), ("max_length", "data.max_length")):
         if name in training:
             raise InputError(f"Set {home}, not training.{name}: it stands at one place of the recipe.")
     read_settings(training)
-    check_numbers(content["data"], DataSettings)
     for name in ("source", "target", "output_dir"):
-        if not isinstance(content[name], str) or not content[name].strip():
+        if not content[name].strip():
             raise InputError(f"{name} of the recipe {path} is {content[name]!r}: expected text.")
-    check_names([content["data"]["task"]], TASKS, f"data section of {path}")
-    baselines = content.get("baselines") or ()
-    if not isinstance(baselines, (list, tuple)):
-        raise InputError(f"baselines of the recipe {path} is {baselines!r}: expected a list, such as ['kd'].")
-    method = content.setdefault("method", Recipe.method)
+    method, baselines = content.get("method", Recipe.method), content.get("baselines", ())
     check_names([method], METHODS, f"method of {path}")
     check_names(baselines, METHODS, f"baselines of {path}")
     data = DataSettings(**content["data"])
     check_answers(data, method, baselines, path)
-    others = content.get("forgetting") or {}
-    if not isinstance(others, dict):
-        raise InputError(f"forgetting of the recipe {path} is {others!r}: expected sections by name.")
-    forgetting = {name: _held_out(name, section, path) for name, section in others.items()}
+    forgetting = {name: HeldOutSettings(**section) for name, section in others.items()}
+    check_names([data.task, *(one.task for one in forgetting.values())], TASKS, f"tasks of {path}")
     benchmark = None
-    if (scoring := content.get("benchmark")) is not None:
-        benchmark = _benchmark(scoring, data.task, path)
-    known: dict[str, Any] = {"benchmark": benchmark}
-    known |= {
-        "data": data,
-        "training": training,
-        "baselines": tuple(one for one in baselines if one != method),
-        "forgetting": forgetting,
-    }
-    return Recipe(**{**content, **known})
+    if "benchmark" in content:
+        scoring = BenchmarkSettings(**content["benchmark"])
+        benchmark = replace(scoring, tasks=tuple(scoring.tasks) or (data.task,))
+        check_names(benchmark.tasks, BENCHMARKS, f"benchmark section of {path}")
+    known = {"baselines": tuple(one for one in baselines if one != method), "forgetting": forgetting, "benchmark": benchmark}
+    return Recipe(**{**content, **known, "data": data})
 
 
 def read_settings(training: dict[str, Any]) -> None:
     """Give settings of the Trainer the values that were meant where YAML reads others, in place."""
-    numbers = {item.name for item in fields(SemAlignConfig) if isinstance(item.default, float)}
+    numbers = {name for name, hint in get_type_hints(SemAlignConfig).items() if hint in (float, float | None)}
     for name, value in training.items():
         if name in numbers and isinstance(value, str):
             with suppress(ValueError):
@@ -327,29 +319,6 @@ def check_answers(data: DataSettings, method: str, baselines: Sequence[str], pat
         )
 
 
-def _benchmark(section: Any, task: str, path: str) -> BenchmarkSettings:
-    where = f"benchmark section of {path}"
-    if isinstance(section, dict):
-        section = {"tasks": [task], **section}
-    _check_keys(section, BenchmarkSettings, where)
-    check_numbers(section, BenchmarkSettings)
-    tasks = section["tasks"]
-    if not isinstance(tasks, list) or not tasks:
-        raise InputError(
-            f"tasks in the {where} is {tasks!r}: expected a list of benchmarks, such as [{', '.join(BENCHMARKS)}]."
-        )
-    check_names(tasks, BENCHMARKS, where)
-    return BenchmarkSettings(**{**section, "tasks": tuple(tasks)})
-
-
-def _held_out(name: str, section: Any, path: str) -> HeldOutSettings:
-    where = f"section forgetting.{name} of {path}"
-    _check_keys(section, HeldOutSettings, where)
-    check_numbers(section, HeldOutSettings)
-    check_names([section["task"]], TASKS, where)
-    return HeldOutSettings(**section)
-
-
 class _OnceEach(yaml.SafeLoader):
     """YAML whose sections have each key once; of two, PyYAML would silently take the last."""
 
@@ -373,15 +342,10 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_keys(section: Any, settings: type, where: str) -> None:
-    if not isinstance(section, dict):
-        raise InputError(f"The {where} must hold keys and values, got {section!r}.")
-    check_names(section, [item.name for item in fields(settings)], where)
-    if settings is SemAlignConfig:
-        return
-    required = {item.name for item in fields(settings) if item.default is item.default_factory}
-    if missing := required - section.keys():
-        raise InputError(f"The {where} lacks {sorted(missing)}.")
+def _check_keys(section: Any, settings: Any, where: str) -> None:
+    """Refuse unknown keys of a section; whether it is one is for :func:`hf_semalign.kinds.check_kinds` to say."""
+    if isinstance(section, dict):
+        check_names(section, [item.name for item in fields(settings)], where)
 
 
 def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -405,9 +369,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: a target without a tokenizer, or a pad token that it does not have.
     """
-    name = resolve_model(recipe.target)
-    find_config(name)  # a model that is not there is not one without a tokenizer
-    tokenizer = find_tokenizer(name)
+    find_config(recipe.target)  # a model that is not there is not one without a tokenizer
+    tokenizer = find_tokenizer(recipe.target)
     if tokenizer is None:
         raise InputError(f"The target {recipe.target!r} has no tokenizer: save it beside its weights, with save_pretrained.")
     if recipe.pad_token is not None:

@@ -21,7 +21,7 @@ from hf_semalign.errors import InputError
 from hf_semalign.experiments.tables import markdown
 from hf_semalign.files import RECORD_NAME, make_folder, read_json, write_text
 from hf_semalign.hub.card import escaped, pipe_table, render_card
-from hf_semalign.hub.push import read_record
+from hf_semalign.hub.reading import Benchmarks, Comparison, read_record, read_results
 
 FOLDED = ("Data", "Settings", "Versions", "Citation")  # for those who ask
 ANALYSES = {
@@ -97,28 +97,26 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     path = Path(output) if output is not None else folder / "report.html"
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file, such as {path / 'report.html'}.")
-    try:
-        page = _of_comparison(folder) if (folder / "compare.json").is_file() else _of_run(folder)
-    except NOT_OURS as error:
-        raise InputError(f"What lies in {folder} is not what this package writes ({error!r}): make the folder anew.") from error
+    page = _of_comparison(folder) if (folder / "compare.json").is_file() else _of_run(folder)
     make_folder("output", path.parent)
     write_text(path, page)
     return path
 
 
 def _of_comparison(folder: Path) -> str:
-    text = markdown(read_json(folder / "compare.json", "tables", "pair", "reported"))
+    text = markdown(read_json(folder / "compare.json", Comparison))
     return render_page(text, {"All methods": _picture(folder / "compare.png")}, f"Comparison {folder.name}.")
 
 
 def _of_run(folder: Path) -> str:
     record = read_record(folder)
-    results: dict[str, Any] = {**NO_RESULTS, "steps": record["stages"][-1] if "stages" in record else 0}
-    if (folder / "results.json").is_file():
-        results |= read_json(folder / "results.json", "task", "metrics", "steps")
+    results = read_results(folder, record) or {**NO_RESULTS, "steps": max(record.get("stages", [0]))}
     text = render_card(record, {**results, "figures": []}).partition("\n---\n")[2]
-    if (folder / "benchmarks.json").is_file():
-        text += f"\n## Benchmarks\n\n{_benchmarks(read_json(folder / 'benchmarks.json', 'benchmarks')['benchmarks'])}\n"
+    if (path := folder / "benchmarks.json").is_file():
+        scored = read_json(path, Benchmarks)
+        if scored["adapter_checksum"] != record["adapter_checksum"]:
+            raise InputError(f"{path} is of another adapter: run `semalign evaluate` again, or take it away.")
+        text += f"\n## Benchmarks\n\n{_benchmarks(scored['benchmarks'])}\n"
     captions = {
         "layers": "The source layer that supervises each target layer, and attribution scores where there are any.",
         "losses": "Training losses over the optimizer steps.",

@@ -22,7 +22,7 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import answered, question, write_answers
 from hf_semalign.experiments.methods import METHODS
-from hf_semalign.experiments.plan import plan, plans_of
+from hf_semalign.experiments.plan import Material, plan, plans_of
 from hf_semalign.experiments.recipe import Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
@@ -30,10 +30,8 @@ from hf_semalign.hub.card import restriction
 from hf_semalign.method.semantic_map import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
-from hf_semalign.models.names import resolve_model
-from hf_semalign.trainer import TransferTrainer
 from hf_semalign.training.checkpoints import damage, last_checkpoint
-from hf_semalign.transfer import signals_root, timed
+from hf_semalign.transfer import TransferTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def train_recipe(
     steps, history = 0, []
     cost: dict[str, float] = {}
     if recipe.data.answers != "dataset":
-        plans_of(recipe, data)  # whatever the run would be refused for, before hours of writing
+        plans_of(recipe, Material(recipe, data, tokenizer))  # whatever the run would be refused for, before hours of writing
     for settings in recipe.rounds(args, len(data.align)):
         trainer = None  # before another target is loaded
         checkpoint = start_of(settings, args.resume_from_checkpoint)
@@ -136,7 +134,7 @@ def with_answers(
         place, writer = source.folder(signals_root(args)), [source.identity]
         model: Callable[[], CausalLM] = partial(source.model, args.device)
     else:
-        target = Source(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+        target = Source(recipe.target, precision=args.mixed_precision, parts=args.target_parts)
         place, writer = folder, [target.identity]
         writer += [] if learnt is None else [file_digest(learnt / SAFETENSORS_WEIGHTS_NAME)]
         model = partial(_target, recipe, args, learnt)
@@ -169,7 +167,7 @@ def tokenizer_of_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> P
 
 def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> CausalLM:
     """The target as it is by now, on the run's device."""
-    target = load_model(resolve_model(recipe.target), precision=args.mixed_precision, parts=args.target_parts)
+    target = load_model(recipe.target, precision=args.mixed_precision, parts=args.target_parts)
     model: Any = target if learnt is None else PeftModel.from_pretrained(target, learnt)
     return model.to(args.device)
 
@@ -205,7 +203,7 @@ def make_trainer(
 ) -> TransferTrainer:
     """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
     return METHODS[method].trainer(
-        resolve_model(recipe.target),
+        recipe.target,
         source,
         args,
         data.align,

@@ -36,13 +36,21 @@ from hf_semalign.experiments.figures import draw_comparison, draw_layers, draw_l
 from hf_semalign.experiments.recipe import Recipe, load_tokenizer
 from hf_semalign.experiments.rounds import make_trainer, start_of, tokenizer_of_source, train_recipe, with_answers
 from hf_semalign.experiments.tasks import BENCHMARKS, TaskData
-from hf_semalign.files import checksum, claimed, digest, disk_errors_explained, keep_record, recall_record
+from hf_semalign.files import (
+    checksum,
+    claimed,
+    digest,
+    disk_errors_explained,
+    file_digest,
+    keep_record,
+    recall_record,
+    write_text,
+)
 from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card
 from hf_semalign.hub.inspection import printable
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import device_name
-from hf_semalign.models.names import resolve_model
 from hf_semalign.splits import check_disjoint, encode
 from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.engines import check_engine, is_set
@@ -113,7 +121,7 @@ def _publish(recipe: Recipe, folder: Path, repo_id: str, args: SemAlignConfig) -
             token=args.hub_token,
             private=args.hub_private_repo,
             revision=args.hub_revision,
-            target=resolve_model(recipe.target),
+            target=recipe.target,
         )
     except (OSError, ValueError) as error:
         raise StorageError(
@@ -129,7 +137,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
         others = HeldOut.load(recipe, tokenizer)
         for other in others:
             check_disjoint({"align": data.align, f"forgetting.{other.name}": other.records})
-    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
+    source = Source(recipe.source, precision=args.mixed_precision, parts=args.source_parts)
 
     def measure_before(trainer: TransferTrainer) -> None:
         metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
@@ -181,7 +189,7 @@ def run_signals(recipe: Recipe) -> Path:
     if args.signals != "cached":
         raise InputError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
-    source = Source(resolve_model(recipe.source), precision=args.mixed_precision, parts=args.source_parts)
+    source = Source(recipe.source, precision=args.mixed_precision, parts=args.source_parts)
     if recipe.data.answers == "target":
         raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
@@ -200,13 +208,14 @@ def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], star
     if not trainer.is_world_process_zero():
         return
     results["adapter_mb"] = (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1e6
+    results["adapter_checksum"] = file_digest(folder / SAFETENSORS_WEIGHTS_NAME)
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
     if trainer.method == SemAlignTrainer.method:  # others use no pairs
         drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    write_text(folder / "results.json", json.dumps(results, indent=2))
     shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)  # of an earlier run here
     for name, entries in benchmark_entries(results, trainer.method).items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
@@ -327,7 +336,7 @@ def _score_source(recipe: Recipe, trainer: TransferTrainer, tokenizer: PreTraine
 
 def _identity(recipe: Recipe, trainer: TransferTrainer) -> str:
     """What stands for a trainer's target as it is: of one that has learnt nothing, the target's own weights alone."""
-    base = Source(resolve_model(recipe.target)).identity
+    base = Source(recipe.target).identity
     learnt = [trainer.method, [checksum(p) for layer in trainer.lora_layers for p in layer]]
     return digest([base, learnt if trainer.state.global_step else None])
 

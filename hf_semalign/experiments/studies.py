@@ -20,13 +20,14 @@ from hf_semalign.experiments.analysis import layer_cka, recomposition_cosines
 from hf_semalign.experiments.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.experiments.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.files import make_folder
-from hf_semalign.hub.push import load_transfer, read_record
+from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.reading import read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap, differing
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.models.loading import find_config, load_model, skeleton
-from hf_semalign.models.names import public_name, resolve_model
+from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
 from hf_semalign.transfer import signals_root
 
@@ -171,12 +172,12 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
 
 def _find(recipe: Recipe, role: str) -> str:
     """Folder or Hub id of a recipe's model, looked up before any weight is loaded."""
-    name = resolve_model(getattr(recipe, role))
+    name = getattr(recipe, role)
     try:
         find_config(name)
     except ValueError as error:
         raise InputError(
             f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
-            f"that a model from a folder must be named again. ({brief(error.__cause__)})"
+            f"that a model from a folder must be named again. ({brief(error.__cause__ or error)})"
         ) from error
     return name

@@ -48,6 +48,7 @@ def markdown(record: dict[str, Any]) -> str:
     for one in record["tables"]:
         heading = f"## {escaped(one['task'])}, {escaped(one['budget'])}"
         blocks.append(f"{heading}\n\n{pipe_table(_cells(one, record['reference'], escaped, '±'), '--:')}")
+        blocks += map(escaped, one.get("left_out", []))
     if record["tables"]:
         blocks.append(notes(record))
     if record["reported"]:
@@ -74,6 +75,7 @@ def latex(record: dict[str, Any]) -> str:
     blocks = []
     for one in record["tables"]:
         blocks.append(_tabular(_cells(one, record["reference"], tex, r"$\pm$"), f"{tex(one['task'])}, {tex(one['budget'])}"))
+        blocks += [f"% {tex(sentence)}" for sentence in one.get("left_out", [])]
     if record["reported"]:
         title = f"Reported, under another protocol ({tex(record['reported']['origin'])})"
         blocks.append(_tabular(_reported(record["reported"], tex), title))

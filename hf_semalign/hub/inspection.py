@@ -19,8 +19,9 @@ from rich.text import Text
 from safetensors import safe_open
 
 from hf_semalign.errors import InputError, MissingFileError, brief
-from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, file_digest, read_json, sha256
-from hf_semalign.hub.push import hub_errors_explained, read_record
+from hf_semalign.files import ADAPTER, RECORD_NAME, file_digest, sha256
+from hf_semalign.hub.push import hub_errors_explained
+from hf_semalign.hub.reading import check_adapter, read_adapter_config, read_record
 from hf_semalign.models.names import is_hub_id
 
 LOSSES = {"layer_loss": "relation_weight", "output_loss": "kl_weight"}
@@ -59,7 +60,7 @@ class Inspection:
             )
 
 
-def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Inspection:
+def inspect_transfer(repo_id_or_folder: str | Path, revision: str | None = None) -> Inspection:
     """Read what an adapter is.
 
     Args:
@@ -71,13 +72,14 @@ def inspect_transfer(repo_id_or_folder: str, revision: str | None = None) -> Ins
         ValueError: a name that is neither, a revision of a folder, or damaged files.
         OSError: the Hub cannot be reached, or fails.
     """
-    if Path(repo_id_or_folder).is_dir():
+    name = str(repo_id_or_folder)
+    if Path(name).is_dir():
         if revision is not None:
-            raise InputError(f"{repo_id_or_folder} is a folder, without a revision {revision!r}: name a Hub id, or none.")
-        return _inspect_folder(Path(repo_id_or_folder))
-    if not is_hub_id(repo_id_or_folder):
-        raise InputError(f"{repo_id_or_folder!r} is no folder and no Hub id: name a run folder, or owner/name.")
-    return _inspect_repo(repo_id_or_folder, revision)
+            raise InputError(f"{name} is a folder, without a revision {revision!r}: name a Hub id, or none.")
+        return _inspect_folder(Path(name))
+    if not is_hub_id(name):
+        raise InputError(f"{name!r} is no folder and no Hub id: name a run folder, or owner/name.")
+    return _inspect_repo(name, revision)
 
 
 def _inspect_folder(folder: Path) -> Inspection:
@@ -86,7 +88,7 @@ def _inspect_folder(folder: Path) -> Inspection:
     with safe_open(weights, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     checksums = _compare(record, {"adapter_checksum": file_digest(weights), "adapter_sha256": sha256(weights)})
-    return Inspection(record, read_json(folder / ADAPTER[1]), shapes, weights.stat().st_size, None, checksums)
+    return Inspection(record, read_adapter_config(folder), shapes, weights.stat().st_size, None, checksums)
 
 
 def _inspect_repo(repo_id: str, revision: str | None) -> Inspection:
@@ -99,15 +101,15 @@ def _inspect_repo(repo_id: str, revision: str | None) -> Inspection:
     if large := [name for name in names if (files[name].size or 0) > MOST]:
         raise InputError(f"{large} of {repo_id} have more than {MOST >> 20} MB: they are not read.")
     with hub_errors_explained(repo_id):
-        path, config = (Path(api.hf_hub_download(repo_id, name, revision=commit)) for name in names)
+        folder, _ = (Path(api.hf_hub_download(repo_id, name, revision=commit)).parent for name in names)
         try:
             header = api.parse_safetensors_file_metadata(repo_id, ADAPTER[0], revision=commit)
         except SafetensorsParsingError as error:
             raise InputError(f"{ADAPTER[0]} of {repo_id} is damaged: push it again. ({brief(error)})") from error
-    record, weights = read_record(path.parent), files[ADAPTER[0]]
+    record, weights = read_record(folder), files[ADAPTER[0]]
     shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
     checksums = _compare(record, {"adapter_sha256": weights.lfs.sha256} if weights.lfs is not None else {})
-    return Inspection(record, read_json(config), shapes, weights.size or 0, commit, checksums)
+    return Inspection(record, read_adapter_config(folder), shapes, weights.size or 0, commit, checksums)
 
 
 def _compare(record: dict[str, Any], found: dict[str, str]) -> dict[str, bool | None]:
@@ -115,17 +117,9 @@ def _compare(record: dict[str, Any], found: dict[str, str]) -> dict[str, bool | 
 
 
 def inspection_table(name: str, facts: Inspection) -> Table:
-    """An inspection for the terminal, without interpreting anything in it.
-
-    Raises:
-        ValueError: record or configuration have another form than this package and peft write.
-    """
-    try:
-        rows = _rows(facts)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{RECORD_NAME} or {ADAPTER[1]} of {name} is damaged ({error!r}): copy both again.") from error
+    """An inspection for the terminal, without interpreting anything in it."""
     table = Table(title=Text(printable(name)), show_header=False)
-    for heading, value in rows.items():
+    for heading, value in _rows(facts).items():
         table.add_row(Text(heading, style="bold"), Text(printable(value)))
     return table
 

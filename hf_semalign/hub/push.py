@@ -30,13 +30,22 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from yaml import YAMLError
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, MissingFileError, StorageError, brief
-from hf_semalign.files import ADAPTER, RECORD_NAME, check_adapter, digest, file_digest, read_json, sha256
+from hf_semalign.files import ADAPTER, RECORD_NAME, digest, file_digest, sha256
 from hf_semalign.hub.card import TAGS, render_card
+from hf_semalign.hub.reading import (
+    RESULTS_NAME,
+    check_adapter,
+    check_recorded,
+    read_adapter_config,
+    read_record,
+    read_results,
+)
 from hf_semalign.hub.record import CARD
 from hf_semalign.models.loading import load_weights
 from hf_semalign.models.names import EMBEDDED, is_hub_id, resolve_model
@@ -44,10 +53,9 @@ from hf_semalign.models.names import EMBEDDED, is_hub_id, resolve_model
 logger = logging.getLogger(__name__)
 LOADED = (*ADAPTER, RECORD_NAME)
 NEEDED = (*LOADED, CARD)
-KEYS = ("method", "source", "target", "pairing", "settings", "data", "versions", "adapter_checksum")  # that others read
 PUBLISHED = [
     *NEEDED,
-    "results.json",
+    RESULTS_NAME,
     ".eval_results/*.yaml",
     "figures/*.png",
     "figures/*.svg",
@@ -56,6 +64,7 @@ PUBLISHED = [
     "chat_template.jinja",
 ]
 UNCLAIMED = {".gitattributes", ".gitignore", CARD}  # what a repository holds that somebody has only just made
+FIGURE = re.compile(r"\]\((figures/[^)]+)\)")
 PROBE = 16  # token ids that are compared
 
 
@@ -67,7 +76,7 @@ def push_transfer(
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
-    target: str | None = None,
+    target: str | Path | None = None,
     message: str = "SemAlign transfer",
 ) -> str:
     """Publish a run folder: adapter, record, card, results, figures and tokenizer, and nothing else that lies there.
@@ -281,7 +290,8 @@ def published_files(folder: Path) -> dict[str, Path]:
     check_adapter(folder)
     record = read_record(folder)
     check_recorded(folder, record)
-    base = read_json(folder / ADAPTER[1], "base_model_name_or_path")["base_model_name_or_path"]
+    read_results(folder, record)
+    base = read_adapter_config(folder)["base_model_name_or_path"]
     if base != record["target"] or not (str(base).startswith(EMBEDDED) or is_hub_id(str(base))):
         raise InputError(
             f"{ADAPTER[1]} of {folder} names the base {base!r}, and {RECORD_NAME} {record['target']!r}: expected the same Hub "
@@ -289,20 +299,10 @@ def published_files(folder: Path) -> dict[str, Path]:
         )
     if fault := card_fault(folder / CARD):
         raise InputError(f"{folder / CARD} {fault}")
+    shown = FIGURE.findall((folder / CARD).read_text(encoding="utf-8"))
+    if missing := [name for name in shown if folder / name not in found]:
+        raise InputError(f"{folder / CARD} shows {missing}, which are not there: copy them again, or train again.")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found, key=lambda path: path.name == CARD)}
-
-
-def check_recorded(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse an adapter that is not the one that the record of its folder is about, or a checkpoint that needs another base.
-
-    Raises:
-        ValueError: the checksums differ, or it is a checkpoint of Seeking, whose matrices belong to a changed target.
-    """
-    if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
-        raise InputError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
-    rank = record.get("seeking", {}).get("adapter_rank")
-    if rank is not None and read_json(folder / ADAPTER[1], "r")["r"] != rank:
-        raise InputError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
 
 
 def card_fault(path: Path) -> str | None:
@@ -343,18 +343,18 @@ def _same_files(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], t
     return same
 
 
-def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] | None:
+def _probe(folder: Path, target: str | Path | None) -> tuple[PeftModel, torch.Tensor] | None:
     """The target with a run's adapter, and its logits; ``None``, which is logged, where the target is not on this machine.
 
     Raises:
         ValueError: the adapter does not fit the target, or gives logits that are not finite.
     """
-    name = target or read_record(folder)["target"]
+    name = str(target or read_record(folder)["target"])
     reason = "the record has no local paths"
     base = None
     if target is not None or not Path(name).exists():  # a folder of that name may be anything
         try:
-            base = load_weights(resolve_model(name), dtype="auto", local_files_only=True)
+            base = load_weights(name, dtype="auto", local_files_only=True)
         except (ImportError, ValueError):
             reason = "its weights are not on this machine, and are not downloaded for that"
     if base is None:
@@ -369,9 +369,17 @@ def _probe(folder: Path, target: str | None) -> tuple[PeftModel, torch.Tensor] |
 
 def _adapted(base: Any, folder: Path, name: str) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"The adapter of {folder} does not fit {name}: {brief(error)}. Pass its own target.") from error
+    with safe_open(folder / ADAPTER[0], framework="pt") as file:  # of other names peft only warns
+        odd = set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if odd:
+        raise InputError(
+            f"The adapter of {folder} does not fit {name}: {len(odd)} weights are in one of them alone, such as {min(odd)}. "
+            "Pass its own target."
+        )
+    return model
 
 
 @torch.no_grad()
@@ -409,7 +417,7 @@ def _compare(
 
 
 def load_transfer(
-    repo_id_or_folder: str | Path, *, target: str | None = None, revision: str | None = None
+    repo_id_or_folder: str | Path, *, target: str | Path | None = None, revision: str | None = None
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Load an adapter and its record.
 
@@ -429,7 +437,7 @@ def load_transfer(
     record = read_record(folder)
     check_adapter(folder)
     check_recorded(folder, record)
-    name = find_target(record, None if target is None else str(target))
+    name = find_target(record, target)
     try:
         base = load_weights(name, dtype="auto")
     except ValueError as error:
@@ -443,7 +451,7 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
     Raises:
         FileNotFoundError: it is neither, or cannot be reached.
     """
-    given = str(repo_id_or_folder)
+    given = resolve_model(repo_id_or_folder)
     local = Path(given).is_dir()
     if local and revision is not None:
         raise InputError(f"revision is {revision!r}, and {given} is a folder, which has none: leave it out.")
@@ -453,31 +461,17 @@ def find_folder(repo_id_or_folder: str | Path, revision: str | None = None) -> P
         raise MissingFileError(f"{given!r} is no run folder, and was not found on the Hub. ({brief(error)})") from error
 
 
-def find_target(record: dict[str, Any], target: str | None = None) -> str:
-    """Hub id or folder of a record's target.
+def find_target(record: dict[str, Any], target: str | Path | None = None) -> str:
+    """Name of a record's target.
 
     Args:
-        record: see :func:`read_record`.
+        record: see :func:`hf_semalign.hub.reading.read_record`.
         target: the target, where the record knows only a local folder's name.
 
     Raises:
         ValueError: the record names a path.
     """
-    name = target or record["target"]
+    name = str(target or record["target"])
     if target is None and not name.startswith(EMBEDDED) and not is_hub_id(name):
         raise InputError(f"The target {name!r} of the record is no Hub id: name it by target=.")
-    return resolve_model(name)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's ``semalign.json``.
-
-    Raises:
-        FileNotFoundError: a folder without it.
-        ValueError: it is damaged.
-    """
-    if not (folder / RECORD_NAME).is_file():
-        if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
-            raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
-        raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    return read_json(folder / RECORD_NAME, *KEYS)
+    return name

@@ -17,10 +17,12 @@ from captum.attr import LayerGradientXActivation
 from transformers import PreTrainedModel
 
 from hf_semalign.errors import InputError
+from hf_semalign.files import read_json
+from hf_semalign.kinds import check_kinds
 from hf_semalign.method.losses import answer_cross_entropy
-from hf_semalign.models.anatomy import dissect
+from hf_semalign.models.anatomy import dissect, embedding_rows
 from hf_semalign.models.hooks import checkpointed, without_cudnn_attention
-from hf_semalign.splits import valid_positions
+from hf_semalign.splits import tensors_of, valid_positions
 
 logger = logging.getLogger(__name__)
 Aggregate = Literal["dot", "signed", "l1", "l2"]
@@ -48,6 +50,12 @@ class LayerScores:
     num_examples: int
     aggregate: str
 
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.deviations):
+            raise InputError(
+                f"There are {len(self.values)} scores and {len(self.deviations)} deviations: expected one of each source layer."
+            )
+
     @property
     def flat(self) -> bool:
         """Whether the layers differ by less than one layer's score differs between examples: a ranking says little."""
@@ -59,13 +67,23 @@ class LayerScores:
 
     @classmethod
     def from_json(cls, path: str | Path) -> LayerScores:
-        """Read what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds something else.
+        """
+        return cls.from_dict(read_json(path), str(path))
 
     @classmethod
-    def from_dict(cls, record: dict) -> LayerScores:
-        """Rebuild from plain values, also after JSON."""
-        return cls(**{**record, "values": tuple(record["values"]), "deviations": tuple(record["deviations"])})
+    def from_dict(cls, record: dict, where: str = "the scores") -> LayerScores:
+        """Rebuild from plain values, also after JSON.
+
+        Raises:
+            ValueError: they are something else; the message names ``where`` they stand.
+        """
+        check_kinds(record, cls, where)
+        return cls(tuple(record["values"]), tuple(record["deviations"]), record["num_examples"], record["aggregate"])
 
 
 @without_cudnn_attention()
@@ -91,8 +109,8 @@ def attribute_layers(
     """
     if aggregate not in AGGREGATES:
         raise InputError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
-    if isinstance(batches, Mapping):
-        raise InputError("batches is one batch: expected several, such as a list of it.")
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise InputError(f"batches is a {type(batches).__name__}: expected several batches, such as a list of them.")
     anatomy = dissect(source)
     device, head = anatomy.device, anatomy.output_head()
 
@@ -110,11 +128,11 @@ def attribute_layers(
     rows: list[torch.Tensor] = []
     try:
         for batch in batches:
-            mask, labels = batch["attention_mask"].to(device), batch["labels"].to(device)
+            ids, mask, labels = tensors_of(batch, embedding_rows(source), device)
             valid = valid_positions(labels)
             if not valid.any(1).all():
                 raise InputError("No valid positions in an example of the extract split: every example needs an answer.")
-            embeds = embed(batch["input_ids"].to(device)).detach().requires_grad_()
+            embeds = embed(ids).detach().requires_grad_()
             with checkpointed(anatomy.layers):
                 products = captum.attribute(embeds, additional_forward_args=(mask, labels))
             tensors = [product if isinstance(product, torch.Tensor) else product[0] for product in products]

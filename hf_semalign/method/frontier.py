@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, brief
 
 logger = logging.getLogger(__name__)
 FRONTIERS = ("single", "cumulative", "joint")
@@ -106,12 +106,21 @@ def stage_learning_rate(
         specific: ``lr_scheduler_kwargs``.
 
     Raises:
-        ValueError: a schedule that is no function of the step, such as ``reduce_lr_on_plateau``.
+        ValueError: a schedule that is no function of the step, such as ``reduce_lr_on_plateau``, or that does not take what is
+            given for it.
     """
     factors: dict[int, Callable[[int], float]] = {}
     for length in {schedule.steps(stage) for stage in range(schedule.num_stages)}:
         throwaway = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
-        within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
+        try:
+            within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
+            if isinstance(within, torch.optim.lr_scheduler.LambdaLR):
+                within.lr_lambdas[0](length - 1)  # behind the warmup, where its settings count
+        except (TypeError, ValueError) as error:
+            kind = SchedulerType(name).value
+            raise InputError(
+                f"lr_scheduler_type {kind!r} does not take lr_scheduler_kwargs {specific}: {brief(error)}"
+            ) from error
         if not isinstance(within, torch.optim.lr_scheduler.LambdaLR):
             raise InputError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")
         factors[length] = within.lr_lambdas[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 
 from hf_semalign.errors import InputError
+from hf_semalign.files import read_json
+from hf_semalign.kinds import check_kinds
 from hf_semalign.method.attribution import LayerScores
 
 STRATEGIES = ("attribution", "proportional", "uniform", "last", "banded")
@@ -40,6 +42,10 @@ class LayerPairing:
         if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in self.source_layers):
             raise InputError(f"source_layers is {self.source_layers}: expected whole numbers.")
         _check_order(self.source_layers, self.num_source_layers)
+        if self.scores is not None and len(self.scores) != self.num_source_layers:
+            raise InputError(
+                f"There are {len(self.scores)} scores of {self.num_source_layers} source layers: expected one each."
+            )
 
     def named(self, source_id: str, target_id: str) -> LayerPairing:
         """The same pairing with the ids of both models."""
@@ -50,16 +56,17 @@ class LayerPairing:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: dict) -> LayerPairing:
-        """Rebuild from :meth:`to_dict`, also after JSON."""
+    def from_dict(cls, record: dict, where: str = "the pairing") -> LayerPairing:
+        """Rebuild from :meth:`to_dict`, also after JSON.
+
+        Raises:
+            ValueError: it is something else; the message names ``where`` it stands.
+        """
+        check_kinds(record, cls, where)
+        known = {item.name: record[item.name] for item in fields(cls) if item.name in record}
         scores = record.get("scores")
-        return cls(
-            **{
-                **record,
-                "source_layers": tuple(record["source_layers"]),
-                "scores": None if scores is None else tuple(scores),
-            }
-        )
+        lists = {"source_layers": tuple(record["source_layers"]), "scores": None if scores is None else tuple(scores)}
+        return cls(**{**known, **lists})
 
     def to_json(self, path: str | Path) -> None:
         """Write the pairing to a JSON file."""
@@ -67,8 +74,13 @@ class LayerPairing:
 
     @classmethod
     def from_json(cls, path: str | Path) -> LayerPairing:
-        """Read what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds something else.
+        """
+        return cls.from_dict(read_json(path), str(path))
 
 
 def pair_layers(

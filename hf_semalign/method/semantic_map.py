@@ -12,10 +12,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.errors import InputError
+from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.files import checksum
+from hf_semalign.kinds import check_kinds
 from hf_semalign.models.anatomy import CausalLM, dissect
+from hf_semalign.models.loading import unknown_words_explained
 from hf_semalign.models.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -142,7 +145,7 @@ class SemanticMap(nn.Module):
                     "that are not all zero."
                 )
         fingerprint = _fingerprint(kind, source_weight, target_weight, *(rows or ()))
-        known = cls.load(cache) if cache is not None else None
+        known = _recall(cache) if cache is not None else None
         if known is not None and known.fingerprint == fingerprint:
             return known.to(target_weight.device)
         heads = [_Rows(source_weight.to(target_weight.device)), _Rows(target_weight)]
@@ -205,21 +208,46 @@ class SemanticMap(nn.Module):
         unfinished.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> SemanticMap | None:
-        """Read what :meth:`save` wrote; ``None`` when there is no file or it is damaged, which is logged."""
-        if not Path(path).exists():
-            return None
+    def load(cls, path: str | Path) -> SemanticMap:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or no map.
+        """
+        if not Path(path).is_file():
+            raise MissingFileError(f"There is no semantic map {path}: correct its name.")
         try:
             with safe_open(path, framework="pt") as file:
-                matrix, record = file.get_tensor("matrix"), json.loads(file.metadata()["semantic_map"])
+                matrix, record = file.get_tensor("matrix"), json.loads((file.metadata() or {})["semantic_map"])
+            check_kinds(record, Facts)
             if record.pop("checksum") != _record_checksum(matrix, record):
                 raise InputError("its checksum does not fit")
-            known = cls(matrix, **record)
-            known._built = known._content()
-            return known
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error)
-            return None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is damaged, or no semantic map ({error}): copy it again, or build it anew.") from error
+        known = cls(matrix, **record)
+        known._built = known._content()
+        return known
+
+
+class Facts(TypedDict):
+    """What a file of a map says beside its matrix."""
+
+    kind: Literal["readout", "projection", "cosine"]
+    shared_tokens: int
+    condition_number: float
+    fingerprint: str
+    checksum: str
+
+
+def _recall(path: str | Path) -> SemanticMap | None:
+    """The map of a file; ``None`` when there is none or it is damaged, which is logged."""
+    with suppress(FileNotFoundError):
+        try:
+            return SemanticMap.load(path)
+        except ValueError as error:
+            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error.__cause__)
+    return None
 
 
 def _record_checksum(matrix: torch.Tensor, record: dict[str, Any]) -> str:
@@ -332,12 +360,9 @@ def _first_difference(
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """Tokens of a text; none from a tokenizer of whole words that knows not all of them and has no token for such."""
-    try:
+    with suppress(InputError), unknown_words_explained():
         return list(tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    except Exception as error:  # tokenizers has no narrower type
-        if "[UNK]" not in str(error):
-            raise
-        return []
+    return []
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_semalign.errors import InputError
+from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 CausalLM = PreTrainedModel | PeftModel
@@ -153,8 +154,15 @@ class Size:
 
 
 def base_model(model: CausalLM) -> PreTrainedModel:
-    """The transformers model inside a peft model, or the model itself."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    """The transformers model inside a peft model, or the model itself.
+
+    Raises:
+        ValueError: neither.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise InputError(f"The model is a {type(model).__name__}: expected a causal LM of transformers, or its name.")
+    return base
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -188,6 +196,7 @@ def name_parts(config: PretrainedConfig, parts: Parts) -> None:
         return
     try:
         parts = json.loads(parts) if isinstance(parts, str) else dict(parts)
+        check_kinds(parts, dict[str, str])
     except (TypeError, ValueError) as error:
         raise InputError(f"The parts {parts!r} of a model are no keys and values: expected module paths by {PARTS}.") from error
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -220,7 +229,17 @@ def dissect(model: CausalLM) -> Anatomy:
             f"The decoder of {name} is not found: name the path of the part that ends with its final norm, and that of its "
             "layers, by hand (settings source_parts and target_parts)."
         )
-    layers = named.get("layers") or _layers(decoder, name, getattr(config, "num_hidden_layers", None))
+    layers = named["layers"] if "layers" in named else _layers(decoder, name, getattr(config, "num_hidden_layers", None))
+    if not isinstance(layers, nn.ModuleList) or all(layers is not part for part in decoder.modules()):
+        raise InputError(
+            f"The layers of {name} are a {type(layers).__name__}: expected the ModuleList of its {type(decoder).__name__} "
+            "(settings source_parts and target_parts)."
+        )
+    if len(getattr(getattr(head, "weight", None), "shape", ())) != 2:
+        raise InputError(
+            f"The head of {name} is a {type(head).__name__}: expected a linear layer, with a weight of [V, D] (settings "
+            "source_parts and target_parts)."
+        )
     scale = _setting(config, "logit_scale", "lm_head_multiplier") or 1.0
     scale /= _setting(config, "logits_scaling") or 1.0
     softcap = _setting(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -281,7 +300,8 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
     was_training = model.training
     model.eval()
     try:
-        theirs = model(**inputs, use_cache=False).logits.float()
+        with torch.autocast(given.device.type, enabled=False):  # it would round both, and not alike
+            theirs = model(**inputs, use_cache=False).logits.float()
     finally:
         for handle in handles:
             handle.remove()
@@ -297,8 +317,8 @@ def check_head(model: CausalLM, embeds: torch.Tensor | None = None) -> None:
             f"The logits of {anatomy.name} {model.name_or_path!r} are not finite: its weights hold nan or inf, or overflow in "
             f"{model.dtype}. Copy or download them again, or load them in another dtype."
         )
-    head = anatomy.output_head()
-    off = ((head.logits(final) - theirs).norm() / theirs.norm()).item()
+    with torch.autocast(given.device.type, enabled=False):
+        off = ((anatomy.output_head().logits(final) - theirs).norm() / theirs.norm()).item()
     full = anatomy.head.get_parameter("weight").dtype in (torch.float32, torch.float64)
     if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
         raise InputError(

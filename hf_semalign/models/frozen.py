@@ -7,17 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from hf_semalign.models.anatomy import Anatomy, Head, Parts, check_head, dissect, embedding_rows, name_parts
 from hf_semalign.models.hooks import bypass, gives_tuples
-from hf_semalign.models.loading import find_tokenizer, is_quantised, load_dtype, load_model, load_weights, skeleton
-from hf_semalign.models.names import public_name
+from hf_semalign.models.loading import find_tokenizer, is_quantised, load_dtype, load_model, load_weights, quietly, skeleton
+from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class FrozenModel:
     """A model that is only asked. No weight is loaded before :meth:`model`, :meth:`layer` or :meth:`read_head` wants one.
 
     Args:
-        model: a causal LM, a Hub id or a local folder.
+        model: a causal LM, a Hub id, a local folder or an embedded model.
         precision: of the run, see :func:`hf_semalign.models.loading.load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
         weights: whether a folder has to hold weights.
@@ -47,12 +47,13 @@ class FrozenModel:
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | Path,
         *,
         precision: str | None = None,
         parts: Parts = None,
         weights: bool = True,
     ) -> None:
+        model = resolve_model(model) if isinstance(model, (str, Path)) else model
         self._given = model
         self._precision = precision
         self._named = parts
@@ -209,7 +210,7 @@ class FrozenModel:
         }
         homes |= {places[id(part)]: "disk" for part in (shape.get_input_embeddings(), anatomy.head)}
         scratch = tempfile.TemporaryDirectory()  # for weights that transformers converts while loading
-        with _quietly():
+        with quietly():
             own = load_dtype(str(self._given))  # another would have all weights read and cast
             model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch.name)
         name_parts(model.config, self._named)
@@ -221,21 +222,3 @@ class FrozenModel:
 
     def _need_weights(self) -> None:
         """Refuse to load weights that are not there."""
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the loading bar and warnings that transformers shows, here once a layer."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    offloading = logging.getLogger("accelerate.big_modeling")
-    offloading_level = offloading.level
-    offloading.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        offloading.setLevel(offloading_level)
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()

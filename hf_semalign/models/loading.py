@@ -1,4 +1,7 @@
-"""Engines, folders, models and tokenizers that a trainer is given: loaded, or refused with a clear error."""
+"""Models and tokenizers by name, or as they are given: loaded, or refused with a clear error.
+
+A name is a Hub id, a folder or an embedded model (``embedded:source``, ``embedded:target``).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from hf_semalign.errors import InputError, brief
-from hf_semalign.files import _check_header
-from hf_semalign.models.anatomy import Parts, name_parts
+from hf_semalign.files import check_header
+from hf_semalign.models.anatomy import Parts, base_model, name_parts
 from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -76,13 +80,14 @@ def _readable(name_or_path: str) -> Iterator[None]:
 
 
 def find_config(name_or_path: str) -> PretrainedConfig:
-    """The configuration of a Hub id or folder.
+    """The configuration of a model by name.
 
     Raises:
         ValueError: there is none, or it is broken.
     """
+    place = resolve_model(name_or_path)
     with _readable(name_or_path):
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
 
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
@@ -91,24 +96,42 @@ def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: its files are broken.
     """
-    name = public_name(name_or_path)
+    name, place = public_name(name_or_path), resolve_model(name_or_path)
     try:
-        if name_or_path:
-            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        if place:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         reason = "it was made in memory"
     except json.JSONDecodeError as error:
         raise InputError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0].replace(name_or_path, name)
+        reason = str(error).split("\n")[0].replace(place, name)
     logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
     return None
+
+
+@contextmanager
+def unknown_words_explained() -> Iterator[None]:
+    """Say what is wrong where a tokenizer meets a word that it does not know, and has no token for such.
+
+    Raises:
+        ValueError: in the place of the error of tokenizers, which has no type of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(words in str(error) for words in ("[UNK]", "`unk_id`")):
+            raise
+        raise InputError(
+            f"The tokenizer does not know a word of the text, and has no token for unknown ones ({error}): choose a model "
+            "whose tokenizer cuts any text, or texts of its words."
+        ) from error
 
 
 def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
     """The dtype to load a model in.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: its name.
         precision: of the run. Under ``bf16`` float16 weights are loaded in bfloat16, lest layers give out float32. ``no`` is
             training in 32 bits, as transformers says of ``bf16=False``: half-precision weights are loaded in float32. Otherwise
             weights keep their own dtype.
@@ -158,10 +181,10 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
-    """A model of a Hub id or folder without its weights: its shape alone, so that much can be refused before loading.
+    """A model by name without its weights: its shape alone, so that much can be refused before loading.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: its name.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
         weights: whether a folder has to hold weights; of those in safetensors the headers are read.
 
@@ -171,27 +194,28 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
     config = find_config(name_or_path)
     name_parts(config, parts)
     is_quantised(config)
-    if weights and Path(name_or_path).is_dir():
-        files = list(Path(name_or_path).glob("model*.safetensors"))
+    if weights and (folder := Path(resolve_model(name_or_path))).is_dir():
+        files = list(folder.glob("model*.safetensors"))
         if not files:
             raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
         for file in files:
-            _check_header(file)
+            check_header(file)
     with torch.device("meta"), _readable(name_or_path):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, with all weights from safetensors files, none as it was drawn.
+    """``AutoModelForCausalLM.from_pretrained`` by name, with all weights from safetensors files, none as it was drawn.
 
     Nothing is unpickled, and no code of a repository is run.
 
     Raises:
         ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
     """
+    place = resolve_model(name_or_path)
     with _readable(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, **settings, trust_remote_code=False, use_safetensors=True,
+            place, **settings, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     model, report = loaded
@@ -205,21 +229,21 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def load_model(model: PreTrainedModel | str, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
-    """The model of an id or folder, see :func:`load_dtype`; a model that was made elsewhere is checked.
+def load_model(model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
+    """The model of a name, see :func:`load_dtype`; a model that was made elsewhere is checked.
 
     Args:
-        model: a model, an id or a folder.
+        model: a model, or its name.
         precision: of the run, see :func:`load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
     Raises:
-        ValueError: a model that carries LoRA already, weights that do not fit, or that are quantised in a way that is not
-            supported.
+        ValueError: no causal LM, a model that carries LoRA already, or weights that do not fit, or that are quantised in a way
+            that is not supported.
     """
-    if isinstance(model, str):
-        model = load_weights(model, dtype=load_dtype(model, precision))
-    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in model.named_parameters()):
+    if isinstance(model, (str, Path)):
+        model = load_weights(str(model), dtype=load_dtype(str(model), precision))
+    elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in base_model(model).named_parameters()):
         raise InputError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
     is_quantised(model.config)
     keep_layout(model)
@@ -239,3 +263,21 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedMod
     if pad is None:
         raise InputError("No tokenizer was given and the model's config has no pad token: set model.config.pad_token_id.")
     return pad if pad < rows else 0
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the loading bar and the warnings of transformers."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    offloading = logging.getLogger("accelerate.big_modeling")
+    offloading_level = offloading.level
+    offloading.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        offloading.setLevel(offloading_level)
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

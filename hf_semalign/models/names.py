@@ -13,12 +13,15 @@ EMBEDDED = "embedded:"
 PAIR_FOLDER = Path(__file__).parents[1] / "data" / "pair"
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str | Path) -> str:
     """Folder of an embedded model (``embedded:source``, ``embedded:target``); other names, Hub ids and folders, as given.
+
+    Whatever reads files of a model by its name calls this itself; everybody else passes names on.
 
     Raises:
         ValueError: an embedded model that does not exist.
     """
+    name = str(name)
     prefix, _, role = name.partition(EMBEDDED)
     if prefix or not role:
         return name

@@ -20,9 +20,10 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from peft import PeftModel
@@ -30,6 +31,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_semalign.cache.source import Source
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import read_entries
 from hf_semalign.experiments.benchmarks.problems import CODE, METRICS, build_task, find_rows, quiet
@@ -42,10 +44,11 @@ from hf_semalign.experiments.generation import (
     generating,
     rows_that_fit,
 )
-from hf_semalign.files import ADAPTER, check_adapter, digest, file_digest, make_folder, read_json, write_text
-from hf_semalign.hub.push import RECORD_NAME, find_folder, find_target, load_transfer, read_record
+from hf_semalign.files import RECORD_NAME, digest, file_digest, make_folder, read_json, write_text
+from hf_semalign.hub.push import find_folder, find_target, load_transfer
+from hf_semalign.hub.reading import Benchmarks, check_adapter, read_adapter_config, read_record
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.models.loading import find_tokenizer, load_weights
+from hf_semalign.models.loading import find_tokenizer, load_weights, unknown_words_explained
 from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ def run_benchmark(
     batch_size: int | None = None,
     chat_template: bool = False,
     backend: str = "hf",
-    target: str | None = None,
+    target: str | Path | None = None,
     answers: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a benchmark.
@@ -118,10 +121,10 @@ def run_benchmark(
 
 
 def evaluate_run(
-    origin: str,
+    origin: str | Path,
     tasks: Sequence[str],
     *,
-    target: str | None = None,
+    target: str | Path | None = None,
     files: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -131,7 +134,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a run folder, an adapter on the Hub, or a model, on benchmarks, and write ``benchmarks.json``.
 
-    Results of other tasks and settings that stand there already are kept, if they are of the same weights.
+    Results of other tasks and settings that stand there already are kept, if they are of the same weights. Until a task has its
+    score its answers are kept beside the file, so that an interrupted call goes on where it stopped.
 
     Args:
         origin: its name.
@@ -152,6 +156,7 @@ def evaluate_run(
         ValueError: see :func:`run_benchmark`; and no folder to write to.
         FileNotFoundError: likewise.
     """
+    origin = str(origin)
     adapter = _find_adapter(origin)
     if output is None and (adapter is None or not Path(origin).is_dir()):
         raise InputError(f"{origin!r} is no run folder, so that there is no place for {RESULTS_NAME}: name one by output.")
@@ -164,22 +169,26 @@ def evaluate_run(
     record = {} if adapter is None else read_record(adapter)
     content: dict[str, Any] = {
         "model": public_name(origin),
-        "target": None if adapter is None else public_name(target or record["target"]),
+        "target": None if adapter is None else public_name(str(target or record["target"])),
         "adapter_checksum": record.get("adapter_checksum"),
         "benchmarks": [],
     }
     place = folder / RESULTS_NAME
-    earlier = read_json(place, *content) if place.is_file() else content
-    if not all(entry.keys() >= SETTINGS for entry in earlier["benchmarks"]):
-        raise InputError(f"{place} is not what this command writes: move it away, or name another output.")
+    earlier = read_json(place, Benchmarks) if place.is_file() else content
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
+        base = None if backend != "hf" else Source(origin if adapter is None else find_target(record, target)).identity
         for task, (built, path) in ready.items():
+            facts = [base, record.get("adapter_checksum"), task, chat_template, version("lm_eval"), version("hf_semalign")]
+            answers = folder / f"benchmark-{task}-{digest(facts)[:16]}.answers"
+            if backend == "hf":
+                opened.lm.answers = answers
             new = _measure(opened, task, built, path, limit, chat_template)
             kept = [old for old in content["benchmarks"] if any(old[key] != new[key] for key in SETTINGS)]
             content["benchmarks"] = [*kept, new]
-            place.write_text(json.dumps(content, indent=2) + "\n")
+            write_text(place, json.dumps(content, indent=2) + "\n")
+            answers.unlink(missing_ok=True)
     return content
 
 
@@ -245,7 +254,14 @@ class _Opened:
     own: bool = False
 
 
-class _Kept:
+class Kept(TypedDict):
+    """A line of the file that keeps answers."""
+
+    asked: str
+    answer: str
+
+
+class _Keeper:
     """The harness's cache hook, which gets each answer as soon as its batch is done: JSON lines, by a digest of what was asked.
 
     Not the harness's own cache, whose file holds pickles: who sends a folder of signals could run a program by it.
@@ -256,13 +272,14 @@ class _Kept:
         if path is not None:  # without a line that was cut, where a process was killed
             write_text(path, "".join(self._line(*one) for one in known.items()))
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _Keeper:
         self.file = None if self.path is None else self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.file is not None:
             self.file.close()
+            self.file = None  # choices of a later task are not kept
 
     def add_partial(self, kind: str, asked: Any, answer: str) -> None:
         """Keep an answer."""
@@ -282,16 +299,20 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
     class GreedyLM(HFLM):
         answers: Path | None = None
 
+        def tok_encode(self, *args: Any, **settings: Any) -> Any:
+            with unknown_words_explained():
+                return super().tok_encode(*args, **settings)
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             asked = [digest(request.args) for request in requests]
-            known = {} if self.answers is None else {one["asked"]: one["answer"] for one in read_entries(self.answers)}
+            known = {} if self.answers is None else {one["asked"]: one["answer"] for one in read_entries(self.answers, Kept)}
             missing = [request for request, key in zip(requests, asked, strict=True) if key not in known]
             room = requests[0].args[1].get("max_gen_toks", self.max_gen_toks)
             self.batch_size_per_gpu = batch_size or rows_that_fit(model, room)
             total, off = len(requests), disable_tqdm or self.rank != 0
             self.bar = tqdm(total=total, initial=total - len(missing), desc="answers", disable=off)
             try:
-                with self.bar, _Kept(self.answers, known) as self.cache_hook:
+                with self.bar, _Keeper(self.answers, known) as self.cache_hook:
                     made = iter(super().generate_until(missing, disable_tqdm=True) if missing else ())
                 return [known[key] if key in known else next(made) for key in asked]
             finally:
@@ -322,7 +343,7 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
 @contextmanager
 def _opened(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | None, backend: str, target: str | None
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | None, backend: str, target: str | Path | None
 ) -> Iterator[_Opened]:
     from lm_eval.api.model import LM
 
@@ -348,7 +369,9 @@ def _opened(
         raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+    with unknown_words_explained():
+        begins = tokenizer("a")["input_ids"][:1]
+    if tokenizer.bos_token is not None and begins != [tokenizer.bos_token_id]:
         tokenizer.add_bos_token = True
     causal = cast(CausalLM, model)
     with generating(causal), computing_in(causal, fastest_dtype(causal)):
@@ -357,16 +380,14 @@ def _opened(
 
 def _find_adapter(name: str) -> Path | None:
     """The folder of a transfer; ``None`` for the name of a model."""
-    if resolve_model(name) != name:
-        return None
     folder = find_folder(name)
     return folder if (folder / RECORD_NAME).is_file() else None
 
 
-def _load_named(name: str, target: str | None) -> tuple[Any, PreTrainedTokenizerBase | None]:
+def _load_named(name: str, target: str | Path | None) -> tuple[Any, PreTrainedTokenizerBase | None]:
     adapter = _find_adapter(name)
     if adapter is None:
-        model: Any = load_weights(resolve_model(name), dtype="auto")
+        model: Any = load_weights(name, dtype="auto")
     else:
         model, _ = load_transfer(adapter, target=target)
     if torch.accelerator.is_available():
@@ -374,27 +395,28 @@ def _load_named(name: str, target: str | None) -> tuple[Any, PreTrainedTokenizer
     return model.eval(), find_tokenizer(_tokenizer_place(name, adapter, target))
 
 
-def _tokenizer_place(name: str, adapter: Path | None, target: str | None) -> str:
+def _tokenizer_place(name: str, adapter: Path | None, target: str | Path | None) -> str:
     """Where the tokenizer lies: with the adapter, or with its target."""
     if adapter is None:
-        return resolve_model(name)
+        return name
     return str(adapter) if (adapter / "tokenizer_config.json").is_file() else find_target(read_record(adapter), target)
 
 
-def _open_vllm(name: str, target: str | None) -> Any:
+def _open_vllm(name: str, target: str | Path | None) -> Any:
     from lm_eval.models.vllm_causallms import VLLM
 
     adapter = _find_adapter(name)
-    given = {"tokenizer": _tokenizer_place(name, adapter, target), "add_bos_token": True, "batch_size": "auto"}
+    place = resolve_model(_tokenizer_place(name, adapter, target))  # vLLM knows no embedded models
+    given = {"tokenizer": place, "add_bos_token": True, "batch_size": "auto"}
     if adapter is None:
         return VLLM(pretrained=resolve_model(name), **given)
     check_adapter(adapter)
-    config = read_json(adapter / ADAPTER[1], "r")
+    config = read_adapter_config(adapter)
     rank = max(config["r"], *config.get("rank_pattern", {}).values(), 0)
     largest = next((known for known in VLLM_RANKS if known >= rank), None)
     if largest is None:
         raise InputError(f"vLLM has LoRA of rank {VLLM_RANKS[-1]} at most, and this adapter {rank}: use the backend hf.")
-    base = find_target(read_record(adapter), target)
+    base = resolve_model(find_target(read_record(adapter), target))
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
 

@@ -1,0 +1,89 @@
+"""Values and type hints: what YAML, JSON or a caller gives, compared with what a field takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral, Real
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from hf_semalign.errors import InputError, brief
+
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, PathLike), "text"),
+    list: ((list, tuple), "a list"),
+    tuple: ((list, tuple), "a list"),
+    dict: (Mapping, "names and values"),
+}
+
+
+def check_kinds(value: Any, hint: Any, where: str = "") -> None:
+    """Refuse a value that is not as a type hint says.
+
+    Args:
+        value: what was given.
+        hint: the type. Of a dataclass or ``TypedDict`` the value is a mapping, which may hold more.
+        where: names the place, such as a file.
+
+    Raises:
+        ValueError: names the first part that is not as it should be, and what was expected.
+    """
+    if fault := next(_faults(value, hint, "", where), None):
+        raise InputError(fault)
+
+
+def _faults(value: Any, hint: Any, name: str, where: str) -> Iterator[str]:
+    """What of a value is not as the hint says; ``name`` is its own within the whole, such as ``pairing.scores[2]``."""
+    place = " of ".join(filter(None, (name, where)))
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kind = next((choice for choice in choices if _is(value, choice)), None)
+    if kind is None:
+        expected = " or ".join(_words(choice) for choice in choices if choice is not NoneType)
+        yield f"{place} is {brief(repr(value))}: expected {expected}."
+        return
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if _has_fields(origin):
+        hints = get_type_hints(origin)
+        if missing := [key for key in hints if key in _required(origin) and key not in value]:
+            yield f"{place} lacks {missing}."
+        for key in filter(value.__contains__, hints):
+            yield from _faults(value[key], hints[key], f"{name}.{key}".lstrip("."), where)
+    elif origin is dict and parts:
+        for key, one in value.items():
+            yield from _faults(key, parts[0], f"the name {key!r}", place)
+            yield from _faults(one, parts[1], f"{name}.{key}".lstrip("."), where)
+    elif origin in (list, tuple) and parts:
+        for number, one in enumerate(value):
+            yield from _faults(one, parts[0], f"{name}[{number}]", where)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a hint's kind, whatever is in it."""
+    kind = get_origin(hint) or hint
+    if kind is Any or kind is Literal:
+        return kind is Any or value in get_args(hint)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, Mapping if _has_fields(kind) else KINDS.get(kind, (kind,))[0])
+
+
+def _words(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    return KINDS.get(dict if _has_fields(kind) else kind, (kind, kind.__name__))[1]
+
+
+def _has_fields(kind: Any) -> bool:
+    return is_dataclass(kind) or is_typeddict(kind)
+
+
+def _required(kind: Any) -> set[str]:
+    if is_typeddict(kind):
+        return set(kind.__required_keys__)
+    return {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}

@@ -92,7 +92,7 @@ def test_attribution_is_kept_where_a_run_finds_it(tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert "source layer" in shown and "embedded:source to embedded:target, pairing attribution" in shown
     kept = []
-    monkeypatch.setattr("hf_semalign.trainer.layer_scores", lambda *a, **k: kept.append(layer_scores(*a, **k)) or kept[-1])
+    monkeypatch.setattr("hf_semalign.transfer.layer_scores", lambda *a, **k: kept.append(layer_scores(*a, **k)) or kept[-1])
     monkeypatch.setattr("hf_semalign.cache.scores.attribute_layers", lambda *a, **k: pytest.fail("computed again"))
     assert main(["train", *recipe]) == 0
     assert f"{kept[0].values[0]:.4g}" in shown

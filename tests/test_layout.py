@@ -13,7 +13,7 @@ ORDER = (
     "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading", "models.frozen",
     "models.token_bytes",
     "splits",
-    "method.alignment", "method.prefix_classes",
+    "method.prefix_classes", "method.alignment",
     "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
     "config",
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",

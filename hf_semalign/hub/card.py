@@ -124,6 +124,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         figures=[name for name in FIGURES if name in results["figures"] and (results["history"] or name != "losses.png")],
         scored=bool(record["pairing"]["scores"]),
         splits=_splits(record),
+        extract_use=_use_of_extract(record),
         answers=data.get("align", {}).get("answers"),
         overlap=results.get("overlap"),
         source_layers=record["pairing"]["source_layers"],
@@ -204,10 +205,15 @@ def _forgetting(metrics: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def _use_of_extract(record: dict[str, Any]) -> str:
+    """What the extract split was used for; empty for nothing."""
+    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
+    return "" if idle else EXTRACT_USES.get(record["method"], "")
+
+
 def _splits(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Name, use, rows and fingerprint of each split."""
-    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
-    uses = SPLIT_USES | {"extract": "nothing" if idle else EXTRACT_USES.get(record["method"], "nothing")}
+    uses = SPLIT_USES | {"extract": _use_of_extract(record) or "nothing"}
     return [{"name": split, "use": uses.get(split, ""), **facts} for split, facts in record["data"].items()]
 
 

@@ -222,8 +222,12 @@ def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, r
     """What two tokenizers share; ``None`` where source and target have one, or none is known."""
     if tokenizer is None or source.tokenizer is None or not (difference := differing(source.tokenizer, tokenizer)):
         return None
+    try:
+        pair = TokenizerPair.of(source.tokenizer, tokenizer, source_rows=source.head_rows, target_rows=rows, width=width)
+    except InputError as error:
+        raise InputError(f"{difference}: they are two tokenizers. {error}") from error
     logger.info("%s. Positions are aligned by the bytes of the answers.", difference)
-    return TokenizerPair.of(source.tokenizer, tokenizer, source_rows=source.head_rows, target_rows=rows, width=width)
+    return pair
 
 
 def _check_lengths(splits: dict[str, Dataset], role: str, model: PreTrainedModel) -> None:

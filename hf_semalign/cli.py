@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """All commands, their options, and an example of each."""
     parser = argparse.ArgumentParser(
-        prog="semalign", description="Knowledge transfer between language models of different depth and width.", epilog=CODES
+        prog="semalign",
+        description="Distil a large language model into a smaller one of another depth and width.",
+        epilog=CODES,
     )
     parser.add_argument("--version", action="version", version=f"semalign {version('hf_semalign')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -77,13 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     quickstart = add(
-        "quickstart", _quickstart, "transfer between the two embedded models, in two minutes",
-        "Run the embedded recipe: two small models that ship with the package, to an adapter with card, figures and results.",
+        "quickstart", _quickstart, "distil between the two embedded models, in two minutes",
+        "Run the embedded recipe on two small models that ship with the package. You get an adapter, card, figures and results.",
         "semalign quickstart training.seed=2 output_dir=runs/seed-2",
     )  # fmt: skip
     _add_overrides(quickstart, "changes to the recipe, such as training.seed=2")
     train = of_recipe(add(
-        "train", _train, "run a recipe", "Run a recipe: two models to an adapter with card, figures and results.",
+        "train", _train, "run a recipe", "Run a recipe. You get an adapter, card, figures and results. Re-run the command to resume.",
         "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
     ))  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
@@ -91,47 +93,47 @@ def make_parser() -> argparse.ArgumentParser:
         "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
     )
     of_recipe(add(
-        "attribute", _attribute, "which source layers matter for a recipe's task, and the pairs that follow",
-        "Score the source's layers on the extract split, and keep the scores in training.signals_dir, where a run finds them.",
+        "attribute", _attribute, "show which source layers matter for a recipe's task, and pair the layers",
+        "Score the source's layers on the extract split, and cache the scores in training.signals_dir for later runs.",
         "semalign attribute --config recipes/quickstart/semalign.yaml training.pairing=attribution",
     ))  # fmt: skip
     of_recipe(add(
-        "signals", _signals, "let the source say what a recipe will need of it",
-        "Run the source over a recipe's data and keep what it says, so that training, here or elsewhere, never loads it.",
+        "signals", _signals, "precompute the source's hidden states for a recipe",
+        "Run the source over a recipe's data and cache its hidden states. Training, here or elsewhere, then never loads it.",
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
     ))  # fmt: skip
     _add_compare(add(
-        "compare", _compare, "run methods x tasks x seeds into one table and one figure",
-        "Run the cells of a comparison that are missing, and write compare.md, .json, .tex and .png into its folder.",
+        "compare", _compare, "run methods x tasks x seeds, and write one table and one figure",
+        "Run the missing cells of a comparison, and write compare.md, .json, .tex and .png into its folder.",
         "semalign compare recipes/quickstart/compare.yaml --jobs 2 seeds=[1]",
     ))  # fmt: skip
     _add_analyze(add(
-        "analyze", _analyze, "look into a pair of models: states as vectors, alikeness of layers, pairing",
+        "analyze", _analyze, "analyse a pair of models: vocabulary bases, CKA between layers, pairing",
         "Draw one of the analyses of docs/analyses.md, as PNG and SVG, with all numbers as JSON.",
         "semalign analyze cka recipes/quickstart/semalign.yaml data.eval=200",
     ))  # fmt: skip
     _add_evaluate(add(
-        "evaluate", _evaluate, "measure a run or a model on MMLU, GSM8K, HumanEval or MBPP",
-        "Measure a run folder, an adapter on the Hub or a model by lm-eval: zero-shot, greedy, with BOS.",
+        "evaluate", _evaluate, "score a run or a model on MMLU, GSM8K, HumanEval or MBPP",
+        "Score a run folder, an adapter on the Hub or a model with lm-eval: zero-shot, greedy, with BOS.",
         "semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
     ))  # fmt: skip
     report = add(
-        "report", _report, "a run as one HTML page",
-        "Write one page with all that a run folder knows: results, figures, pairs, settings, cost. It needs no network.",
+        "report", _report, "write a run as one HTML page",
+        "Write one page with the results, figures, pairs, settings and cost of a run. It needs no network.",
         "semalign report runs/quickstart --output quickstart.html",
     )  # fmt: skip
     report.add_argument("folder", metavar="RUN", help="a run folder")
     report.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
     _add_push(add(
         "push", _push, "publish a run folder",
-        "Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. What is there already "
-        "is not sent again. The token is HF_TOKEN, or the one of `hf auth login`.",
+        "Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. Unchanged files are "
+        "not sent again. The token is HF_TOKEN, or the one from `hf auth login`.",
         "semalign push runs/quickstart owner/name --private",
     ))  # fmt: skip
     inspect = add(
-        "inspect", _inspect, "what an adapter is",
-        "Show which pair of models an adapter comes from, its layers, size and checksums. Of a repository only metadata are "
-        "read. Exit code 2 where a checksum is not the recorded one.",
+        "inspect", _inspect, "show what an adapter is",
+        "Show which pair of models an adapter comes from, its layers, size and checksums. Only metadata of a repository are "
+        "read. The exit code is 2 if a checksum differs from the recorded one.",
         "semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
     )  # fmt: skip
     inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
@@ -152,8 +154,8 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 def _add_analyze(command: argparse.ArgumentParser) -> None:
     analyses = {
-        "vectors": "how well hidden states are rebuilt from vocabulary bases, layer by layer",
-        "cka": "how alike source and target layers are, without and with the map",
+        "vectors": "how well vocabulary bases reconstruct hidden states, layer by layer",
+        "cka": "how similar source and target layers are, without and with the map",
         "pairing": "attribution scores and the pairs of layers",
     }
     command.add_argument("analysis", choices=analyses, help="; ".join(f"{name}: {what}" for name, what in analyses.items()))
@@ -165,11 +167,11 @@ def _add_analyze(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("origin", metavar="RUN_OR_MODEL", help="a run folder, a Hub id, or a model's folder")
     command.add_argument("--task", action="append", required=True, help="mmlu, gsm8k, humaneval or mbpp; may be repeated")
-    command.add_argument("--target", help="Hub id or folder of a run's target, where its record has only a folder's name")
+    command.add_argument("--target", help="Hub id or folder of a run's target, if its record only has the name of a folder")
     command.add_argument("--files", metavar="DIR_OR_FILE", help="local test rows instead of the Hub's")
-    command.add_argument("--limit", type=int, metavar="N", help="first rows only; of MMLU of each subject")
-    command.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time; by default as many as fit into memory")
-    command.add_argument("--chat-template", action="store_true", help="prompts as a user's turn of the chat template")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N rows; for MMLU, of each subject")
+    command.add_argument("--batch-size", type=int, metavar="N", help="prompts per batch; by default as many as fit into memory")
+    command.add_argument("--chat-template", action="store_true", help="send prompts as a user turn of the chat template")
     command.add_argument("--backend", default="hf", help="hf, or vllm (default: %(default)s)")
     command.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
 
@@ -177,10 +179,12 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
 def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
-    command.add_argument("--private", action="store_true", help="a new repository is private, and one that exists has to be")
-    command.add_argument("--revision", metavar="BRANCH", help="branch, by default main; made if it does not exist")
-    command.add_argument("--tag", help="name of the commit, by default of this package's version and the files")
-    command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, where the record has a bare name")
+    command.add_argument(
+        "--private", action="store_true", help="make a new repository private; an existing one has to be private already"
+    )
+    command.add_argument("--revision", metavar="BRANCH", help="branch (default: main); created if it does not exist")
+    command.add_argument("--tag", help="tag of the commit; by default made from the version of this package and the files")
+    command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, if the record only has a name")
 
 
 def _console() -> Console:

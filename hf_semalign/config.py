@@ -81,8 +81,8 @@ class SemAlignConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of every stage."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Budget in epochs, dealt out to the stages."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a device and forward pass."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Budget in epochs, divided among the stages."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per device and forward pass."})
     pairing: str = field(
         default="last",
         metadata={"help": f"Strategy ({', '.join(STRATEGIES)}) or a list: the 0-based source layer of each target layer."},
@@ -90,7 +90,7 @@ class SemAlignConfig(TrainingArguments):
     map_kind: str = field(default="readout", metadata={"help": f"Map between the spaces: {', '.join(KINDS)}."})
     scale: str = field(
         default="none",
-        metadata={"help": "none (the paper) or match: mapped states get the mean norm of the target layer's outputs."},
+        metadata={"help": "none (the paper), or match: scale mapped states to the mean norm of the target layer's outputs."},
     )
     relation_weight: float = field(default=0.1, metadata={"help": "Weight of the layer loss."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the output loss."})
@@ -106,32 +106,33 @@ class SemAlignConfig(TrainingArguments):
         },
     )
     stage_budget: str = field(
-        default="split", metadata={"help": "Is the budget the whole run's (split) or every stage's (per_stage)?"}
+        default="split", metadata={"help": "Whether the budget is for the whole run (split) or for every stage (per_stage)."}
     )
     frontier: str = field(
         default="joint", metadata={"help": "joint (all layers), single (the paper) or cumulative (layers up to k train)."}
     )
     signals: str = field(
         default="cached",
-        metadata={"help": "cached: what is frozen is computed once, and kept on disk; online: it runs on every batch."},
+        metadata={"help": "cached: run the source once and keep its states on disk; online: run it on every batch."},
     )
     signals_dir: str | None = field(
-        default=None, metadata={"help": "Where cached signals go, also for several runs; by default output_dir/_signals."}
+        default=None, metadata={"help": "Folder of cached signals, which runs can share; by default output_dir/_signals."}
     )
     source_memory: str = field(
         default="resident",
-        metadata={"help": "resident: the source runs whole; stream: one of its layers at a time, whatever its size."},
+        metadata={"help": "resident: load the whole source; stream: load one of its layers at a time."},
     )
     source_parts: dict | str | None = field(
         default=None,
-        metadata={"help": "Module paths of the source's decoder, layers, head, of a model where they are not found."},
+        metadata={"help": "Module paths of the source's decoder, layers and head; override when auto-detection fails."},
     )
-    target_parts: dict | str | None = field(default=None, metadata={"help": "The same of the target."})
+    target_parts: dict | str | None = field(default=None, metadata={"help": "The same for the target."})
     max_length: int | None = field(default=1024, metadata={"help": "Longer sequences are cut at the end."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})
     lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "Module names that get LoRA; by default FFN up, down and attention value, output."}
+        default=None,
+        metadata={"help": "Modules that get LoRA; by default FFN up and down projections, attention value and output."},
     )
 
     def __post_init__(self) -> None:

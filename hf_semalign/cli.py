@@ -80,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     quickstart = add(
         "quickstart", _quickstart, "distil between the two embedded models, in two minutes",
-        "Run the embedded recipe on two small models that ship with the package. You get an adapter, card, figures and results.",
+        "Run the embedded recipe on two small models that ship with the package, to an adapter, card, figures and results.",
         "semalign quickstart training.seed=2 output_dir=runs/seed-2",
     )  # fmt: skip
     _add_overrides(quickstart, "changes to the recipe, such as training.seed=2")
     train = of_recipe(add(
-        "train", _train, "run a recipe", "Run a recipe. You get an adapter, card, figures and results. Re-run the command to resume.",
+        "train", _train, "run a recipe", "Run a recipe to an adapter, card, figures and results. Re-run the command to resume.",
         "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
     ))  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")

@@ -90,7 +90,7 @@ def write_answers(
     """Have a model answer the prompts of some rows.
 
     Answers are appended to a file as soon as their batch is done. What stands there is not written again, so that an
-    interrupted call goes on where it stopped; whoever calls sees to it that another model or other rows have another file.
+    interrupted call resumes. The caller makes sure that another model or other rows have another file.
 
     Args:
         records: rows with ``prompt`` or ``messages``; their own answers are not looked at.

@@ -113,6 +113,62 @@ def prepare(
         ValueError: bad settings, data, models or tokenizers.
     """
     check_engine(args)
+    _check_arguments(model, source_model, args, processing_class, pairing, semantic_map)
+    tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        raise InputError(
+            "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
+        )
+    needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+    splits = _given_splits(train_dataset, eval_dataset, extract_dataset, needs_extract)
+    source = source_model if isinstance(source_model, Source) else _source(source_model, args)
+    _check_weights(model, source, args)
+    shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
+    target = dissect(shape)
+    depths = source.num_layers, len(target.layers)
+    _check_map(semantic_map, target.head_weight().shape[1], source.width)
+    rows = _encode(splits, source, shape, tokenizer, args.max_length)
+    check_disjoint(splits)
+    _check_lengths(rows.source, "source", source.shape)
+    _check_lengths(rows.target, "target", shape)
+    frontier = Frontier(args.frontier, depths[1])
+    schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(rows.target["align"])), args.stage_budget)
+    return Preparation(
+        source,
+        target,
+        load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
+        public_name(str(shape.name_or_path)),
+        tokenizer,
+        rows.target,
+        rows.target_collator,
+        _pairing(pairing, args.pairing, depths),
+        rows.token_ids,
+        frontier,
+        schedule,
+        stage_learning_rate(
+            schedule,
+            args.lr_scheduler_type,
+            args.learning_rate,
+            args.get_warmup_steps,
+            cast(dict, args.lr_scheduler_kwargs),
+        ),
+        lora_targets(target.layers, args.lora_targets),
+        rows.source,
+        rows.source_collator,
+        rows.tokenizers,
+        rows.aligned,
+    )
+
+
+def _check_arguments(
+    model: PreTrainedModel | str,
+    source_model: PreTrainedModel | str | Source,
+    args: SemAlignConfig,
+    processing_class: Any,
+    pairing: Any,
+    semantic_map: Any,
+) -> None:
+    """Refuse arguments of the wrong kind, one model for two, and an output folder that holds a model."""
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
         raise InputError("One model object is source and target: what trains the one would change the other. Load it twice.")
     kinds = {
@@ -127,12 +183,12 @@ def prepare(
     for role, origin in (("source", source_origin), ("target", model)):
         if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
             raise InputError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
-    tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
-    if tokenizer is not None and tokenizer.pad_token_id is None:
-        raise InputError(
-            "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
-        )
-    needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+
+
+def _given_splits(
+    train_dataset: Rows, eval_dataset: Rows | dict[str, Any] | None, extract_dataset: Rows | None, needs_extract: bool
+) -> dict[str, Rows]:
+    """The splits by name; an extract split that is needed and was not given is taken out of the training rows."""
     check_rows(train_dataset, "align")
     if extract_dataset is None and needs_extract:
         train_dataset, extract_dataset = hold_out(train_dataset)
@@ -140,8 +196,11 @@ def prepare(
     if without := [name for name, rows in evals.items() if rows is None]:
         raise InputError(f"eval_dataset has None as {without}: leave these out.")
     given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
-    splits = {name: rows for name, rows in given.items() if rows is not None}
-    source = source_model if isinstance(source_model, Source) else _source(source_model, args)
+    return {name: rows for name, rows in given.items() if rows is not None}
+
+
+def _check_weights(model: PreTrainedModel | str, source: Source, args: SemAlignConfig) -> None:
+    """Refuse weights that were loaded in parts, and a quantised source that is to be streamed."""
     for role, shape in (("source", source.shape), ("target", model)):
         if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
             raise InputError(
@@ -150,72 +209,63 @@ def prepare(
             )
     if args.source_memory == "stream" and source.quantised:
         raise InputError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
-    shape = skeleton(model, args.target_parts) if isinstance(model, str) else load_model(model, parts=args.target_parts)
-    target = dissect(shape)
-    depths = source.num_layers, len(target.layers)
-    rows, width = target.head_weight().shape
-    if semantic_map is not None and tuple(semantic_map.matrix.shape) != (width, source.width):
-        raise InputError(f"The map is of shape {tuple(semantic_map.matrix.shape)}; these models need {(width, source.width)}.")
-    if semantic_map is not None and not (semantic_map.matrix.is_floating_point() and semantic_map.matrix.isfinite().all()):
-        raise InputError(
-            f"The map is {semantic_map.matrix.dtype}, with numbers that are not finite or not real: build it anew."
-        )
-    two = _tokenizer_pair(source, tokenizer, rows, width)
-    if two is None:
-        own = source.tokenizer if tokenizer is not None else None
-        token_ids = shared_token_ids(own, tokenizer, source.head_rows, rows)
-        encoded = {name: encode(rows, tokenizer, split=name, max_length=args.max_length) for name, rows in splits.items()}
-        source_encoded, aligned = encoded, dict[str, float]()
-    else:
-        token_ids = torch.arange(len(two.classes.target))
-        paired = {
-            name: two.encode(rows, cast(Any, tokenizer), split=name, max_length=args.max_length)
-            for name, rows in splits.items()
-        }
-        encoded, source_encoded = ({name: getattr(one, side) for name, one in paired.items()} for side in ("target", "source"))
-        aligned = {name: one.aligned for name, one in paired.items()}
-    check_disjoint(splits)
-    if two is None and len(token_ids) < max(source.head_rows, rows):
+
+
+def _check_map(semantic_map: SemanticMap | None, target_width: int, source_width: int) -> None:
+    """Refuse a map of another shape, or of numbers that are not finite."""
+    if semantic_map is None:
+        return
+    matrix, shape = semantic_map.matrix, (target_width, source_width)
+    if tuple(matrix.shape) != shape:
+        raise InputError(f"The map is of shape {tuple(matrix.shape)}; these models need {shape}.")
+    if not (matrix.is_floating_point() and matrix.isfinite().all()):
+        raise InputError(f"The map is {matrix.dtype}, with numbers that are not finite or not real: build it anew.")
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The splits as both models read them, with the tokens that they share; fields as in :class:`Preparation`."""
+
+    target: dict[str, Dataset]
+    source: dict[str, Dataset]
+    target_collator: Collator
+    source_collator: Collator
+    token_ids: torch.Tensor
+    tokenizers: TokenizerPair | None
+    aligned: dict[str, float]
+
+
+def _encode(
+    splits: dict[str, Rows],
+    source: Source,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+) -> _Encoded:
+    """The splits in tokens, by one tokenizer or by two."""
+    head_rows, width = dissect(target).head_weight().shape
+    embedded = {"source": source.embedding_rows, "target": embedding_rows(target)}
+    two = _tokenizer_pair(source, tokenizer, head_rows, width)
+    if two is not None:
+        own = cast(PreTrainedTokenizerBase, tokenizer)
+        pairs = {name: two.encode(rows, own, split=name, max_length=max_length) for name, rows in splits.items()}
+        encoded, read = ({name: getattr(pair, side) for name, pair in pairs.items()} for side in ("target", "source"))
+        check_token_ids(encoded, {"target": embedded["target"]}, tokenizer)
+        check_token_ids(read, {"source": embedded["source"]}, two.source_tokenizer)
+        collator = Collator(pad_token_id(tokenizer, target, embedded["target"]))
+        own_collator = Collator(two.source_tokenizer.pad_token_id or 0)
+        aligned = {name: pair.aligned for name, pair in pairs.items()}
+        return _Encoded(encoded, read, collator, own_collator, torch.arange(len(two.classes.target)), two, aligned)
+    token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, head_rows)
+    if len(token_ids) < max(source.head_rows, head_rows):
         logger.warning(
             "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
-            "hold, with both distributions renormalised.", source.head_rows, rows, len(token_ids),
+            "hold, with both distributions renormalised.", source.head_rows, head_rows, len(token_ids),
         )  # fmt: skip
-    embedded = {"source": source.embedding_rows, "target": embedding_rows(shape)}
-    if two is None:
-        check_token_ids(encoded, embedded, tokenizer)
-    else:
-        check_token_ids(encoded, {"target": embedded["target"]}, tokenizer)
-        check_token_ids(source_encoded, {"source": embedded["source"]}, two.source_tokenizer)
-    _check_lengths(source_encoded, "source", source.shape)
-    _check_lengths(encoded, "target", shape)
-    pad = pad_token_id(tokenizer, shape, min(embedded.values()) if two is None else embedded["target"])
-    frontier = Frontier(args.frontier, depths[1])
-    schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(encoded["align"])), args.stage_budget)
-    return Preparation(
-        source,
-        target,
-        load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
-        public_name(str(shape.name_or_path)),
-        tokenizer,
-        encoded,
-        Collator(pad),
-        _pairing(pairing, args.pairing, depths),
-        token_ids,
-        frontier,
-        schedule,
-        stage_learning_rate(
-            schedule,
-            args.lr_scheduler_type,
-            args.learning_rate,
-            args.get_warmup_steps,
-            cast(dict, args.lr_scheduler_kwargs),
-        ),
-        lora_targets(target.layers, args.lora_targets),
-        source_encoded,
-        Collator(pad if two is None else two.source_tokenizer.pad_token_id or 0),
-        two,
-        aligned,
-    )
+    encoded = {name: encode(rows, tokenizer, split=name, max_length=max_length) for name, rows in splits.items()}
+    check_token_ids(encoded, embedded, tokenizer)
+    collator = Collator(pad_token_id(tokenizer, target, min(embedded.values())))
+    return _Encoded(encoded, encoded, collator, collator, token_ids, None, {})
 
 
 def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, rows: int, width: int) -> TokenizerPair | None:

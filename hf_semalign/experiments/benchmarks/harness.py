@@ -88,8 +88,8 @@ def run_benchmark(
         chat_template: whether a prompt is the user's turn in the tokenizer's chat template.
         backend: ``hf``, or ``vllm``, for a model given by name.
         target: of an adapter whose record knows only a folder's name: a Hub id or folder.
-        answers: a file of JSON lines that keeps answers as their batches come, so that an interrupted call goes on where it
-            stopped; with the backend ``hf``. Whoever calls sees to it that another model has another file.
+        answers: a file of JSON lines that keeps answers as their batches come, so that an interrupted call resumes; with the
+            backend ``hf``. The caller makes sure that another model has another file.
 
     Returns:
         Plain values: ``task``, ``metric``, ``value`` (share in 0 to 1), ``stderr`` (``None`` of a single row), ``rows``,
@@ -135,7 +135,7 @@ def evaluate_run(
     """Measure a run folder, an adapter on the Hub, or a model, on benchmarks, and write ``benchmarks.json``.
 
     Results of other tasks and settings that stand there already are kept, if they are of the same weights. Until a task has its
-    score its answers are kept beside the file, so that an interrupted call goes on where it stopped.
+    score its answers are kept beside the file, so that an interrupted call resumes.
 
     Args:
         origin: its name.

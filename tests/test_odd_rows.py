@@ -148,8 +148,10 @@ def test_a_prompt_column_beside_messages_is_somebodys_own():
 
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_rows_beyond_learned_positions_are_refused(tmp_path, role):
-    learned = tiny_model(GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=2, n_head=2, vocab_size=97, n_positions=20)
-    other = tiny_llama(2, 16)
+    learned = tiny_model(
+        GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=2, n_head=2, vocab_size=97, n_positions=20, pad_token_id=0
+    )
+    other = tiny_llama(2, 16, pad_token_id=0)
     assert (position_limit(learned), position_limit(other)) == (20, None)
     models = (other, learned) if role == "source" else (learned, other)
     args = SemAlignConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)

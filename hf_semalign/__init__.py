@@ -1,4 +1,4 @@
-"""SemAlign for Hugging Face: knowledge from a larger language model into a smaller one of another depth and width.
+"""hf_semalign distils a large language model into a smaller one of another depth and width, as a drop-in ``Trainer``.
 
 The public names load on first use, so that ``import hf_semalign`` and ``semalign --help`` stay fast.
 """

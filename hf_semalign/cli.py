@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        logger.error("Interrupted: the same command goes on from what is finished.")
+        logger.error("Interrupted: re-run the command to resume.")
         return 130
     except SemAlignError as error:
         logger.error("error: %s", error)

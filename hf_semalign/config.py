@@ -186,7 +186,7 @@ class SemAlignConfig(TrainingArguments):
                 "train_sampling_strategy must not be 'batch_rebalance', nor dataloader_in_order False: the batches of an epoch "
                 "come in one order, the partial one last, so that a run can be resumed within it."
             )
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "relation")):
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "relation", "per_byte")):
             self.greater_is_better = False  # transformers assumes this only of names that end in loss
         if self.ddp_find_unused_parameters is False and self.frontier != "joint":
             raise InputError("ddp_find_unused_parameters must not be False: layers off the frontier have no gradient.")

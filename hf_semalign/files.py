@@ -22,6 +22,10 @@ from hf_semalign.errors import InputError, MissingFileError, StorageError
 from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+LOCK = "_lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RECORD_NAME = "semalign.json"
 
 
 def writing_lock(folder: Path) -> FileLock:
@@ -102,7 +106,7 @@ def load_tensor(path: Path) -> torch.Tensor | None:
     if not path.is_file():
         return None
     try:
-        tensor, recorded = _open(path)
+        tensor, recorded = open_tensor(path)
         if recorded == digest([path.stem, checksum(tensor)]):
             return tensor
     except SafetensorError:
@@ -111,7 +115,8 @@ def load_tensor(path: Path) -> torch.Tensor | None:
     return None
 
 
-def _open(path: Path) -> tuple[torch.Tensor, str | None]:
+def open_tensor(path: Path) -> tuple[torch.Tensor, str | None]:
+    """What :func:`save_tensor` wrote, memory-mapped, and the checksum that was written with it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("states"), (file.metadata() or {}).get("checksum")
 
@@ -123,10 +128,6 @@ def checksum(tensor: torch.Tensor) -> str:
     for chunk in content.split(2**24):  # from a GPU: the system clears larger memory every time
         digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()
-
-
-LOCK = "_lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -168,12 +169,8 @@ def disk_errors_explained(folder: str | Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
-            "set signals_dir to another disk, and start the same command again; it goes on from there."
+            "set signals_dir to another disk, and re-run the command to resume."
         ) from error
-
-
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-RECORD_NAME = "semalign.json"
 
 
 def make_folder(name: str, folder: str | Path) -> None:

@@ -1,4 +1,7 @@
-"""Values and type hints: what YAML, JSON or a caller gives, compared with what a field takes."""
+"""Values and type hints: what YAML, JSON or a caller gives, compared with what a field takes.
+
+``huggingface_hub.dataclasses`` validates too, but refuses 1 where a number is wanted, and keys that it does not know.
+"""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class SemAlignTrainer(TransferTrainer):
             counts = torch.stack([torch.stack((relation_sequences(one).sum(), one.sum())) for one in taught]).sum(0)
             self._sequences_in_batch, in_batch = self.accelerator.reduce(counts.to(device), "sum")
             if "source_rank" in samples[0] and self.args.output_loss != "answers":
-                num_items = in_batch
+                num_items = in_batch.clamp_min(1)
         return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

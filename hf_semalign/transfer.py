@@ -42,6 +42,7 @@ from hf_semalign.training.preparation import Preparation, prepare
 
 logger = logging.getLogger(__name__)
 METRICS = ("loss", "kl", "relation")  # of an evaluation
+PER_BYTE = ("bits_per_byte", "kl_per_byte")  # with two tokenizers, whose tokens do not compare
 
 
 @contextmanager
@@ -55,10 +56,10 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
-def _check_metric(args: SemAlignConfig, evals: Sequence[str]) -> None:
+def _check_metric(args: SemAlignConfig, evals: Sequence[str], figures: Sequence[str]) -> None:
     """Refuse a metric that evaluation will not give, before it is looked for at the first checkpoint."""
     metric = str(args.metric_for_best_model).removeprefix("eval_")
-    known = [f"{name}_{figure}" for name in evals for figure in METRICS] or list(METRICS)
+    known = [f"{name}_{figure}" for name in evals for figure in figures] or list(figures)
     wanted = args.load_best_model_at_end or args.save_strategy == "best"
     if wanted and metric not in (*known, "runtime", "samples_per_second", "steps_per_second"):
         raise InputError(f"metric_for_best_model is {args.metric_for_best_model!r}: expected one of {', '.join(known)}.")
@@ -138,7 +139,7 @@ class TransferTrainer(LayerwiseTrainer):
             raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
         evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
         if not callbacks:  # which may add metrics of their own
-            _check_metric(args, list(evals))
+            _check_metric(args, list(evals), METRICS if known.tokenizers is None else METRICS + PER_BYTE)
         warn_of_slow_bf16(args)
         self.known = known
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
@@ -409,7 +410,7 @@ class TransferTrainer(LayerwiseTrainer):
         cross_entropy, tokens, kl, taught, relation, sequences, *read = torch.cat(self._evaluated).double().sum(0).tolist()
         found = {"loss": cross_entropy / tokens, "kl": kl / taught, "relation": relation / max(sequences, 1)}
         for answer_bytes in read:  # figures that do not depend on how a tokenizer cuts the text
-            found |= {"bits_per_byte": cross_entropy / answer_bytes / math.log(2), "kl_per_byte": kl / answer_bytes}
+            found |= dict(zip(PER_BYTE, (cross_entropy / answer_bytes / math.log(2), kl / answer_bytes), strict=True))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

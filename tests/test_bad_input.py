@@ -199,6 +199,7 @@ DATA = [
     ("a dict of splits", trained_on({"train": ROWS}), r"align split is a dict: .* It has \['train'\]: pass one row in a list"),
     ("a strategy as pairing", lambda: {"given": {"pairing": "last"}}, "pairing is a str: .* goes into args.pairing"),
     ("a matrix as map", lambda: {"given": {"semantic_map": torch.eye(3)}}, "semantic_map is a Tensor: expected a SemanticMap"),
+    ("a name as callback", lambda: {"given": {"callbacks": ["early"]}}, "callbacks is .*: expected a list of TrainerCallbacks"),
     ("a name as tokenizer", lambda: {"given": {"processing_class": "gpt2"}}, "processing_class is a str: expected a tokenizer"),
     ("fp16 on a CPU", settings(fp16=True), "fp16 is for a GPU, and does nothing on a CPU"),
     ("a path", trained_on("rows.jsonl"), "align split is a str: expected a Dataset or a list of rows"),

@@ -150,7 +150,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_130(tmp_path):
     rest = process.stderr.read()
     assert process.wait() == 130
     assert list(tmp_path.glob("checkpoint-*/checksums.json"))
-    assert "Interrupted: the same command goes on" in rest and "Traceback" not in rest
+    assert "Interrupted: re-run the command to resume." in rest and "Traceback" not in rest
 
 
 def test_a_kernel_that_is_never_used_is_not_missed(tmp_path):

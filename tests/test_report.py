@@ -151,7 +151,7 @@ def test_an_output_that_is_a_folder_and_a_run_that_is_not_over(good, tmp_path, c
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "semalign.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 2
-    assert "has no semalign.json yet: start its run again" in caplog.text
+    assert "has no semalign.json yet: re-run its command" in caplog.text
 
 
 def test_sections_for_those_who_ask_are_folded():

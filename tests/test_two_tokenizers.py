@@ -124,6 +124,31 @@ def test_the_output_loss_is_the_kl_of_classes_at_aligned_positions(tmp_path):
     assert trainer.evaluate()["eval_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
 
 
+def test_a_streamed_source_gives_the_adapter_of_a_resident_one(tmp_path):
+    models, settings = pair(tmp_path), {"pairing": "attribution", "adam_epsilon": 1e-3}
+    whole, streamed = (make(tmp_path, models, memory, source_memory=memory, **settings) for memory in ("resident", "stream"))
+    for trainer in (whole, streamed):
+        trainer.train()
+    assert whole.pairing.source_layers == streamed.pairing.source_layers
+    torch.testing.assert_close(adapter(streamed), adapter(whole), rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_checkpoint_may_be_chosen_by_bytes(tmp_path):
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_bits_per_byte"}
+    trainer = make(tmp_path, pair(tmp_path), **settings)
+    assert trainer.args.greater_is_better is False
+    trainer.train()
+    found = [entry["eval_bits_per_byte"] for entry in trainer.state.log_history if "eval_bits_per_byte" in entry]
+    assert trainer.state.best_metric == min(found)
+
+
+def test_rows_that_are_cut_are_told(tmp_path, caplog):
+    trainer = make(tmp_path, pair(tmp_path), max_length=25)
+    assert max(map(len, trainer.known.splits["align"]["input_ids"])) == 25
+    assert "rows of the align split are cut at max_length 25 for the target" in caplog.text
+
+
 def test_accumulation_and_resuming_change_nothing(tmp_path):
     models = pair(tmp_path)
     whole = make(tmp_path, models, "whole", adam_epsilon=1e-3)  # else a gradient that is rounding alone makes a step
@@ -184,10 +209,13 @@ def test_fine_tuning_trains_on_all_positions(tmp_path):
     trainer.train()
 
 
-def test_a_recipe_runs_with_its_baselines(tmp_path, capsys):
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe of two models, whose file is JSON, and so YAML."""
     target, source = pair(tmp_path)
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    (tmp_path / "recipe.yaml").write_text(
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
         json.dumps(
             {
                 "source": source,
@@ -205,10 +233,38 @@ def test_a_recipe_runs_with_its_baselines(tmp_path, capsys):
             }
         )
     )
-    assert main(["train", "--config", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    return path
+
+
+def test_a_recipe_runs_with_its_baselines(tmp_path, recipe, capsys):
+    assert main(["train", "--config", str(recipe), "--dry-run"]) == 0
     assert "aligned answer tokens" in capsys.readouterr().out
-    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["train", "--config", str(recipe)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"kl", "bits_per_byte", "kl_per_byte"} <= results["metrics"]["semalign"].keys()
     assert results["metrics"]["kd"]["kl"] < results["metrics"]["target"]["kl"]
+    assert "classes of tokens, in nats per aligned position" in (tmp_path / "run" / "README.md").read_text()
     assert main(["inspect", str(tmp_path / "run")]) == 0
+
+
+def test_attribution_alone_scores_what_a_run_scores(tmp_path, recipe, monkeypatch):
+    """The source reads its own tokens, and the run finds the scores."""
+    assert main(["attribute", "--config", str(recipe), "training.pairing=attribution"]) == 0
+    monkeypatch.setattr("hf_semalign.cache.scores.attribute_layers", lambda *_, **__: pytest.fail("computed again"))
+    assert main(["train", "--config", str(recipe), "training.pairing=attribution", "baselines=[]"]) == 0
+
+
+def test_analyses_of_positions_need_one_tokenizer(recipe, caplog):
+    assert main(["analyze", "cka", str(recipe)]) == 2
+    assert "the analyses compare position by position, and need one tokenizer" in caplog.text
+
+
+def test_prompts_that_the_source_is_going_to_answer_are_planned(tmp_path, recipe, capsys):
+    align = tmp_path / "prompts.jsonl"
+    align.write_text("".join(f"{json.dumps({'prompt': row['prompt']})}\n" for row in ROWS[:24]))
+    files = f"data.files={{align: {align}, eval: {tmp_path / 'eval.jsonl'}, extract: {tmp_path / 'rows.jsonl'}}}"
+    rows = ["data.extract=4", "data.align=24", "data.eval=8", "data.answers=source", "data.max_new_tokens=7"]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[32:36]))
+    (tmp_path / "eval.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS[24:32]))
+    assert main(["train", "--config", str(recipe), "--dry-run", files, *rows]) == 0
+    assert "24 rows" in capsys.readouterr().out

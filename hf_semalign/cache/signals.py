@@ -40,16 +40,16 @@ def example_ids(batch: Batch) -> torch.Tensor:
     return batch.get("source_id", batch["example_id"])
 
 
-def aligned_rows(batch: Batch, taught: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def aligned_rows(ranks: torch.Tensor, taught: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Which of the source's states belong to the taught positions of the target, ``[N]``.
 
     Args:
-        batch: ``source_rank`` ``[B, T]``.
+        ranks: for each position of the target, which of its row's states it is, ``[B, T]``.
         taught: ``[B, T]`` bool.
         counts: ``[B]``, how many states the source has of each row, one row after the other.
     """
     before = counts.cumsum(0) - counts
-    return (batch["source_rank"] + before.unsqueeze(1))[taught]
+    return (ranks + before.unsqueeze(1))[taught]
 
 
 class OnlineSignals:
@@ -93,11 +93,11 @@ class OnlineSignals:
             final = anatomy.decoder(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False)[0]
         valid = valid_positions(own["labels"])
         if self._own_rows is None:  # one tokenizer: position by position
-            mapped = [self.semantic_map(state.output.float()) for state in states]
+            final, mapped = final[valid], [self.semantic_map(state.output.float()) for state in states]
         else:
-            chosen = aligned_rows(batch, taught, valid.sum(1))
+            chosen = aligned_rows(batch["source_rank"], taught, valid.sum(1))
+            final = final[valid][chosen]
             mapped = [spread(self.semantic_map(state.output[valid][chosen].float()), taught) for state in states]
-        final = final[valid] if self._own_rows is None else final[valid][chosen]
         return BatchSignals(taught, [states * self.scales[k] for k, states in zip(target_layers, mapped, strict=True)], final)
 
     def find(self, batch: Batch) -> Callable[[Sequence[int]], BatchSignals]:
@@ -200,7 +200,7 @@ class SourceSignals:
         chosen: torch.Tensor | slice = slice(None)
         if "source_rank" in batch:
             counts = torch.from_numpy(self.examples.answers[places]).to(taught.device)
-            chosen = aligned_rows({name: batch[name][some] for name in ("source_rank",)}, taught[some], counts)
+            chosen = aligned_rows(batch["source_rank"][some], taught[some], counts)
 
         def states(column: Column) -> torch.Tensor:
             return self._states.read(column, places, taught.device)[chosen]

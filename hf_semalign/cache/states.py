@@ -20,7 +20,7 @@ import torch
 
 from hf_semalign.cache.examples import Examples
 from hf_semalign.errors import StorageError
-from hf_semalign.files import _open, digest, load_tensor, save_tensor, write_text, writing_lock
+from hf_semalign.files import digest, load_tensor, open_tensor, save_tensor, write_text, writing_lock
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ class StateFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = writing_lock(self.path)
         self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
-        self._mapped = lru_cache(MAX_OPEN)(lambda path: _open(path)[0])
+        self._mapped = lru_cache(MAX_OPEN)(lambda path: open_tensor(path)[0])
         manifest, text = self.path / MANIFEST, json.dumps(facts, indent=1)
         known = manifest.read_bytes() if manifest.is_file() else None
         if known != text.encode():

@@ -34,6 +34,7 @@ from hf_semalign.experiments.recipe import DataSettings, Recipe, load_tokenizer
 from hf_semalign.experiments.rows import Row
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import LOGIT_ROWS
+from hf_semalign.method.semantic_map import differing
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
 from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
@@ -169,7 +170,8 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     align = data.align
     if recipe.data.answers != "dataset":
         check_disjoint({"extract": data.extract, "align": align, "eval": data.eval})
-        align = _as_if_answered(recipe.data, align, tokenizer)
+        own = material.source(args).tokenizer
+        align = _as_if_answered(recipe.data, align, tokenizer, two=own is not None and differing(own, tokenizer) is not None)
     plans, cost, stages = [], dict[str, float](), [0]
     for settings in recipe.rounds(args, len(data.align)):
         known = prepare(recipe.target, material.source(settings), settings, align, data.eval, data.extract, tokenizer)
@@ -183,8 +185,11 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     return replace(plans[0], cost=cost, stages=tuple(stages), disk_bytes=disk), dtype
 
 
-def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be."""
+def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, two: bool) -> list[Row]:
+    """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be.
+
+    With two tokenizers these are texts of so many words, for each has to read them.
+    """
     if all(row.get("completion") or (row.get("messages") or [{}])[-1].get("role") == "assistant" for row in rows):
         logger.info("The %s has not written its answers yet: they are counted as long as the data set's.", settings.answers)
         return rows
@@ -192,6 +197,11 @@ def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrain
     logger.info("The %s has not written its answers yet: %d tokens are counted for each.", settings.answers, length)
     filled = []
     for number, row in enumerate(rows):
+        if two:
+            asked, text = question(row), " a" * length
+            in_chat = not isinstance(asked["prompt"], str)
+            filled.append({**asked, "completion": [{"role": "assistant", "content": text}] if in_chat else text})
+            continue
         ids, answer = prompt_ids(question(row), tokenizer, f"Row {number}"), [tokenizer.eos_token_id] * length
         filled.append({"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer})
     return filled
@@ -248,7 +258,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         extract = read["extract"]  # layers run again on the way back for what is in them
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
-        cost["signals"] = source.forward(read["align"].tokens) + align.valid * mapped * source.width * target.width
+        cost["signals"] = source.forward(read["align"].tokens) + read["align"].valid * mapped * source.width * target.width
     if prefix:
         cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
     example = align.tokens / align.rows, align.valid / align.rows
@@ -258,10 +268,10 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     )
     cost |= METHODS[method].own_cost(known, args)
     unit = target.forward(*example)
-    evaluated = sum(counts.valid for name, counts in splits.items() if name.startswith("eval"))
+    evaluated = sum(counts.valid for name, counts in read.items() if name.startswith("eval"))
     disk = evaluated * (source.width + distinct * target.width) * source.bytes
     if args.learns_from_source:
-        disk += align.valid * (source.width + mapped * target.width) * source.bytes
+        disk += read["align"].valid * (source.width + mapped * target.width) * source.bytes
     return Plan(
         method,
         known.source.name,

@@ -54,7 +54,7 @@ from hf_semalign.models.loading import device_name
 from hf_semalign.splits import check_disjoint, encode
 from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.engines import check_engine, is_set
-from hf_semalign.transfer import TransferTrainer, signals_root, timed
+from hf_semalign.transfer import PER_BYTE, TransferTrainer, signals_root, timed
 
 try:
     import resource
@@ -174,7 +174,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
 
 
 def run_signals(recipe: Recipe) -> Path:
-    """Have the source say all that a recipe's run will need of it, and keep it under ``signals_dir``.
+    """Precompute what a recipe's run needs of the source, and keep it under ``signals_dir``.
 
     Returns:
         The folder of what it said. A run finds it there by itself, also under another ``signals_dir`` that it was copied into;
@@ -288,7 +288,7 @@ def _measure(
         "kl": evaluated["eval_kl"],
         "loss": evaluated["eval_loss"],
         "relation": evaluated["eval_relation"],
-        **{name: evaluated[f"eval_{name}"] for name in ("bits_per_byte", "kl_per_byte") if f"eval_{name}" in evaluated},
+        **{name: evaluated[f"eval_{name}"] for name in PER_BYTE if f"eval_{name}" in evaluated},
         **_generated(trainer.model, data.eval, tokenizer),
         **_scored(recipe, trainer.args, partial(_identity, recipe, trainer), lambda: trainer.model, tokenizer, scores),
     }

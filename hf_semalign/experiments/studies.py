@@ -29,6 +29,7 @@ from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_
 from hf_semalign.models.loading import find_config, load_model, skeleton
 from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, check_token_ids, encode, fingerprint
+from hf_semalign.training.preparation import encode_splits
 from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,12 @@ def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
     args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
     target, tokenizer = _find(recipe, "target"), load_tokenizer(recipe)
-    extract = encode(recipe.data.load().extract, tokenizer, split="extract", max_length=recipe.data.max_length)
-    check_token_ids({"extract": extract}, {"source": source.embedding_rows}, tokenizer)
-    depth = len(dissect(skeleton(target, args.target_parts)).layers)
+    shape = skeleton(target, args.target_parts)
+    rows = encode_splits({"extract": recipe.data.load().extract}, source, shape, tokenizer, recipe.data.max_length)
     scores = layer_scores(
         source,
-        extract,
-        COLLATOR,
+        rows.source["extract"],
+        rows.source_collator,
         None if args.signals == "online" else signals_root(args),
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         device=args.device,
@@ -107,7 +107,7 @@ def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
         stream=args.source_memory == "stream",
         progress=not args.disable_tqdm,
     )
-    return scores, pair_layers(scores, depth, args.pairing).named(source.name, public_name(target))
+    return scores, pair_layers(scores, len(dissect(shape).layers), args.pairing).named(source.name, public_name(target))
 
 
 def scores_table(scores: LayerScores, pairing: LayerPairing) -> Table:
@@ -145,6 +145,8 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
     source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
     target_name = _find(recipe, "target")
     tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run, trust_remote_code=False)
+    if source.tokenizer is not None and (difference := differing(source.tokenizer, tokenizer)):
+        raise InputError(f"{difference}: the analyses compare position by position, and need one tokenizer.")
     rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
     if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
         logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")
@@ -156,8 +158,6 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
     target = cast(CausalLM, target.to(args.device).eval())  # type: ignore[arg-type]
     embedded = {"source": source.embedding_rows, "target": embedding_rows(base_model(target))}
     check_token_ids({"eval": rows}, embedded, tokenizer)
-    if source.tokenizer is not None and (difference := differing(source.tokenizer, tokenizer)):
-        raise InputError(f"{difference}: the analyses compare position by position, and need one tokenizer.")
     model = source.model(args.device)
     semantic_map = SemanticMap.from_models(model, target, source.tokenizer, tokenizer, kind=args.map_kind)
     facts = {

@@ -125,6 +125,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         scored=bool(record["pairing"]["scores"]),
         splits=_splits(record),
         extract_use=_use_of_extract(record),
+        tokenizers=record.get("tokenizers"),
         answers=data.get("align", {}).get("answers"),
         overlap=results.get("overlap"),
         source_layers=record["pairing"]["source_layers"],

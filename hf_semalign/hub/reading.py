@@ -52,6 +52,13 @@ class Settings(TypedDict):
     seed: int
 
 
+class Tokenizers(TypedDict):
+    """What two tokenizers share: classes of tokens, and the share of aligned answer tokens by split."""
+
+    classes: int
+    aligned: dict[str, float]
+
+
 class Versions(TypedDict):
     """Versions of packages."""
 
@@ -71,6 +78,7 @@ class Record(TypedDict):
     versions: Versions
     adapter_checksum: str
     stages: NotRequired[list[int]]
+    tokenizers: NotRequired[Tokenizers]
     licences: NotRequired[dict[str, dict[str, str] | None]]
     seeking: NotRequired[dict[str, Any]]
     laten: NotRequired[dict[str, Any]]
@@ -197,7 +205,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_NAME
     if not path.is_file():
         if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
-            raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: start its run again, which goes on to the end.")
+            raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: re-run its command to finish the run.")
         raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
     record = read_json(path, Record)
     LayerPairing.from_dict(record["pairing"], f"the pairing of {path}")

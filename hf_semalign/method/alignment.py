@@ -112,7 +112,7 @@ def align_rows(
     if left_out:
         message = (
             f"In {left_out} of {len(alignments)} rows of the {split} split the answer is not the same bytes for both "
-            "tokenizers and chat templates:\n  " + "\n  ".join(reasons)
+            "tokenizers and chat templates, or max_length cuts it away:\n  " + "\n  ".join(reasons)
         )
         if left_out > MAX_LEFT_OUT * len(alignments):
             raise InputError(

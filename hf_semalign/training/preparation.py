@@ -127,7 +127,7 @@ def prepare(
     target = dissect(shape)
     depths = source.num_layers, len(target.layers)
     _check_map(semantic_map, target.head_weight().shape[1], source.width)
-    rows = _encode(splits, source, shape, tokenizer, args.max_length)
+    rows = encode_splits(splits, source, shape, tokenizer, args.max_length)
     check_disjoint(splits)
     _check_lengths(rows.source, "source", source.shape)
     _check_lengths(rows.target, "target", shape)
@@ -223,7 +223,7 @@ def _check_map(semantic_map: SemanticMap | None, target_width: int, source_width
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """The splits as both models read them, with the tokens that they share; fields as in :class:`Preparation`."""
 
     target: dict[str, Dataset]
@@ -235,13 +235,13 @@ class _Encoded:
     aligned: dict[str, float]
 
 
-def _encode(
+def encode_splits(
     splits: dict[str, Rows],
     source: Source,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int | None,
-) -> _Encoded:
+) -> Encoded:
     """The splits in tokens, by one tokenizer or by two."""
     head_rows, width = dissect(target).head_weight().shape
     embedded = {"source": source.embedding_rows, "target": embedding_rows(target)}
@@ -255,7 +255,7 @@ def _encode(
         collator = Collator(pad_token_id(tokenizer, target, embedded["target"]))
         own_collator = Collator(two.source_tokenizer.pad_token_id or 0)
         aligned = {name: pair.aligned for name, pair in pairs.items()}
-        return _Encoded(encoded, read, collator, own_collator, torch.arange(len(two.classes.target)), two, aligned)
+        return Encoded(encoded, read, collator, own_collator, torch.arange(len(two.classes.target)), two, aligned)
     token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, head_rows)
     if len(token_ids) < max(source.head_rows, head_rows):
         logger.warning(
@@ -265,7 +265,7 @@ def _encode(
     encoded = {name: encode(rows, tokenizer, split=name, max_length=max_length) for name, rows in splits.items()}
     check_token_ids(encoded, embedded, tokenizer)
     collator = Collator(pad_token_id(tokenizer, target, min(embedded.values())))
-    return _Encoded(encoded, encoded, collator, collator, token_ids, None, {})
+    return Encoded(encoded, encoded, collator, collator, token_ids, None, {})
 
 
 def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, rows: int, width: int) -> TokenizerPair | None:

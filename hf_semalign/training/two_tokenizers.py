@@ -17,7 +17,7 @@ from hf_semalign.method.alignment import Alignment, TokenRow, align_rows
 from hf_semalign.method.prefix_classes import PrefixClasses, prefix_classes
 from hf_semalign.method.semantic_map import rows_by_bytes
 from hf_semalign.models.token_bytes import TokenBytes
-from hf_semalign.splits import IGNORED, SCHEMA, Record, encode, example_digest, form_of, write_rows
+from hf_semalign.splits import IGNORED, SCHEMA, Record, column_chunks, encode, example_digest, form_of, write_rows
 
 logger = logging.getLogger(__name__)
 PAIRED = pa.schema([*SCHEMA, ("source_id", pa.int64()), ("source_rank", pa.list_(pa.int64())), ("answer_bytes", pa.int64())])
@@ -96,7 +96,8 @@ class TokenizerPair:
             max_length: longer sequences are cut at the end, on each side.
 
         Raises:
-            ValueError: rows of token ids; too many rows whose answers are other bytes for the two tokenizers.
+            ValueError: rows of token ids; too many rows whose answers are other bytes for the two tokenizers; no position that
+                is aligned.
         """
         if form_of(rows[0]) == "ids":
             raise InputError(
@@ -106,24 +107,50 @@ class TokenizerPair:
         whole = [encode(rows, one, split=split) for one in (self.source_tokenizer, tokenizer)]
         theirs, ours = ((TokenRow(one["input_ids"], one["labels"]) for one in side) for side in whole)
         found = align_rows(theirs, ours, self.source, self.target, self.classes, split=split, max_length=max_length)
+        for role, side in zip(("source", "target"), whole, strict=True):
+            longer = sum(
+                np.count_nonzero(np.diff(ids.offsets.to_numpy()) > (max_length or np.inf))
+                for ids in column_chunks(side, "labels")
+            )
+            if longer:
+                logger.warning(
+                    "%d of %d rows of the %s split are cut at max_length %d for the %s.",
+                    longer,
+                    len(side),
+                    split,
+                    max_length,
+                    role,
+                )
+        counts = np.zeros(2, int)
         source = write_rows(_cut(whole[0], found, max_length), SCHEMA)
-        target = write_rows(self._paired(whole[1], source, found, max_length), PAIRED)
-        valid = sum(np.count_nonzero(np.array(row["labels"][1:]) != IGNORED) for row in target)
-        aligned = sum(np.count_nonzero(np.array(row["source_rank"]) >= 0) for row in target)
+        target = write_rows(self._paired(whole[1], source, found, max_length, counts), PAIRED)
+        aligned, valid = counts.tolist()
+        if aligned == 0:
+            raise InputError(
+                f"No answer token of the {split} split is aligned: the tokenizers cut all of its answers differently. Give "
+                "longer answers, or choose a pair of one tokenizer."
+            )
         logger.info("%.1f %% of the target's answer tokens in the %s split are aligned.", 100 * aligned / valid, split)
         return PairedSplit(source, target, aligned / valid)
 
     def _paired(
-        self, rows: Dataset, source: Dataset, found: Sequence[Alignment | None], max_length: int | None
+        self,
+        rows: Dataset,
+        source: Dataset,
+        found: Sequence[Alignment | None],
+        max_length: int | None,
+        counts: np.ndarray,
     ) -> Iterator[tuple]:
-        """Rows of the target with what belongs to them on the other side."""
+        """Rows of the target with what belongs to them on the other side; ``counts`` gets aligned and valid positions."""
         kept = [alignment for alignment in found if alignment is not None]
         for (ids, labels, example_id), other, alignment in zip(_cut(rows, found, max_length), source, kept, strict=True):
             ranks = np.full(len(ids), -1)
             pairs = alignment.pairs[alignment.comparable]
             ranks[pairs[:, 1]] = pairs[:, 0]
-            spelled = (self.target.spelled[label] for label in labels[1:] if label != IGNORED)
-            yield ids, labels, example_id, other["example_id"], ranks.tolist(), sum(len(text or b"") for text in spelled)
+            supervised = [label for label in labels[1:] if label != IGNORED]
+            counts += len(pairs), len(supervised)
+            answer_bytes = sum(len(self.target.spelled[label] or b"") for label in supervised)
+            yield ids, labels, example_id, other["example_id"], ranks.tolist(), answer_bytes
 
 
 def _cut(

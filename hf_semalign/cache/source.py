@@ -85,11 +85,7 @@ class Source(FrozenModel):
         if isinstance(self._given, PreTrainedModel):
             tensors = {name: checksum(tensor) for name, tensor in self._given.state_dict().items()}
             return digest([tensors, config_facts(self._given.config), parts])
-        config = find_config(self._given)
-        if getattr(config, "_commit_hash", None) is not None:
-            return digest([self._given, config._commit_hash, str(self.dtype), parts])
-        files = sorted(Path(self._given).glob("*.safetensors"))
-        return digest([[[file.name, file_digest(file)] for file in files], config_facts(config), str(self.dtype), parts])
+        return digest([*weights_identity(self._given), str(self.dtype), parts])
 
     def folder(self, root: Path) -> Path:
         """The folder that keeps what the source says, made if it does not exist.
@@ -184,6 +180,15 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _is(path: Path, known: str) -> bool:
     return path.is_file() and file_digest(path) == known
+
+
+def weights_identity(name: str) -> list[Any]:
+    """What stands for weights: of a Hub id its commit, of a folder checksums of its files and its configuration."""
+    config = find_config(name)
+    if getattr(config, "_commit_hash", None) is not None:
+        return [name, config._commit_hash]
+    files = sorted(Path(name).glob("*.safetensors"))
+    return [[[file.name, file_digest(file)] for file in files], config_facts(config)]
 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:

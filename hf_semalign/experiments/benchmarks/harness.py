@@ -31,7 +31,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_semalign.cache.source import Source
+from hf_semalign.cache.source import weights_identity
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import read_entries
 from hf_semalign.experiments.benchmarks.problems import CODE, METRICS, build_task, find_rows, quiet
@@ -178,7 +178,8 @@ def evaluate_run(
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
-        base = None if backend != "hf" else Source(origin if adapter is None else find_target(record, target)).identity
+        name = resolve_model(origin if adapter is None else find_target(record, target))
+        base = weights_identity(name) if backend == "hf" else None
         for task, (built, path) in ready.items():
             facts = [base, record.get("adapter_checksum"), task, chat_template, version("lm_eval"), version("hf_semalign")]
             answers = folder / f"benchmark-{task}-{digest(facts)[:16]}.answers"

@@ -54,6 +54,20 @@ def make_trainer(tmp_path, *, train=ROWS[:16], evaluation=ROWS[16:27], callbacks
     return trainer
 
 
+@pytest.mark.parametrize("first", ["prepare", "train", "evaluate", "save_model"])
+def test_the_source_runs_over_the_data_when_it_is_first_wanted(tmp_path, first):
+    trainer, ran = make_trainer(tmp_path, pairing="attribution"), []
+    assert not (tmp_path / "run" / "_signals").exists() and "pairing" not in vars(trainer)
+    trainer.source_model.model.register_forward_hook(lambda *_: ran.append(1))
+    getattr(trainer, first)()
+    assert ran and trainer.pairing.strategy == "attribution"
+    trainer.prepare()
+    del ran[:]
+    trainer.prepare()
+    trainer.evaluate()
+    assert not ran
+
+
 def lora_state(trainer) -> list[list[torch.Tensor]]:
     return [[p.detach().clone() for p in layer] for layer in trainer.lora_layers]
 

@@ -41,7 +41,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from hf_semalign.splits import normalise_prompt, valid_positions
+from hf_semalign.splits import valid_positions
+from hf_semalign.tokenization import normalise_prompt
 
 ROOT = Path("runs/pairs")
 TARGETS = ("absent", "weak")

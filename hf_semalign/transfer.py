@@ -35,7 +35,8 @@ from hf_semalign.models.anatomy import base_model, check_head, dissect
 from hf_semalign.models.hooks import capture, without_logits
 from hf_semalign.models.loading import device_name, licence_of, load_model, quietly
 from hf_semalign.models.lora import add_lora
-from hf_semalign.splits import Record, encode, fingerprint, is_encoded
+from hf_semalign.splits import encode, fingerprint, is_encoded
+from hf_semalign.tokenization import Record
 from hf_semalign.training.engines import warn_of_slow_bf16
 from hf_semalign.training.layerwise import LayerwiseTrainer
 from hf_semalign.training.preparation import Preparation, prepare

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_semalign.cli import main
-from hf_semalign.splits import IGNORED, Collator
+from hf_semalign.splits import Collator
+from hf_semalign.tokenization import IGNORED
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from hf_semalign.method import alignment
 from hf_semalign.method.alignment import TokenRow, align_row, align_rows
 from hf_semalign.method.prefix_classes import prefix_classes
 from hf_semalign.models.token_bytes import TokenBytes
-from hf_semalign.splits import IGNORED, tokenize
+from hf_semalign.tokenization import IGNORED, tokenize
 
 ALL = 10**6  # rows of a head that is longer than the vocabulary
 CHAT = (

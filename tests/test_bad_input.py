@@ -26,7 +26,7 @@ from hf_semalign.method.frontier import FrontierSchedule
 from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
 from hf_semalign.method.pairing import LayerPairing, pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
-from hf_semalign.splits import IGNORED
+from hf_semalign.tokenization import IGNORED
 from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.engines import check_sharded, check_shards, check_zero
 

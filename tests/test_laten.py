@@ -30,7 +30,7 @@ from hf_semalign.experiments.baselines.neurons import (
 from hf_semalign.experiments.evaluation import answer_loss
 from hf_semalign.hub.push import load_transfer
 from hf_semalign.models.anatomy import Size, base_model, dissect
-from hf_semalign.splits import IGNORED
+from hf_semalign.tokenization import IGNORED
 
 ROWS = random_rows([(3 + i % 3, 2 + i % 4) for i in range(60)])
 IDS, LABEL = torch.tensor([5, 17, 3, 40, 8, 22]), 11

@@ -12,7 +12,7 @@ ORDER = (
     "errors", "kinds", "files",
     "models.names", "models.anatomy", "models.lora", "models.hooks", "models.loading", "models.frozen",
     "models.token_bytes",
-    "splits",
+    "tokenization", "splits",
     "method.prefix_classes", "method.alignment",
     "method.losses", "method.attribution", "method.pairing", "method.semantic_map", "method.frontier", "method.objective",
     "config",

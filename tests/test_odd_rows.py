@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.experiments.tasks import load_task
 from hf_semalign.models.anatomy import position_limit
-from hf_semalign.splits import encode, form_of, prompt_of
+from hf_semalign.splits import encode
+from hf_semalign.tokenization import form_of, prompt_of
 
 MORE = [*WORDS, "<system>", "<user>", "<assistant>", "<tools>", "<think>", "tide", "brief"]
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "w1"), ("assistant", "w2"), ("assistant", "w3")))

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_semalign.experiments.symbols import build_tokenizer, make_records
-from hf_semalign.splits import Collator, check_disjoint, encode, normalise_prompt, prompt_of, valid_positions
+from hf_semalign.splits import Collator, check_disjoint, encode, valid_positions
+from hf_semalign.tokenization import normalise_prompt, prompt_of
 
 WORDS = ["a", "b", "c", "d", "e", "="]
 PAIR = {"prompt": "a b =", "completion": " b a"}

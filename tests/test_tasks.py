@@ -13,7 +13,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 
 from hf_semalign.experiments import symbols
 from hf_semalign.experiments.tasks import TASKS, TaskData, load_held_out, load_task
-from hf_semalign.splits import check_disjoint, prompt_of
+from hf_semalign.splits import check_disjoint
+from hf_semalign.tokenization import prompt_of
 
 COUNTS = {"extract": 2, "align": 3, "eval": 2}
 RECIPES = Path(__file__).parents[1] / "recipes"

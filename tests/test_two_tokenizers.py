@@ -14,7 +14,8 @@ from hf_semalign.experiments.baselines.laten import LaTenTrainer
 from hf_semalign.experiments.baselines.sft import SFTTrainer
 from hf_semalign.method.losses import token_class_kl
 from hf_semalign.models.hooks import capture
-from hf_semalign.splits import IGNORED, taught_positions
+from hf_semalign.splits import taught_positions
+from hf_semalign.tokenization import IGNORED
 
 ANSWERS = ("The sum of numbers is {}.", "été {} 😀 faces", "def f_{}(x):\n        return x", "thirteen foxes, {}.5")
 ROWS = [{"prompt": f"What is {i}?\n", "completion": ANSWERS[i % len(ANSWERS)].format(i * 137 % 2030)} for i in range(40)]

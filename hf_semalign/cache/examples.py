@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from hf_semalign.splits import IGNORED, column_chunks
+from hf_semalign.splits import column_chunks
+from hf_semalign.tokenization import IGNORED
 
 SHARD_TOKENS = 2**14  # shards of every column are held in memory, and are what an interrupted pass can lose
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]

@@ -26,7 +26,7 @@ from hf_semalign.experiments.generation import (
 from hf_semalign.files import write_text
 from hf_semalign.kinds import check_kinds
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
+from hf_semalign.tokenization import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")

@@ -37,7 +37,8 @@ from hf_semalign.method.losses import LOGIT_ROWS
 from hf_semalign.method.semantic_map import differing
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
-from hf_semalign.splits import IGNORED, check_disjoint, prompt_ids
+from hf_semalign.splits import check_disjoint
+from hf_semalign.tokenization import IGNORED, prompt_ids
 from hf_semalign.training.preparation import Counts, Preparation, prepare
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from hf_semalign.errors import InputError
-from hf_semalign.splits import normalise_prompt
+from hf_semalign.tokenization import normalise_prompt
 
 LETTERS = "ABCD"
 GRAM = 13  # words, as in the papers of GPT-3 and of the harness
@@ -160,7 +160,7 @@ class Item:
 
     Attributes:
         task_id: its name in messages.
-        question: rows of the same question, by :func:`hf_semalign.splits.normalise_prompt`, are the same.
+        question: rows of the same question, by :func:`hf_semalign.tokenization.normalise_prompt`, are the same.
         text: question and answer.
     """
 

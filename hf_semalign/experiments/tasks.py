@@ -39,7 +39,7 @@ from hf_semalign.experiments.rows import (
     same_questions,
 )  # fmt: skip
 from hf_semalign.experiments.symbols import SKILLS, make_records
-from hf_semalign.splits import check_text, form_of, prompt_of
+from hf_semalign.tokenization import check_text, form_of, prompt_of
 
 logger = logging.getLogger(__name__)
 Files = Mapping[str, str]

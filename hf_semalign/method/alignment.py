@@ -19,7 +19,7 @@ import numpy as np
 from hf_semalign.errors import InputError
 from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.token_bytes import TokenBytes
-from hf_semalign.splits import IGNORED
+from hf_semalign.tokenization import IGNORED
 
 MAX_LEFT_OUT = 0.1  # share of the rows
 SHOWN = 5  # rows that a message names

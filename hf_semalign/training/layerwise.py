@@ -34,7 +34,8 @@ from hf_semalign.method.frontier import Frontier, FrontierSchedule
 from hf_semalign.models.anatomy import Anatomy, base_model
 from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.models.loading import is_quantised
-from hf_semalign.splits import COLUMNS, IGNORED, Collator
+from hf_semalign.splits import COLUMNS, Collator
+from hf_semalign.tokenization import IGNORED
 from hf_semalign.training.checkpoints import (
     CHECKSUMS,
     CheckpointOnInterrupt,

@@ -23,7 +23,8 @@ from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, positio
 from hf_semalign.models.loading import find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
 from hf_semalign.models.lora import lora_targets
 from hf_semalign.models.names import public_name
-from hf_semalign.splits import Collator, Record, check_disjoint, check_rows, check_token_ids, encode, hold_out
+from hf_semalign.splits import Collator, check_disjoint, check_rows, check_token_ids, encode, hold_out
+from hf_semalign.tokenization import Record
 from hf_semalign.training.engines import check_engine
 from hf_semalign.training.two_tokenizers import TokenizerPair
 

@@ -17,7 +17,8 @@ from hf_semalign.method.alignment import Alignment, TokenRow, align_rows
 from hf_semalign.method.prefix_classes import PrefixClasses, prefix_classes
 from hf_semalign.method.semantic_map import rows_by_bytes
 from hf_semalign.models.token_bytes import TokenBytes
-from hf_semalign.splits import IGNORED, SCHEMA, Record, column_chunks, encode, example_digest, form_of, write_rows
+from hf_semalign.splits import SCHEMA, column_chunks, encode, example_digest, write_rows
+from hf_semalign.tokenization import IGNORED, Record, form_of
 
 logger = logging.getLogger(__name__)
 PAIRED = pa.schema([*SCHEMA, ("source_id", pa.int64()), ("source_rank", pa.list_(pa.int64())), ("answer_bytes", pa.int64())])

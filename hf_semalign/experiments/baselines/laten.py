@@ -62,7 +62,8 @@ from hf_semalign.models.anatomy import Anatomy, CausalLM, Head, Size, dissect
 from hf_semalign.models.hooks import without_cudnn_attention
 from hf_semalign.models.loading import is_quantised
 from hf_semalign.models.lora import add_lora
-from hf_semalign.splits import Collator, Record, valid_positions
+from hf_semalign.splits import Collator, valid_positions
+from hf_semalign.tokenization import Record
 from hf_semalign.training.engines import is_set
 from hf_semalign.training.preparation import Counts, Preparation
 from hf_semalign.training.stages import train_only

@@ -28,7 +28,7 @@ from hf_semalign.models.anatomy import (
     final_norm,
 )
 from hf_semalign.models.hooks import capture
-from hf_semalign.splits import IGNORED, Record
+from hf_semalign.tokenization import IGNORED, Record
 
 CHUNK = 2**24  # logits that exist at a time
 TRAILING = string.whitespace + '.")],'  # what LaTen's code takes off the end of an answer

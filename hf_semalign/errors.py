@@ -1,7 +1,7 @@
-"""Errors that a user can act on: their messages say what was given, what was expected and what to do.
+"""Errors that a user can act on. Their messages say what was given, what was expected and what to do.
 
-Each is also the built-in error that its name suggests, so that ``except ValueError`` catches an :class:`InputError`. The
-command line prints the message and exits with code 2. Any other error is a bug of this package, and keeps its traceback.
+Each class also derives from the matching built-in error, so ``except ValueError`` catches an :class:`InputError`. The command
+line prints the message and exits with code 2. Any other exception is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import textwrap
 
 
 class SemAlignError(Exception):
-    """What all of them are."""
+    """Base class of this package's errors."""
 
 
 class InputError(SemAlignError, ValueError):
-    """Settings, data, models or folders that cannot be used."""
+    """Raised when settings, data, models or folders cannot be used."""
 
 
 class MissingFileError(SemAlignError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """Raised when a file or folder does not exist."""
 
 
 class StorageError(SemAlignError, OSError):
-    """A disk or a Hub that does not take what it is given."""
+    """Raised when a disk or the Hub refuses a write."""
 
 
 class NotFiniteError(SemAlignError, FloatingPointError):
-    """A loss, a gradient or an adapter that is not finite, so that training cannot go on."""
+    """Raised when a loss, a gradient or an adapter is not finite, so training cannot continue."""
 
 
 class FailedRunsError(SemAlignError, ChildProcessError):
-    """Runs of a comparison that failed."""
+    """Raised when runs of a comparison failed."""
 
 
 def brief(error: object) -> str:
-    """A library's message on one line, without most of what it lists."""
+    """Shorten a library's message to one line of at most 200 characters."""
     return textwrap.shorten(str(error), 200, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""Files and folders: whole-file writes, checksums, digests and locks."""
+"""Files and folders: atomic writes, checksums, digests and locks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RECORD_NAME = "semalign.json"
 
 
 def writing_lock(folder: Path) -> FileLock:
-    """The lock of a folder that several processes share: whoever writes holds it, others wait, and find it written.
+    """Lock for a folder that several processes share. One process writes while the others wait, then read what it wrote.
 
-    Unlike a collective it may be waited for as long as the work takes, and machines without a common disk each do theirs.
+    Unlike a collective operation, waiting has no time limit. Machines that share no disk each do the work themselves.
     """
     return FileLock(folder / "writing.lock", is_singleton=True)  # reentrant
 
@@ -42,7 +42,7 @@ def digest(content: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Checksum of a file's content."""
+    """xxh3 checksum of a file's content."""
     hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
@@ -51,27 +51,27 @@ def file_digest(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, which is what the Hub keeps of a large file."""
+    """SHA-256 of a file's content, which the Hub stores for each large file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensor(tensor: torch.Tensor, path: Path) -> None:
-    """Write a tensor to a safetensors file that appears whole or not at all, with a checksum of its content and name.
+    """Write a tensor to a safetensors file atomically, with a checksum of its content and name.
 
-    Call it under the lock of its folder.
+    Hold the folder's lock while calling it.
     """
     with _whole(path) as unfinished:
         save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
 
 
 def keep_record(path: Path, record: Any) -> None:
-    """Write plain JSON values with a checksum, whole or not at all."""
+    """Write plain JSON values with a checksum, atomically."""
     write_text(path, json.dumps({"record": record, "checksum": digest(record)}, indent=1))
 
 
 def recall_record(path: Path) -> Any | None:
-    """What :func:`keep_record` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+    """Read what :func:`keep_record` wrote; ``None`` if the file is missing or damaged. Damage is logged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["checksum"] == digest(content["record"]):
@@ -80,29 +80,29 @@ def recall_record(path: Path) -> Any | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    logger.warning("%s is damaged, and is made again.", path.name)
+    logger.warning("%s is damaged and will be recreated.", path.name)
     return None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; call it under the lock of its folder."""
+    """Write a text file atomically; hold the folder's lock while calling it."""
     with _whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file to write in the place of another, which it becomes when it is whole."""
+    """Yield a temporary path to write to; it replaces ``path`` once the block succeeds."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         yield unfinished
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)  # on a full disk it would take room
+        unfinished.unlink(missing_ok=True)  # a leftover would take up space on a full disk
 
 
 def load_tensor(path: Path) -> torch.Tensor | None:
-    """Memory-mapped, what :func:`save_tensor` wrote; ``None`` when there is no file or it is damaged, which is logged."""
+    """Memory-map what :func:`save_tensor` wrote; ``None`` if the file is missing or damaged. Damage is logged."""
     if not path.is_file():
         return None
     try:
@@ -111,31 +111,31 @@ def load_tensor(path: Path) -> torch.Tensor | None:
             return tensor
     except SafetensorError:
         pass
-    logger.warning("%s is damaged, and is computed again.", Path(*path.parts[-3:]))
+    logger.warning("%s is damaged and will be recomputed.", Path(*path.parts[-3:]))
     return None
 
 
 def open_tensor(path: Path) -> tuple[torch.Tensor, str | None]:
-    """What :func:`save_tensor` wrote, memory-mapped, and the checksum that was written with it."""
+    """Memory-map what :func:`save_tensor` wrote; also returns the checksum stored with it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("states"), (file.metadata() or {}).get("checksum")
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's shape, dtype and bytes, by xxh3: it guards against damage, not attack, and is as fast as a disk."""
+    """xxh3 digest of a tensor's shape, dtype and bytes. It detects damage, not tampering, and is as fast as a disk."""
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for chunk in content.split(2**24):  # from a GPU: the system clears larger memory every time
+    for chunk in content.split(2**24):  # copies from a GPU: the system zeroes larger allocations every time
         digest.update(chunk.cpu().numpy().data)
     return digest.hexdigest()
 
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """Hold a run folder for this process; inside, it may be claimed again.
+    """Lock a run folder for this process. The lock is reentrant.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / LOCK, is_singleton=True)
@@ -143,7 +143,7 @@ def claimed(folder: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(
-            f"Another run is at work in {folder}: wait for its end, or choose another output_dir. Both would write there."
+            f"Another run is using {folder}, and both would write there: wait until it ends, or choose another output_dir."
         ) from None
     try:
         yield
@@ -153,10 +153,10 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors_explained(folder: str | Path) -> Iterator[None]:
-    """Say what to do where a disk has no room for a file, whichever library was writing it.
+    """Replace a library's error about a full disk with one that says what to do.
 
     Raises:
-        OSError: in the place of that library's error.
+        OSError: a file could not be written.
     """
     try:
         yield
@@ -168,55 +168,55 @@ def disk_errors_explained(folder: str | Path) -> Iterator[None]:
         if not (written or full):
             raise
         raise StorageError(
-            f"A file of {folder} could not be written, as on a full disk ({error}). What was finished is whole: make room, or "
-            "set signals_dir to another disk, and re-run the command to resume."
+            f"A file in {folder} could not be written; the disk may be full ({error}). Finished files are intact. Free some "
+            "space, or set signals_dir to another disk, and re-run the command to resume."
         ) from error
 
 
 def make_folder(name: str, folder: str | Path) -> None:
-    """Make a folder that a setting or option names.
+    """Create the folder that a setting or option names, and check that it is writable.
 
     Raises:
-        ValueError: nothing can be written to it.
+        ValueError: it cannot be created or is not writable.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{name} {folder} cannot be written to ({error.strerror}): name another folder.") from error
+        raise InputError(f"{name} {folder} is not writable ({error.strerror}): choose another folder.") from error
 
 
 def read_json(path: str | Path, hint: Any = dict[str, Any]) -> dict[str, Any]:
-    """Content of a JSON file that this package or one of its companions has written.
+    """Read a JSON file written by this package or by a library it uses.
 
     Args:
         path: the file.
-        hint: what it has to hold, see :func:`hf_semalign.kinds.check_kinds`.
+        hint: expected type of the content, see :func:`hf_semalign.kinds.check_kinds`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is broken, or holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, or its content does not match ``hint``.
     """
     if not Path(path).is_file():
-        raise MissingFileError(f"There is no file {path}: correct its name.")
+        raise MissingFileError(f"There is no file {path}: check the name.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         check_kinds(content, hint, str(path))
     except InputError as error:
-        raise InputError(f"{error} Copy it again, or make its folder anew.") from error
+        raise InputError(f"{error} Copy the file again, or recreate its folder.") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): copy it again, or make its folder anew.") from error
+        raise InputError(f"{path} is damaged ({error}): copy it again, or recreate its folder.") from error
     return content
 
 
 def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header cannot be read.
+    """Check that a safetensors file has a readable header.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
+        raise InputError(f"{path} is damaged or truncated ({error}): copy or download it again.") from error

@@ -1,6 +1,6 @@
-"""Values and type hints: what YAML, JSON or a caller gives, compared with what a field takes.
+"""Check values from YAML, JSON or a caller against type hints.
 
-``huggingface_hub.dataclasses`` validates too, but refuses 1 where a number is wanted, and keys that it does not know.
+``huggingface_hub.dataclasses`` validates too, but it refuses an int where a float is expected, and it refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ KINDS: dict[Any, tuple[Any, str]] = {
 
 
 def check_kinds(value: Any, hint: Any, where: str = "") -> None:
-    """Refuse a value that is not as a type hint says.
+    """Raise an error if a value does not match a type hint.
 
     Args:
-        value: what was given.
-        hint: the type. Of a dataclass or ``TypedDict`` the value is a mapping, which may hold more.
-        where: names the place, such as a file.
+        value: the value.
+        hint: the type. For a dataclass or ``TypedDict``, the value is a mapping, which may have extra keys.
+        where: where the value comes from, such as a file; used in the message.
 
     Raises:
-        ValueError: names the first part that is not as it should be, and what was expected.
+        ValueError: the value does not match; the message names the first part that differs and what was expected.
     """
     if fault := next(_faults(value, hint, "", where), None):
         raise InputError(fault)
 
 
 def _faults(value: Any, hint: Any, name: str, where: str) -> Iterator[str]:
-    """What of a value is not as the hint says; ``name`` is its own within the whole, such as ``pairing.scores[2]``."""
+    """Yield a message for each part of a value that does not match; ``name`` is the part's path, as ``pairing.scores[2]``."""
     place = " of ".join(filter(None, (name, where)))
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kind = next((choice for choice in choices if _is(value, choice)), None)
@@ -66,7 +66,7 @@ def _faults(value: Any, hint: Any, name: str, where: str) -> Iterator[str]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a hint's kind, whatever is in it."""
+    """Whether a value has a hint's outer type; its items are not checked."""
     kind = get_origin(hint) or hint
     if kind is Any or kind is Literal:
         return kind is Any or value in get_args(hint)

@@ -73,7 +73,7 @@ MODELS = [
     ("config of no causal model", of_t5, "cannot be read: .*T5Config"),
     ("quantised otherwise", changed("config.json", quantization_config={"quant_method": "gptq"}), "quantised by gptq are not"),
     ("no weights", without("model.safetensors"), r"has no \*.safetensors files: name a folder of save_pretrained"),
-    ("weights cut short", cut("model.safetensors"), "model.safetensors is damaged or cut short .*: copy or download it again"),
+    ("weights cut short", cut("model.safetensors"), "model.safetensors is damaged or truncated .*: copy or download it again"),
 ]
 LOADED = [
     ("weights of another shape", changed("config.json", hidden_size=32), "do not fit its config.json: .*missing or of another"),
@@ -142,7 +142,7 @@ ADAPTERS = [
     ("record of nothing", text("semalign.json", "{}"), ValueError, r"semalign.json lacks \['method', 'source', 'target'"),
     ("no adapter", without("adapter_model.safetensors"), FileNotFoundError, r"lacks \['adapter_model.safetensors'\]"),
     ("adapter pickled", pickled("adapter_model.safetensors"), FileNotFoundError, r"lacks \['adapter_model.safetensors'\]"),
-    ("adapter cut short", cut("adapter_model.safetensors"), ValueError, "adapter_model.safetensors is damaged or cut short"),
+    ("adapter cut short", cut("adapter_model.safetensors"), ValueError, "adapter_model.safetensors is damaged or truncated"),
     ("no adapter config", without("adapter_config.json"), FileNotFoundError, r"lacks \['adapter_config.json'\]"),
     ("adapter config no JSON", text("adapter_config.json", "{oops"), ValueError, "adapter_config.json is damaged"),
 ]
@@ -260,7 +260,7 @@ def test_runs_to_analyse(refused, no_weights, run, damage, message):
 
 
 FACTS = [
-    ("facts no JSON", text("source.json", "{oops"), "source.json is damaged .*: copy it again, or make its folder anew"),
+    ("facts no JSON", text("source.json", "{oops"), "source.json is damaged .*: copy it again, or recreate its folder"),
     ("facts of nothing", text("source.json", "{}"), r"source.json lacks \['name', 'identity', "),
     ("no facts", without("source.json"), r"has no \*.safetensors files"),
     ("no config", without("config.json"), "damaged or missing: config.json"),

@@ -438,7 +438,7 @@ def test_functions(loss, message):
 @table(
     "content, error, message",
     [
-        ("none", None, FileNotFoundError, "There is no .*kept.json: correct its name"),
+        ("none", None, FileNotFoundError, "There is no .*kept.json: check the name"),
         ("empty", "", ValueError, "kept.json is damaged.*: copy it again"),
         ("cut short", '{"values": [0.1', ValueError, "kept.json is damaged.*: copy it again"),
         ("a list", "[1]", ValueError, r"kept.json is (\[1\]: expected names and values|damaged)"),

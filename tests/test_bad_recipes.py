@@ -108,7 +108,7 @@ def test_recipe_files(refused, tmp_path, command, content, message):
 
 
 FOLDERS = [
-    ("output_dir a file", "train", "output_dir={}", "output_dir .* cannot be written to .File exists.: name another folder"),
+    ("output_dir a file", "train", "output_dir={}", "output_dir .* is not writable .File exists.: choose another folder"),
     ("output_dir below a file", "train", "output_dir={}/run", "output_dir .* cannot be written to .Not a directory."),
     ("output_dir of signals", "signals", "output_dir={}", "output_dir .* cannot be written to"),
     ("signals_dir a file", "train", "training.signals_dir={}", "signals_dir .* cannot be written to"),

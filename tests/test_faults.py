@@ -159,7 +159,7 @@ def test_a_full_disk_is_a_clear_error_and_what_was_finished_is_used(tmp_path, un
     folder = tmp_path / "run"
     done = limited(command(folder), size)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert "could not be written, as on a full disk" in done.stderr and "re-run the command to resume" in done.stderr
+    assert "could not be written; the disk may be full" in done.stderr and "re-run the command to resume" in done.stderr
     names = [str(path) for path in files(folder)]
     assert all(any(part in name for name in names) for part in finished), names
     assert not any("unfinished" in name for name in names)

@@ -38,7 +38,7 @@ def another_run(tmp_path):
 def test_a_second_run_in_one_folder_is_refused_until_the_first_is_over(tmp_path, another_run):
     trainer = make_trainer(tmp_path)
     before = adapter(trainer)
-    with pytest.raises(ValueError, match=f"Another run is at work in {tmp_path / 'run'}: wait for its end, or choose another"):
+    with pytest.raises(ValueError, match=f"Another run is using {tmp_path / 'run'}, .*: wait until it ends, or choose another"):
         trainer.train()
     assert torch.equal(adapter(trainer), before)
     another_run.communicate()

@@ -256,7 +256,7 @@ def local_base(run):
     *((f"no {name}", without(name), f"MissingFileError: .*lacks .*{name}") for name in ("semalign.json", "README.md")),
     ("no weights", without("adapter_model.safetensors"), "MissingFileError: .*lacks .*adapter_model.safetensors"),
     ("another's weights", other_adapter, "InputError: .*is not the one that semalign.json is about"),
-    ("weights cut short", lambda run: (run / "adapter_model.safetensors").write_bytes(b"cut"), ".*is damaged or cut"),
+    ("weights cut short", lambda run: (run / "adapter_model.safetensors").write_bytes(b"cut"), ".*is damaged or trunc"),
     ("no finite weights", lambda run: recorded(run, lambda old: {k: v * float("nan") for k, v in old.items()}), ".*not finite"),
     ("weights of another shape", lambda run: recorded(run, lambda old: {k: v[:-1] for k, v in old.items()}), ".*does not fit"),
     ("a path as base", local_base, "InputError: .*names the base '/home/zoe/target'.* and no path"),

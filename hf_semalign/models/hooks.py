@@ -1,4 +1,4 @@
-"""Forward hooks, and a setting of torch, that hold only inside a ``with`` block."""
+"""Forward hooks and a torch setting that are active only inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Capture:
-    """What a module took in and gave out in its last forward: ``[B, T, D]`` each; unset before the first."""
+    """Input and output of a module in its last forward pass, ``[B, T, D]`` each; unset before the first pass."""
 
     input: torch.Tensor = field(init=False)
     output: torch.Tensor = field(init=False)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The forward hook. Decoder layers return a tensor, a tuple in older releases, a model output at the top."""
-        if args or "hidden_states" in kwargs:  # a whole decoder is called with token ids by name
+        """Forward hook. Decoder layers return a tensor (a tuple in older releases); a whole decoder returns a model output."""
+        if args or "hidden_states" in kwargs:  # a whole decoder gets its token ids as a keyword
             self.input = args[0] if args else kwargs["hidden_states"]
         self.output = output if isinstance(output, torch.Tensor) else output[0]
 
 
 @contextmanager
 def capture(modules: Iterable[nn.Module]) -> Iterator[list[Capture]]:
-    """Keep the hidden states that pass through some modules, gradients included.
+    """Record the hidden states that enter and leave some modules, with gradients.
 
-    Layer hooks and not ``output_hidden_states``, whose last entry is after the final norm, so that a last layer's
-    residual taken from it is wrong.
+    ``output_hidden_states`` would not do: its last entry is taken after the final norm, so the last layer's residual would be
+    wrong.
 
     Args:
         modules: decoder layers, or a whole decoder.
 
     Yields:
-        One :class:`Capture` a module, filled by each forward; the hooks come off with the block, whatever happens.
+        One :class:`Capture` per module, updated by each forward pass. The hooks are removed when the block ends, even on error.
     """
     modules = list(modules)
     captures = [Capture() for _ in modules]
@@ -52,12 +52,12 @@ def capture(modules: Iterable[nn.Module]) -> Iterator[list[Capture]]:
 
 
 class _Reached(Exception):
-    """Carries a forward pass out of the model once it has gone far enough."""
+    """Raised to leave the model's forward pass early."""
 
 
 @contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
-    """End a forward pass inside the block as soon as a module has given its output."""
+    """End a forward pass inside the block as soon as ``module`` has returned its output."""
 
     def stop(*_: Any) -> None:
         raise _Reached
@@ -73,7 +73,7 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def gives_tuples(decoder: nn.Module, first: nn.Module) -> bool:
-    """Whether a decoder's layers give a tuple (older families) or a tensor: seen on the first layer, with one token."""
+    """Whether a decoder's layers return a tuple (older families) or a tensor. Runs the first layer on one token to find out."""
     outputs: list[Any] = []
     handle = first.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
@@ -87,15 +87,15 @@ def gives_tuples(decoder: nn.Module, first: nn.Module) -> bool:
 
 @contextmanager
 def bypass(layers: Iterable[nn.Module], states: torch.Tensor, *, as_tuples: bool) -> Iterator[None]:
-    """Take some lower layers out of a model's forward: they do nothing, and the next layer's input is ``states``.
+    """Skip the lowest layers of a model: they compute nothing, and the layer above them gets ``states`` as its input.
 
-    The states come in as the last layer's output and not by a hook on the next layer's input, so that activation
-    checkpointing keeps them, and finds them again when it recomputes that layer after the block.
+    The states enter as the output of the last skipped layer, not through a hook on the next layer's input. This way activation
+    checkpointing saves them and still has them when it recomputes that layer after the block.
 
     Args:
-        layers: the first decoder layers, down to the bottom.
+        layers: the decoder layers to skip, from layer 0 up.
         states: input of the layer above them, ``[B, T, D]``.
-        as_tuples: see :func:`gives_tuples`.
+        as_tuples: whether layers return tuples, see :func:`gives_tuples`.
     """
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -108,11 +108,11 @@ def bypass(layers: Iterable[nn.Module], states: torch.Tensor, *, as_tuples: bool
 
 @contextmanager
 def without_logits(head: nn.Module) -> Iterator[None]:
-    """Inside the block, a model's head makes no logits: of states ``[B, T, D]`` it returns ``[B, T, 0]``.
+    """Inside the block, a model's head computes no logits: for states ``[B, T, D]`` it returns ``[B, T, 0]``.
 
-    Training and evaluation make the logits of valid positions themselves. ``logits_to_keep=1`` would leave one position a row,
-    in a slice that is not contiguous, which some CPUs multiply 400 times more slowly. The result stays connected to the graph,
-    where DDP looks for the parameters that take part in a step.
+    Training and evaluation compute the logits of valid positions themselves. ``logits_to_keep=1`` would keep one position per
+    row in a non-contiguous slice, which some CPUs multiply 400 times more slowly. The result stays in the autograd graph, which
+    DDP searches for the parameters used in a step.
     """
     with _forwarding([head], [lambda hidden, *args, **kwargs: hidden[..., :0]]):
         yield
@@ -120,7 +120,7 @@ def without_logits(head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def contiguous_input(head: nn.Module) -> Iterator[None]:
-    """Inside the block, a head gets its states in one piece of memory, see :func:`without_logits`: for generation."""
+    """For generation: inside the block, a head gets contiguous states. :func:`without_logits` says why this matters."""
     handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
     try:
         yield
@@ -130,9 +130,9 @@ def contiguous_input(head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Inside the block, or in a function that it decorates, attention is computed by any of torch's backends but cuDNN's.
+    """Disable torch's cuDNN attention backend inside the block; also works as a decorator.
 
-    Its backward pass gives NaN on H100 and H200 for padded batches of 64, 192, 320, ... tokens (torch 2.11 to 2.13,
+    The backend's backward pass returns NaN on H100 and H200 for padded batches of 64, 192, 320, ... tokens (torch 2.11 to 2.13,
     https://github.com/pytorch/pytorch/issues/196678).
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
@@ -145,11 +145,11 @@ def without_cudnn_attention() -> Iterator[None]:
 
 @contextmanager
 def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block, layers keep their outputs alone, and run again on their way back for what is in them.
+    """Checkpoint layers inside the block: they keep only their outputs and recompute their activations in the backward pass.
 
-    A layer that gives a tuple gives its hidden states in every place of it, because captum refuses the ``None`` that some
-    families have there. Not transformers' own checkpointing, which works in training mode alone, with the dropout that comes
-    with it.
+    A layer that returns a tuple returns its hidden states in every position of it, because captum refuses the ``None`` that
+    some families put there. transformers' own checkpointing is not used because it works only in training mode, which would
+    turn on dropout.
     """
 
     def lighter(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,8 +166,8 @@ def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _forwarding(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards for some modules inside the block."""
-    kept = [layer.__dict__.get("forward") for layer in layers]  # accelerate's own patches are instance attributes as well
+    """Replace the forward methods of some modules inside the block."""
+    kept = [layer.__dict__.get("forward") for layer in layers]  # accelerate's patches are instance attributes too
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""Names of models: Hub ids, folders and the embedded pair."""
+"""Model names: Hub ids, folders and the embedded pair."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PAIR_FOLDER = Path(__file__).parents[1] / "data" / "pair"
 
 
 def resolve_model(name: str | Path) -> str:
-    """Folder of an embedded model (``embedded:source``, ``embedded:target``); other names, Hub ids and folders, as given.
+    """Folder of an embedded model (``embedded:source``, ``embedded:target``). Hub ids and folders are returned unchanged.
 
-    Whatever reads files of a model by its name calls this itself; everybody else passes names on.
+    Functions that read a model's files call this themselves; all others pass names on unresolved.
 
     Raises:
-        ValueError: an embedded model that does not exist.
+        ValueError: there is no such embedded model.
     """
     name = str(name)
     prefix, _, role = name.partition(EMBEDDED)
@@ -31,7 +31,7 @@ def resolve_model(name: str | Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is of the form ``owner/name`` or ``name``."""
+    """Whether a name has the form ``owner/name`` or ``name``."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -40,9 +40,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name_or_path: str) -> str:
-    """A model's name for records and cards: never a local path, of a folder, here or elsewhere, only its own name."""
+    """A model's name for records and cards. It never shows a local path: for a folder, only the folder's own name is used."""
     if not name_or_path:
-        return "unnamed"  # a model made in memory
+        return "unnamed"  # a model created in memory
     path = Path(name_or_path)
     if path.parent == PAIR_FOLDER:
         return EMBEDDED + path.name

@@ -1,6 +1,6 @@
-"""hf_semalign distils a large language model into a smaller one of another depth and width, as a drop-in ``Trainer``.
+"""hf_semalign distils a large language model into a smaller one of different depth and width, with a drop-in ``Trainer``.
 
-The public names load on first use, so that ``import hf_semalign`` and ``semalign --help`` stay fast.
+Public names are imported on first use, so ``import hf_semalign`` and ``semalign --help`` stay fast.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_drop_last_is_about_training_rows_alone(tmp_path):
     assert dropping.evaluate()["eval_loss"] == expected
     assert dropping.predict(dropping.eval_dataset).metrics["test_loss"] == expected
     assert dropping.args.dataloader_drop_last
-    with pytest.raises(ValueError, match="drops all of 3 training rows, which are fewer than a batch of 4"):
+    with pytest.raises(ValueError, match="would drop all 3 training rows, which do not fill one batch of 4"):
         make_trainer(tmp_path / "few", train=ROWS[:3], dataloader_drop_last=True)
 
 

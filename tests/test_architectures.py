@@ -158,7 +158,7 @@ def test_a_model_whose_parts_are_not_found_trains_when_they_are_named(tmp_path):
         models[role] = build("Llama", layers=layers, width=width, vocab=VOCAB)
         models[role].model.gates = nn.ModuleList(nn.Identity() for _ in range(layers))
     parts = {"layers": "model.layers"}
-    with pytest.raises(ValueError, match=r"found \{'layers': 4, 'gates': 4\}.*settings source_parts and target_parts"):
+    with pytest.raises(ValueError, match=r"found \{'layers': 4, 'gates': 4\}.*in source_parts or target_parts"):
         train(tmp_path / "unnamed", models["source"], models["target"])
     trainer, moved = train(tmp_path / "named", models["source"], models["target"], source_parts=parts, target_parts=parts)
     assert moved.layers == [{stage} for stage in range(LAYERS) for _ in range(6)]

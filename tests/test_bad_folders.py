@@ -65,20 +65,20 @@ def with_tokenizer(tokenizer, **changes):
 
 
 MODELS = [
-    ("no folder", shutil.rmtree, "The model '.*' cannot be read: name a Hub id, or a folder"),
+    ("no folder", shutil.rmtree, "The model '.*' cannot be read: give a Hub id, or a folder"),
     ("no config", without("config.json"), "cannot be read: .*Should have a `model_type` key in its config.json"),
     ("config no JSON", text("config.json", "{oops"), "cannot be read: .*is not a valid JSON file"),
     ("config of no family", changed("config.json", model_type="llamma"), "cannot be read: .*does not recognize this arch"),
     ("config of no width", changed("config.json", hidden_size="wide"), "cannot be read: .*'hidden_size' expected int"),
     ("config of no causal model", of_t5, "cannot be read: .*T5Config"),
     ("quantised otherwise", changed("config.json", quantization_config={"quant_method": "gptq"}), "quantised by gptq are not"),
-    ("no weights", without("model.safetensors"), r"has no \*.safetensors files: name a folder of save_pretrained"),
+    ("no weights", without("model.safetensors"), r"has no \*.safetensors files: give a folder saved by save_pretrained"),
     ("weights cut short", cut("model.safetensors"), "model.safetensors is damaged or truncated .*: copy or download it again"),
 ]
 LOADED = [
-    ("weights of another shape", changed("config.json", hidden_size=32), "do not fit its config.json: .*missing or of another"),
+    ("weights of another shape", changed("config.json", hidden_size=32), "do not match its config.json: .*missing or have a d"),
     ("weights of a layer missing", without_layer, "9 of them are missing .* such as .'model.layers.1.input_layernorm.weight'"),
-    ("weights with nan", with_nan, "LlamaForCausalLM '.*' are not finite: its weights hold nan or inf"),
+    ("weights with nan", with_nan, "LlamaForCausalLM '.*' are not finite: its weights contain nan or inf"),
 ]
 TOKENIZERS = [
     ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save it beside its"),
@@ -242,7 +242,7 @@ def test_a_transfer_whose_target_is_elsewhere(run):
 
 
 def test_an_adapter_is_no_model(good, refused, no_weights, run):
-    refused("cannot be read: name a Hub id, or a folder that save_pretrained has written for a whole", f"target={run}")
+    refused("cannot be read: give a Hub id, or a folder in which save_pretrained has saved a complete", f"target={run}")
 
 
 @table(

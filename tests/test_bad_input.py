@@ -174,11 +174,11 @@ def trained_on(train, extract=ROWS[16:20]):
 
 MODELS = [
     ("layers not found", lambda: {"model": shortened()}, r"layers of LlamaForCausalLM not found.*ModuleList of 3.*'layers': 2"),
-    ("logits of no head", lambda: {"model": with_logits_of_no_head()}, "logits of LlamaForCausalLM are not those of its head"),
-    ("weights with nan", lambda: {"model": with_nan()}, "are not finite: its weights hold nan or inf, or overflow in"),
-    ("LoRA already", lambda: {"model": with_lora()}, "carries LoRA already: pass a base model"),
+    ("logits of no head", lambda: {"model": with_logits_of_no_head()}, "of LlamaForCausalLM differ from its head applied"),
+    ("weights with nan", lambda: {"model": with_nan()}, "are not finite: its weights contain nan or inf, or overflow in"),
+    ("LoRA already", lambda: {"model": with_lora()}, "already has LoRA: pass a base model"),
     ("LoRA nowhere", settings(lora_targets=["query", "v_proj"]), r"\['query'\] occur .* Candidates: \['down_proj'"),
-    ("parts without keys", settings(target_parts="model.layers"), "The parts 'model.layers' .* no keys and values"),
+    ("parts without keys", settings(target_parts="model.layers"), "The parts 'model.layers' are not a mapping"),
     ("pairing too short", settings(pairing=[0, 1]), "lists 2 source layers"),
     ("pairing descending", settings(pairing=[2, 1, 0]), "ascending"),
     ("pairing too deep", settings(pairing=[0, 1, 9]), "between 0 and 4"),
@@ -378,7 +378,7 @@ def test_a_refused_budget_leaves_the_model_usable(tmp_path):
     with pytest.raises(ValueError, match="2 optimizer steps for 3 stages"):
         build(tmp_path, model=model, settings={"max_steps": 2})
     build(tmp_path, model=model).train()
-    with pytest.raises(ValueError, match="carries LoRA already"):
+    with pytest.raises(ValueError, match="already has LoRA"):
         build(tmp_path, model=model)
 
 
@@ -515,7 +515,7 @@ def test_batches_that_are_gone_through_once(monkeypatch):
         layer_cka(SMALL, SMALL, iter([BATCH]), SemanticMap.from_models(SMALL, SMALL))
     with pytest.raises(InputError, match="batches is a dict: expected several batches"):
         attribute_layers(SMALL, BATCH)
-    with pytest.raises(InputError, match="The model is a str: expected a causal LM of transformers, or its name"):
+    with pytest.raises(InputError, match="The model is a str: expected a transformers causal LM, or its name"):
         attribute_layers("gpt2", [BATCH])
 
 
@@ -523,8 +523,8 @@ def test_batches_that_are_gone_through_once(monkeypatch):
     "name, message",
     [
         ("no embedded model", "embedded:other", "No embedded model 'embedded:other': use embedded:source or embedded:target"),
-        ("no folder", Path("/nowhere"), "The model '/nowhere' cannot be read: name a Hub id, or a folder"),
-        ("a number", 5, "The model is a int: expected a causal LM of transformers, or its name"),
+        ("no folder", Path("/nowhere"), "The model '/nowhere' cannot be read: give a Hub id, or a folder"),
+        ("a number", 5, "The model is a int: expected a transformers causal LM, or its name"),
         ("another module", nn.Linear(2, 2), "The model is a Linear: expected a causal LM"),
     ],
 )
@@ -537,7 +537,7 @@ def test_names_that_are_no_models(tmp_path, name, message):
 def test_a_tokenizer_of_whole_words_meets_others(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"question": "How many?", "answer": "#### 5"}')
     model = tiny_llama(2, 16, max_position_embeddings=2048)
-    with pytest.raises(InputError, match=r"does not know a word of the text, and has no token for unknown ones \(.*UNK"):
+    with pytest.raises(InputError, match=r"does not know a word of the text and has no token for unknown words \(.*UNK"):
         run_benchmark(model, word_tokenizer([*WORDS[1:], "a"]), "gsm8k", files=tmp_path)
 
 

@@ -43,9 +43,9 @@ RECIPES = [
     ("best of no metric", "training.save_strategy=best", "metric_for_best_model"),
     ("an unknown setting", "training.align=many", "Unknown key 'align' in the training section .*: see its documentation"),
     ("an override that is no YAML", "training.seed=[", r"The override 'training.seed=\[' is not YAML"),
-    ("parts that are no keys", "training.source_parts=abc", "The parts 'abc' of a model are no keys and values"),
-    ("layers that are a norm", "training.target_parts={layers: model.norm}", "are a LlamaRMSNorm: expected the ModuleList of"),
-    ("layers that are one", "training.source_parts={layers: model.layers.0}", "are a LlamaDecoderLayer: expected the ModuleL"),
+    ("parts that are no keys", "training.source_parts=abc", "The parts 'abc' are not a mapping: expected module paths"),
+    ("layers that are a norm", "training.target_parts={layers: model.norm}", "are a LlamaRMSNorm: expected a ModuleList in"),
+    ("layers that are one", "training.source_parts={layers: model.layers.0}", "are a LlamaDecoderLayer: expected a ModuleLis"),
     (
         "a head that is a norm",
         "training.target_parts={head: model.norm}",
@@ -54,9 +54,9 @@ RECIPES = [
     (
         "a decoder without its layers",
         "training.target_parts={decoder: model.embed_tokens, layers: model.layers}",
-        "are a ModuleList: expected the ModuleList of its Embedding",
+        "are a ModuleList: expected a ModuleList inside its Embedding",
     ),
-    ("a part without a name", "training.target_parts={layers: null}", "The parts .* of a model are no keys and values"),
+    ("a part without a name", "training.target_parts={layers: null}", "The parts .* are not a mapping: expected module paths"),
     ("parts in a list", "training.target_parts=[ab]", r"target_parts is \['ab'\]: expected names and values or text"),
     (
         "a checkpoint that is a number",
@@ -82,7 +82,7 @@ RECIPES = [
     ("a momentum above 1", "training.adam_beta1=2", "adam_beta1 or adam_beta2 is 2: expected a number below 1"),
     ("warmup of words", "training.warmup_steps=some", "warmup_steps is 'some': expected a number"),
     ("checkpointing's kwargs", "training.gradient_checkpointing_kwargs={foo: 1}", r"checkpointing_kwargs has \['foo'\]"),
-    ("a part that is not there", "training.target_parts={layers: a.b}", "has no module 'a.b', which was named as its layers"),
+    ("a part that is not there", "training.target_parts={layers: a.b}", "has no module 'a.b', which was given as its layers"),
 ]
 
 

@@ -80,7 +80,7 @@ def test_a_quantised_source_by_path_whose_layers_need_no_scores(tmp_path):
 def test_other_quantisation_is_refused(tmp_path):
     model = tiny_llama(3, 64, pad_token_id=0)
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ValueError, match="Weights quantised by fp8 are not supported: use bitsandbytes, or plain weights"):
+    with pytest.raises(ValueError, match="Weights quantised with fp8 are not supported: use bitsandbytes, or unquantised"):
         train(tmp_path, model, tiny_llama(5, 64))
 
 

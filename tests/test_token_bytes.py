@@ -158,14 +158,14 @@ def with_suffix():
 @table(
     "tokenizer, message",
     [
-        ("WordPiece", wordpiece, r"is a WordPiece with the decoder \['WordPiece'\]: what bytes"),
-        ("whole words", lambda: word_tokenizer(["a", "b"]), r"is a WordLevel with the decoder None: what bytes"),
-        ("no decoder", without_decoder, r"is a BPE with the decoder None: what bytes"),
-        ("suffixes", with_suffix, r"is a BPE with the decoder \['BPEDecoder'\]: what bytes"),
+        ("WordPiece", wordpiece, r"is a WordPiece with the decoder \['WordPiece'\]: the bytes"),
+        ("whole words", lambda: word_tokenizer(["a", "b"]), r"is a WordLevel with the decoder None: the bytes"),
+        ("no decoder", without_decoder, r"is a BPE with the decoder None: the bytes"),
+        ("suffixes", with_suffix, r"is a BPE with the decoder \['BPEDecoder'\]: the bytes"),
         (
             "a slow one",
             lambda: SimpleNamespace(name_or_path="made"),
-            r"is SimpleNamespace, which the tokenizers library does not run: what bytes",
+            r"is a SimpleNamespace without a backend from the tokenizers library: the bytes",
         ),
     ],
 )

@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_aligned_are_refused(tmp_path, rows, settings, messa
 
 
 def test_models_that_cannot_be_aligned_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="what bytes its tokens spell cannot be known"):
+    with pytest.raises(ValueError, match="the bytes of its tokens cannot be determined"):
         make(tmp_path, pair(tmp_path / "a", source=wordpiece))
     target = saved(tmp_path / "wide", sentencepiece_bpe(), 2, 512, seed=1)
     source = saved(tmp_path / "source", byte_level(), 3, 24, seed=2)

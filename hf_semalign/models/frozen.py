@@ -1,4 +1,4 @@
-"""A frozen model: whole on a device, or one decoder layer at a time out of its files."""
+"""A frozen model, loaded whole or streamed from its files one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenModel:
-    """A model that is only asked. No weight is loaded before :meth:`model`, :meth:`layer` or :meth:`read_head` wants one.
+    """A frozen model for inference. Weights are loaded when :meth:`model`, :meth:`layer` or :meth:`read_head` needs them.
 
     Args:
         model: a causal LM, a Hub id, a local folder or an embedded model.
-        precision: of the run, see :func:`hf_semalign.models.loading.load_dtype`.
+        precision: precision of the run, see :func:`hf_semalign.models.loading.load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
-        weights: whether a folder has to hold weights.
+        weights: whether a folder must contain weights.
 
     Attributes:
-        shape: the model without its weights, or the one that was given in memory.
+        shape: the model on the meta device, or the model object that was given.
         name: Hub id, or the name of a folder.
-        num_layers: decoder layers.
+        num_layers: number of decoder layers.
         width: channels of a hidden state.
         head_rows: rows of the head.
-        embedding_rows: tokens that it has embeddings for.
-        quantised: whether its weights are; then it cannot be streamed.
-        dtype: of the weights.
+        embedding_rows: rows of the token embeddings.
+        quantised: whether the weights are quantised; a quantised model cannot be streamed.
+        dtype: dtype of the weights.
 
     Raises:
-        ValueError: a model that the method cannot use, before any weight is loaded.
+        ValueError: the method cannot use this model. Raised before any weight is loaded.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class FrozenModel:
 
     @property
     def origin(self) -> str:
-        """Folder or Hub id that it was given by, or that a model in memory was loaded from; empty where there is none."""
+        """Folder or Hub id that the model was loaded from; empty if there is none."""
         return self._given if isinstance(self._given, str) else str(self._given.name_or_path)
 
     def model(self, device: torch.device | str) -> PreTrainedModel:
-        """The whole model on a device, frozen, in evaluation mode; loaded at the first call.
+        """The whole model on a device, frozen and in evaluation mode. The first call loads it.
 
         Raises:
-            ValueError: a folder of signals, which has no weights.
+            ValueError: the source is a folder of signals, which has no weights.
         """
         self._need_weights()
         if self._model is None:
@@ -90,7 +90,7 @@ class FrozenModel:
         return self._model.eval().requires_grad_(False)
 
     def rest(self) -> None:
-        """Take the model off the accelerator."""
+        """Move the model to the CPU."""
         if self._model is not None:
             self._move("cpu")
 
@@ -100,11 +100,11 @@ class FrozenModel:
             self._checked = True
 
     def _move(self, device: torch.device | str) -> None:
-        if self._model is not None and not self.quantised:  # quantised weights stay where they were loaded
+        if self._model is not None and not self.quantised:  # quantised weights stay on the device they were loaded to
             self._model.to(device)  # type: ignore[arg-type]
 
     def release(self) -> None:
-        """Let a model that was loaded here go; one that the caller made goes to the CPU."""
+        """Free a model that was loaded by name; move one that the caller passed in to the CPU."""
         if isinstance(self._given, str):
             self._model = self._offloaded = None
         self.rest()
@@ -112,7 +112,7 @@ class FrozenModel:
     def read_head(self) -> Head:
         """The head on the CPU."""
         if self.quantised:
-            self.model("cpu")  # whole, because its packed weights are not read in parts
+            self.model("cpu")  # packed weights cannot be read in parts
         if self._model is not None:
             self._check()
             return dissect(self._model).output_head().to("cpu")
@@ -126,11 +126,11 @@ class FrozenModel:
 
     @contextmanager
     def layer(self, index: int, device: torch.device | str) -> Iterator[Anatomy]:
-        """One decoder layer on a device, with the decoder's small parts around it, and the embeddings for layer 0.
+        """Put one decoder layer on a device, together with the decoder's small modules and, for layer 0, the embeddings.
 
-        Weights of a folder or Hub id are read from its safetensors files, each once in a pass over all layers (families whose
-        checkpoints transformers converts while loading, such as mixtures of experts, are read whole for every layer); a model
-        in memory lends its layer to the device.
+        For a folder or Hub id, weights are read from its safetensors files, each of them once in a pass over all layers. If
+        transformers converts a checkpoint while loading, as for mixtures of experts, all of it is read for every layer. For a
+        model in memory, the layer is moved to the device and back.
         """
         if self._model is None:
             with self._partly_loaded(index, device) as model:
@@ -153,12 +153,12 @@ class FrozenModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that lies with the source, see :func:`hf_semalign.models.loading.find_tokenizer`."""
+        """The tokenizer stored with the model, see :func:`hf_semalign.models.loading.find_tokenizer`."""
         return find_tokenizer(self._given if isinstance(self._given, str) else str(self._given.name_or_path))
 
     @cached_property
     def as_tuples(self) -> bool:
-        """Whether its layers give tuples, see :func:`hf_semalign.models.hooks.gives_tuples`."""
+        """Whether its layers return tuples, see :func:`hf_semalign.models.hooks.gives_tuples`."""
         if self.quantised:
             self.model("cpu")
         if self._model is not None:
@@ -169,7 +169,7 @@ class FrozenModel:
 
     @contextmanager
     def _partly_loaded(self, layer: int | None, device: torch.device | str) -> Iterator[PreTrainedModel]:
-        """The model with one layer's weights, or with its head's, and the decoder's small parts; all else stays on the disk."""
+        """Load the weights of one layer, or of the head if ``layer`` is ``None``; all other large modules stay on disk."""
         model = self._on_disk(device)
         anatomy = dissect(model)
         parts = [anatomy.head] if layer is None else [anatomy.layers[layer]]
@@ -180,7 +180,7 @@ class FrozenModel:
             (module, module._hf_hook) for module in modules if getattr(getattr(module, "_hf_hook", None), "offload", False)
         ]
         try:
-            for module, hook in hooks:  # accelerate's, which would read the weights anew in every forward
+            for module, hook in hooks:  # accelerate's hooks would read the weights again in every forward pass
                 hook.pre_forward(module)
                 hook.offload = False
                 for parameter in module.parameters(recurse=False):
@@ -192,14 +192,14 @@ class FrozenModel:
                 hook.post_forward(module, None)
 
     def _on_disk(self, device: torch.device | str) -> PreTrainedModel:
-        """The model with its weights on the disk, but for the decoder's small parts; made once, for it looks at every layer."""
+        """The model with its weights offloaded to disk, except for the decoder's small modules. Built once per device."""
         self._need_weights()
         if self._offloaded is not None and self._offloaded[0] == str(device):
             return self._offloaded[1]
         shape, anatomy = self.shape, dissect(self.shape)
         places = {id(module): path for path, module in shape.named_modules()}
         inner = places[id(anatomy.decoder)]
-        homes: dict[str, str] = {  # what is not of the decoder, such as a vision tower
+        homes: dict[str, str] = {  # modules outside the decoder, such as a vision tower
             path: "disk"
             for path, module in shape.named_modules()
             if not f"{path}.".startswith(f"{inner}.") and next(module.parameters(recurse=False), None) is not None
@@ -209,9 +209,9 @@ class FrozenModel:
             f"{inner}.{name}": str(device) for name, part in anatomy.decoder.named_children() if part is not anatomy.layers
         }
         homes |= {places[id(part)]: "disk" for part in (shape.get_input_embeddings(), anatomy.head)}
-        scratch = tempfile.TemporaryDirectory()  # for weights that transformers converts while loading
+        scratch = tempfile.TemporaryDirectory()  # holds weights that transformers converts while loading
         with quietly():
-            own = load_dtype(str(self._given))  # another would have all weights read and cast
+            own = load_dtype(str(self._given))  # with any other dtype, all weights would be read and cast
             model = load_weights(str(self._given), dtype=own, device_map=homes, offload_folder=scratch.name)
         name_parts(model.config, self._named)
         for parameter in model.parameters():
@@ -221,4 +221,4 @@ class FrozenModel:
         return self._offloaded[1]
 
     def _need_weights(self) -> None:
-        """Refuse to load weights that are not there."""
+        """Hook for subclasses: raise an error if there are no weights to load."""

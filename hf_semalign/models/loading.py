@@ -1,6 +1,6 @@
-"""Models and tokenizers by name, or as they are given: loaded, or refused with a clear error.
+"""Load and check models and tokenizers.
 
-A name is a Hub id, a folder or an embedded model (``embedded:source``, ``embedded:target``).
+A model name is a Hub id, a folder or an embedded model (``embedded:source``, ``embedded:target``).
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is: the product's name of a GPU by CUDA or ROCm, the type of any other."""
+    """Product name of a CUDA or ROCm GPU; the device type otherwise."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def licence_of(origin: str) -> dict[str, str] | None:
-    """What the card of a model names as its licence: ``license``, and ``license_name`` and ``license_link`` where it has them.
+    """Read a model's licence from its card: ``license``, and ``license_name`` and ``license_link`` if the card has them.
 
     Args:
-        origin: folder, Hub id or embedded model; empty for one that was made in memory.
+        origin: folder, Hub id or embedded model; empty for a model created in memory.
 
     Returns:
-        ``None`` where there is no card, it names none, or it cannot be had now: no run fails for it.
+        ``None`` if there is no card, it names no licence, or it cannot be read now. This never fails a run.
     """
-    if not origin:  # a model made in memory
+    if not origin:  # a model created in memory
         return None
     place = resolve_model(origin)
     card = Path(place) / "README.md"
@@ -61,7 +61,7 @@ def licence_of(origin: str) -> dict[str, str] | None:
     try:
         data = ModelCard.load(card if card.is_file() else place, ignore_metadata_errors=True).data
     except (OSError, ValueError, HTTPError, YAMLError) as error:
-        logger.info("The card of %s, which names its licence, was not read: %s", public_name(origin), brief(error))
+        logger.info("The licence of %s is unknown because its card could not be read: %s", public_name(origin), brief(error))
         return None
     named = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in named.items() if isinstance(value, str)} if isinstance(data.license, str) else None
@@ -69,21 +69,21 @@ def licence_of(origin: str) -> dict[str, str] | None:
 
 @contextmanager
 def _readable(name_or_path: str) -> Iterator[None]:
-    """What a library cannot read of a model is told in one sentence, with what to do."""
+    """Replace a library's error about a model that it cannot read with one sentence that says what to do."""
     try:
         yield
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         raise InputError(
-            f"The model {name_or_path!r} cannot be read: name a Hub id, or a folder that save_pretrained has written for a "
-            f"whole causal language model. ({brief(error)})"
+            f"The model {name_or_path!r} cannot be read: give a Hub id, or a folder in which save_pretrained has saved a "
+            f"complete causal language model. ({brief(error)})"
         ) from error
 
 
 def find_config(name_or_path: str) -> PretrainedConfig:
-    """The configuration of a model by name.
+    """Load a model's configuration by name.
 
     Raises:
-        ValueError: there is none, or it is broken.
+        ValueError: it is missing or damaged.
     """
     place = resolve_model(name_or_path)
     with _readable(name_or_path):
@@ -91,30 +91,30 @@ def find_config(name_or_path: str) -> PretrainedConfig:
 
 
 def find_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies with a model; ``None``, which is logged, for a model made in memory or a folder without one.
+    """Load the tokenizer stored with a model. Returns ``None``, with a warning, if there is none.
 
     Raises:
-        ValueError: its files are broken.
+        ValueError: its files are damaged.
     """
     name, place = public_name(name_or_path), resolve_model(name_or_path)
     try:
         if place:
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        reason = "it was made in memory"
+        reason = "it was created in memory"
     except json.JSONDecodeError as error:
         raise InputError(f"The tokenizer of {name_or_path!r} is damaged ({error}): copy or save it again.") from error
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0].replace(place, name)
-    logger.warning("No tokenizer was found with the model %r, so that its vocabulary is not checked: %s", name, reason)
+    logger.warning("No tokenizer was found with the model %r, so its vocabulary is not checked: %s", name, reason)
     return None
 
 
 @contextmanager
 def unknown_words_explained() -> Iterator[None]:
-    """Say what is wrong where a tokenizer meets a word that it does not know, and has no token for such.
+    """Explain the error of a tokenizer that meets an unknown word and has no token for it.
 
     Raises:
-        ValueError: in the place of the error of tokenizers, which has no type of its own.
+        ValueError: replaces the error of the tokenizers library, which has no type of its own.
     """
     try:
         yield
@@ -122,19 +122,19 @@ def unknown_words_explained() -> Iterator[None]:
         if not any(words in str(error) for words in ("[UNK]", "`unk_id`")):
             raise
         raise InputError(
-            f"The tokenizer does not know a word of the text, and has no token for unknown ones ({error}): choose a model "
-            "whose tokenizer cuts any text, or texts of its words."
+            f"The tokenizer does not know a word of the text and has no token for unknown words ({error}): choose a model "
+            "whose tokenizer accepts any text, or use only texts with words that it knows."
         ) from error
 
 
 def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
-    """The dtype to load a model in.
+    """Dtype to load a model in.
 
     Args:
-        name_or_path: its name.
-        precision: of the run. Under ``bf16`` float16 weights are loaded in bfloat16, lest layers give out float32. ``no`` is
-            training in 32 bits, as transformers says of ``bf16=False``: half-precision weights are loaded in float32. Otherwise
-            weights keep their own dtype.
+        name_or_path: name of the model.
+        precision: precision of the run. Under ``bf16``, float16 weights are loaded in bfloat16; otherwise the layers would
+            return float32. Under ``no``, half-precision weights are loaded in float32, because transformers documents
+            ``bf16=False`` as training in 32 bits. In all other cases, weights keep their own dtype.
     """
     own: Any = find_config(name_or_path).dtype or torch.float32
     if precision == "no" and own in HALVES and not is_quantised(find_config(name_or_path)):
@@ -143,7 +143,7 @@ def load_dtype(name_or_path: str, precision: str | None = None) -> torch.dtype:
 
 
 def product_seconds(dtype: torch.dtype, size: int = 1024) -> float:
-    """The least time that this CPU takes, of five tries, for a product of 64 states with a square weight."""
+    """Seconds that this CPU takes to multiply 64 states with a ``[size, size]`` weight; the best of five tries."""
     states, weight, seconds = torch.ones(64, size, dtype=dtype), torch.ones(size, size, dtype=dtype), []
     for _ in range(5):
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def is_quantised(config: PretrainedConfig) -> bool:
     """Whether a model's weights are quantised.
 
     Raises:
-        ValueError: by another method than bitsandbytes: none was tried.
+        ValueError: they are quantised with anything but bitsandbytes; other methods are untested.
     """
     quantisation: Any = getattr(config, "quantization_config", None)
     if quantisation is None:
@@ -164,16 +164,16 @@ def is_quantised(config: PretrainedConfig) -> bool:
     facts = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     if facts.get("quant_method") != "bitsandbytes":
         raise InputError(
-            f"Weights quantised by {facts.get('quant_method')} are not supported: use bitsandbytes, or plain weights."
+            f"Weights quantised with {facts.get('quant_method')} are not supported: use bitsandbytes, or unquantised weights."
         )
     return True
 
 
 def keep_layout(model: PreTrainedModel) -> None:
-    """Have bitsandbytes leave 4-bit weights as they are stored.
+    """Stop bitsandbytes from repacking 4-bit weights.
 
-    On CPUs with AVX512-BF16 it would pack them anew at the first forward in evaluation mode, for a kernel of its own that wants
-    rows by 32, and neither dequantising nor training reads that layout.
+    On CPUs with AVX512-BF16, it repacks them at the first forward pass in evaluation mode, for a kernel that needs a multiple
+    of 32 rows. Dequantising and training cannot read that layout.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes.nn.Linear4bit
@@ -181,15 +181,15 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) -> PreTrainedModel:
-    """A model by name without its weights: its shape alone, so that much can be refused before loading.
+    """Build a model by name on the meta device, so that problems are found before its weights are loaded.
 
     Args:
-        name_or_path: its name.
+        name_or_path: name of the model.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
-        weights: whether a folder has to hold weights; of those in safetensors the headers are read.
+        weights: whether a folder must contain weights; if so, the headers of its safetensors files are checked.
 
     Raises:
-        ValueError: no causal language model, or weights that are missing, damaged or quantised in a way that is not supported.
+        ValueError: it is not a causal language model, or its weights are missing, damaged, or quantised in an unsupported way.
     """
     config = find_config(name_or_path)
     name_parts(config, parts)
@@ -197,7 +197,7 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
     if weights and (folder := Path(resolve_model(name_or_path))).is_dir():
         files = list(folder.glob("model*.safetensors"))
         if not files:
-            raise InputError(f"{name_or_path} has no *.safetensors files: name a folder of save_pretrained, or a Hub id.")
+            raise InputError(f"{name_or_path} has no *.safetensors files: give a folder saved by save_pretrained, or a Hub id.")
         for file in files:
             check_header(file)
     with torch.device("meta"), _readable(name_or_path):
@@ -205,12 +205,12 @@ def skeleton(name_or_path: str, parts: Parts = None, *, weights: bool = True) ->
 
 
 def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` by name, with all weights from safetensors files, none as it was drawn.
+    """Call ``AutoModelForCausalLM.from_pretrained`` and check that every weight was read, so none keeps its random values.
 
-    Nothing is unpickled, and no code of a repository is run.
+    Only safetensors files are read: nothing is unpickled, and no code from a repository is run.
 
     Raises:
-        ValueError: weights that cannot be read, are missing or have another shape than the configuration says.
+        ValueError: weights cannot be read, are missing, or do not have the shape that the configuration says.
     """
     place = resolve_model(name_or_path)
     with _readable(name_or_path):
@@ -222,29 +222,29 @@ def load_weights(name_or_path: str, **settings: Any) -> PreTrainedModel:
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
         raise InputError(
-            f"The weights of {name_or_path} do not fit its config.json: {len(unfit)} of them are missing or of another shape, "
-            f"such as {unfit[:3]}. Copy or download both again."
+            f"The weights of {name_or_path} do not match its config.json: {len(unfit)} of them are missing or have a different "
+            f"shape, such as {unfit[:3]}. Copy or download both again."
         )
     keep_layout(model)
     return model
 
 
 def load_model(model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> PreTrainedModel:
-    """The model of a name, see :func:`load_dtype`; a model that was made elsewhere is checked.
+    """Load a model by name, in the dtype of :func:`load_dtype`; or check a model that was loaded elsewhere.
 
     Args:
         model: a model, or its name.
-        precision: of the run, see :func:`load_dtype`.
+        precision: precision of the run, see :func:`load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
     Raises:
-        ValueError: no causal LM, a model that carries LoRA already, or weights that do not fit, or that are quantised in a way
-            that is not supported.
+        ValueError: it is not a causal LM, it already has LoRA, its weights do not match its configuration, or they are
+            quantised in an unsupported way.
     """
     if isinstance(model, (str, Path)):
         model = load_weights(str(model), dtype=load_dtype(str(model), precision))
     elif isinstance(model, PeftModel) or any("lora_" in name for name, _ in base_model(model).named_parameters()):
-        raise InputError("The model carries LoRA already: pass a base model; SemAlignTrainer adds LoRA of its own.")
+        raise InputError("The model already has LoRA: pass a base model; SemAlignTrainer adds its own LoRA.")
     is_quantised(model.config)
     keep_layout(model)
     name_parts(model.config, parts)
@@ -252,12 +252,15 @@ def load_model(model: PreTrainedModel | str | Path, *, precision: str | None = N
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, rows: int) -> int:
-    """Id to pad with: the tokenizer's, or without one the model's; 0 where one of the models has no embedding for it.
+    """Padding token id: from the tokenizer, or without a tokenizer from the model; 0 if a model has no embedding for it.
 
     Args:
-        tokenizer: the target's.
+        tokenizer: the target's tokenizer.
         model: the target.
-        rows: embeddings that both models have; padding is masked, so that any of them will do.
+        rows: number of embeddings that both models have. Padding is masked, so any id below it will do.
+
+    Raises:
+        ValueError: there is no tokenizer, and the model's config has no pad token.
     """
     pad = tokenizer.pad_token_id if tokenizer is not None else model.config.get_text_config().pad_token_id
     if pad is None:
@@ -267,7 +270,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedMod
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the loading bar and the warnings of transformers."""
+    """Silence the loading bar and the warnings of transformers and accelerate inside the block."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     offloading = logging.getLogger("accelerate.big_modeling")
     offloading_level = offloading.level

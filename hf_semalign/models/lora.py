@@ -1,4 +1,4 @@
-"""LoRA on the decoder layers of a target: which modules get it, and adding it (method, section 6)."""
+"""Choose the target's modules that get LoRA, and add it (method, section 6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_semalign.errors import InputError
 from hf_semalign.models.anatomy import dissect
 
 logger = logging.getLogger(__name__)
-# Modules that carry LoRA (method, section 6): FFN up and down, attention value and output, or what a family fuses them into.
+# Modules that get LoRA (method, section 6): FFN up and down, attention value and output, or the fused modules of a family.
 FFN_TARGETS: tuple[str, ...] = (
     "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "input_linear",
     "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear",
@@ -25,22 +25,23 @@ LORA_TARGETS: tuple[str, ...] = (
     *FFN_TARGETS,
     "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv",
     "o_proj", "out_proj", "dense",
-    "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # of blocks without attention
+    "in_proj", "in_proj_qkvz", "linear_x", "linear_y", "linear_out",  # in blocks without attention
 )  # fmt: skip
 
 
 def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list[str]:
-    """Module names that get LoRA, in every layer at least one of them.
+    """Names of the modules that get LoRA; every layer has at least one of them.
 
-    In a mixture of experts the attention modules alone get it: experts see few tokens each, and peft takes FFN names there for
-    theirs. Of state-space mixers the input projection gets it: fused kernels read the others past their modules.
+    In a mixture of experts, only attention modules get LoRA: each expert sees few tokens, and peft would match FFN names inside
+    the experts. In state-space mixers, only the input projection gets it: fused kernels read the weights of the other
+    projections directly and would bypass their LoRA.
 
     Args:
         layers: decoder layers of the target.
-        wanted: names to use; by default those of ``LORA_TARGETS`` that occur.
+        wanted: names to use; by default, all names in ``LORA_TARGETS`` that occur.
 
     Raises:
-        ValueError: a wanted name does not occur, or a layer has none; the message names the candidates.
+        ValueError: a wanted name does not occur, or a layer has none of the names; the message lists the candidates.
     """
     experts = any("experts" in path.split(".") for layer in layers for path, _ in layer.named_modules())
     candidates = [{path.rpartition(".")[2] for path in lora_candidates(layer)} for layer in layers]
@@ -57,12 +58,12 @@ def lora_targets(layers: nn.ModuleList, wanted: list[str] | None = None) -> list
             "least one for every layer."
         )
     if experts:
-        logger.warning("The target is a mixture of experts: LoRA goes on %s, and its FFNs stay as they are.", chosen)
+        logger.warning("The target is a mixture of experts: only %s get LoRA, and its FFNs do not change.", chosen)
     return chosen
 
 
 def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a layer that may get LoRA, by path."""
+    """Modules of a layer that can get LoRA, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in layer.named_modules():
         parent, _, name = path.rpartition(".")
@@ -76,17 +77,17 @@ def lora_candidates(layer: nn.Module) -> dict[str, nn.Module]:
 def add_lora(
     target: PreTrainedModel, names: list[str], *, rank: int, alpha: int, ranks: Mapping[str, int] | None = None
 ) -> PeftModel:
-    """A target with LoRA on the modules of :func:`lora_targets` in its decoder layers, and nowhere else.
+    """Add LoRA to modules of the target's decoder layers, and to no others.
 
     Args:
         target: the target.
-        names: module names.
-        rank: ``r``.
+        names: module names, as from :func:`lora_targets`.
+        rank: LoRA rank ``r``.
         alpha: ``lora_alpha``.
-        ranks: other ranks by name, each with an ``alpha`` as large.
+        ranks: ranks that differ, by module name; their ``alpha`` equals the rank.
 
     Raises:
-        ValueError: peft put LoRA elsewhere.
+        ValueError: peft added LoRA to other modules.
     """
     layers = dissect(target).layers
     allowed = {id(module) for layer in layers for module in lora_candidates(layer).values()}
@@ -106,7 +107,7 @@ def add_lora(
     carriers = {path for path, module in target.named_modules() if isinstance(module, LoraLayer)}
     if carriers != (wanted := {path for path, module in named.items() if id(module) in allowed}):
         raise InputError(
-            f"peft put LoRA on other modules than those named in the decoder layers: on {sorted(carriers - wanted)[:5]} as "
-            f"well, and not on {sorted(wanted - carriers)[:5]}. Set lora_targets to other names."
+            f"peft did not add LoRA to exactly the named modules of the decoder layers: {sorted(carriers - wanted)[:5]} got it "
+            f"too, and {sorted(wanted - carriers)[:5]} did not get it. Set lora_targets to other names."
         )
     return adapted

@@ -1,8 +1,9 @@
-"""What the tokens of a tokenizer spell, in bytes: all that two tokenizers need to have in common.
+"""The bytes that each token of a tokenizer spells. Two tokenizers are compared by these bytes alone.
 
-How a token's string becomes text is what the tokenizer's decoder says. Byte-level tokenizers write each byte as a character of
-GPT-2's alphabet; those of SentencePiece write a space as ``▁`` and a byte that no token spells as ``<0xNN>``. Offsets are never
-asked: inside a multi-byte character they repeat. Others, such as WordPiece, lose white space, and are refused.
+The tokenizer's decoder determines how a token string becomes text. Byte-level tokenizers write each byte as a character of
+GPT-2's alphabet. SentencePiece tokenizers write a space as ``▁``, and a byte that no token spells as ``<0xNN>``. Offsets are
+not used, because they repeat inside a multi-byte character. Other tokenizers, such as WordPiece, lose white space and are
+refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ANSWER = "An answer."
 
 
 def _alphabet() -> str:
-    """GPT-2's character for each byte: printable ones stand for themselves, the others for those from U+0100 on."""
+    """GPT-2's character for each byte: printable bytes map to themselves, all others to characters from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = iter(range(256, 512))
     return "".join(chr(byte if byte in printable else next(hidden)) for byte in range(256))
@@ -38,13 +39,13 @@ BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """What the tokens of one tokenizer spell.
+    """Table of the bytes that a tokenizer's tokens spell.
 
     Attributes:
-        spelled: bytes of the token of each id; ``None`` where there are none to know: special tokens, ids without a token, and
-            byte tokens beside a token of the same byte, which is written instead.
-        names: the token of each id as the vocabulary has it; ``None`` for ids without one.
-        ends: ids of the tokens that end an answer: EOS, and what the chat template writes after an assistant's turn.
+        spelled: bytes of each token id. ``None`` for special tokens, for ids without a token, and for byte tokens that the
+            tokenizer never writes because a plain token spells the same byte.
+        names: token string of each id, as in the vocabulary; ``None`` for ids without a token.
+        ends: ids of the tokens that end an answer: EOS, and the token that the chat template writes after an assistant turn.
     """
 
     spelled: Sequence[bytes | None]
@@ -55,13 +56,14 @@ class TokenBytes:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
-        """The table of a tokenizer.
+        """Build the table of a tokenizer.
 
-        Added tokens that are not special are text: Gemma and GPT-NeoX keep runs of white space in them, Qwen ``<tool_call>``.
+        Added tokens that are not special count as text: Gemma and GPT-NeoX have runs of white space among them, Qwen has
+        ``<tool_call>``.
 
         Raises:
-            ValueError: a tokenizer whose tokens do not tell their bytes, such as WordPiece, or whose own decoding of a sample
-                differs from the table's.
+            ValueError: the bytes of the tokens cannot be determined, as with WordPiece, or the tokenizer decodes a sample
+                differently from the table.
         """
         backend, is_byte_level = _backend(tokenizer)
         vocabulary = tokenizer.get_vocab()
@@ -83,13 +85,13 @@ class TokenBytes:
         return table
 
     def first(self, text: bytes) -> bytes | None:
-        """What the first token of this tokenizer's cut of some bytes spells, however they continue.
+        """Tokenize some bytes and return the bytes of the first token.
 
         Args:
             text: at least one byte; may begin or end inside a character.
 
         Returns:
-            ``None`` where the tokenizer has no token for them.
+            ``None`` if the tokenizer has no token for these bytes.
         """
         model, whole = self._backend.model, _whole_characters(text)
         if self._is_byte_level:
@@ -100,26 +102,26 @@ class TokenBytes:
         return None if token is None else self.spelled[token]
 
     def _first_piece(self, text: str) -> str:
-        """What the pre-tokenizer cuts off first: digits, words or runs of white space, as each tokenizer has it."""
+        """First piece of the pre-tokenizer, such as a digit, a word or a run of white space."""
         pieces = self._backend.pre_tokenizer.pre_tokenize_str(text) if self._backend.pre_tokenizer else []
         return text[: pieces[0][1][1]] if pieces else text
 
     def _check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Compare with the tokenizer's own decoding, which may drop the space that it puts before a text."""
+        """Compare the table with the tokenizer's own decoding, which may drop a space at the start of a text."""
         ids = [token for token in tokenizer(SAMPLE, add_special_tokens=False)["input_ids"] if self.spelled[token]]
         ours = b"".join(self.spelled[token] or b"" for token in ids).decode(errors="replace")
         theirs = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         if ours.removeprefix(" ") != theirs.removeprefix(" "):
             raise InputError(
-                f"The tokenizer {tokenizer.name_or_path!r} decodes a sample as {theirs!r}, and the bytes of its tokens spell "
-                f"{ours!r}: its decoder does something that is not known here. Choose a pair of one tokenizer."
+                f"The tokenizer {tokenizer.name_or_path!r} decodes a sample as {theirs!r}, but the bytes of its tokens spell "
+                f"{ours!r}: its decoder does something unknown. Choose a pair with one tokenizer."
             )
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, bool]:
-    """What runs a tokenizer, and whether it writes tokens in GPT-2's alphabet, or else as SentencePiece; others are refused."""
+    """Backend of a tokenizer, and whether it is byte-level; otherwise it is SentencePiece. All others raise an error."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    kind = f"{type(tokenizer).__name__}, which the tokenizers library does not run"
+    kind = f"a {type(tokenizer).__name__} without a backend from the tokenizers library"
     if backend is not None:
         model: Any = backend.model
         steps = _steps(backend.decoder)
@@ -131,13 +133,13 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, bool]:
             if any(SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String")) for step in steps):
                 return backend, False
     raise InputError(
-        f"The tokenizer {tokenizer.name_or_path!r} is {kind}: what bytes its tokens spell cannot be known. Two tokenizers are "
-        "aligned by bytes, which takes byte-level BPE, or BPE or Unigram of SentencePiece. Choose another model for this side."
+        f"The tokenizer {tokenizer.name_or_path!r} is {kind}: the bytes of its tokens cannot be determined. Two tokenizers are "
+        "aligned by bytes, which needs byte-level BPE, or SentencePiece BPE or Unigram. Choose another model for this side."
     )
 
 
 def _steps(decoder: Any) -> list[dict[str, Any]]:
-    """The steps of a decoder with their settings; those of a sequence one by one."""
+    """Steps of a decoder with their settings; a sequence is unpacked."""
     if decoder is None:
         return []
     state = json.loads(decoder.__getstate__())
@@ -155,7 +157,7 @@ def _spelled_by_sentencepiece(name: str) -> bytes:
 
 
 def _drop_spare_bytes(spelled: list[bytes | None], names: Sequence[str | None]) -> None:
-    """Byte tokens such as ``<0x41>`` are never written where ``A`` is a token: they are no text of this tokenizer."""
+    """Set byte tokens to ``None`` if a plain token spells the same byte: with a token ``A``, ``<0x41>`` is never written."""
     is_byte = [name is not None and BYTE.fullmatch(name) is not None for name in names]
     plain = {text for text, byte in zip(spelled, is_byte, strict=True) if not byte}
     for token, byte in enumerate(is_byte):
@@ -169,7 +171,7 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[bytes | None]
         turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": ANSWER}]
         try:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except (TemplateError, TypeError, ValueError):  # it may want other turns, and rows of plain text do not need it
+        except (TemplateError, TypeError, ValueError):  # the template may need other turns; plain-text rows do not need it
             text = ""
         after = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"] if ANSWER in text else []
         ends.add(next((token for token in after if spelled[token] is None), None))
@@ -177,7 +179,7 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[bytes | None]
 
 
 def _whole_characters(text: bytes) -> str:
-    """The characters that some bytes begin with."""
+    """Decode the longest valid prefix of some bytes."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:

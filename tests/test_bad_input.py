@@ -33,7 +33,7 @@ from hf_semalign.training.engines import check_sharded, check_shards, check_zero
 ROWS = random_rows([(4, 3)] * 24)
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
-SHALLOW = "The source has 2 layers and the target 3.*'proportional', which may repeat"
+SHALLOW = "The source has 2 layers and the target 3.*'proportional', which can repeat"
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
@@ -419,9 +419,9 @@ HEAD = torch.randn(7, 4)
             "The source head is .* finite real numbers",
         ),
         ("a head of zeros", lambda: SemanticMap.from_heads(HEAD, 0 * HEAD), r"The target head .* \(7, 4\): .* not all zero"),
-        ("scores by layer", lambda: pair_layers({0: 1.0, 1: 2.0}, 1), "expected a score of each source layer"),
-        ("no source layer", lambda: pair_layers(0, 3, "proportional"), "scores is 0 and num_target_layers 3: expected"),
-        ("no target layer", lambda: pair_layers(5, 0, "last"), "num_target_layers 0: expected"),
+        ("scores by layer", lambda: pair_layers({0: 1.0, 1: 2.0}, 1), "expected one score per source layer"),
+        ("no source layer", lambda: pair_layers(0, 3, "proportional"), "scores is 0 and num_target_layers is 3: expected"),
+        ("no target layer", lambda: pair_layers(5, 0, "last"), "num_target_layers is 0: expected"),
         ("fractions of layers", lambda: pair_layers(5, 2, [0.5, 3.7]), r"lists \[0.5, 3.7\]: expected whole numbers"),
         ("a pairing that descends", lambda: LayerPairing((2, 0), 3, "explicit"), "must be ascending"),
         ("a pairing of others", lambda: LayerPairing((1, 7), 3, "explicit"), "between 0 and 2"),
@@ -460,7 +460,7 @@ def test_files_that_hold_something_else(tmp_path, read, content, error, message)
         ("scores of words", LayerScores, {"values": ["a", "b"]}, r"values\[0\] of .* is 'a': expected a number"),
         ("scores without deviations", LayerScores, {"deviations": []}, "There are 2 scores and 0 deviations"),
         ("pairs of fractions", LayerPairing, {"source_layers": [0.5, 1]}, r"source_layers\[0\] of .* is 0.5: expected a whole"),
-        ("too few scores", LayerPairing, {"scores": [1.0]}, "There are 1 scores of 2 source layers: expected one each"),
+        ("too few scores", LayerPairing, {"scores": [1.0]}, "There are 1 scores for 2 source layers: expected one each"),
     ],
 )
 def test_files_with_values_of_another_kind(tmp_path, read, change, message):
@@ -513,7 +513,7 @@ def test_batches_that_are_gone_through_once(monkeypatch):
     monkeypatch.setattr(analysis, "MOMENTS", 1)  # a group for each source layer
     with pytest.raises(InputError, match="batches is an iterator, and has to be gone through more than once"):
         layer_cka(SMALL, SMALL, iter([BATCH]), SemanticMap.from_models(SMALL, SMALL))
-    with pytest.raises(InputError, match="batches is a dict: expected several batches"):
+    with pytest.raises(InputError, match="batches is a dict: expected an iterable of batches"):
         attribute_layers(SMALL, BATCH)
     with pytest.raises(InputError, match="The model is a str: expected a transformers causal LM, or its name"):
         attribute_layers("gpt2", [BATCH])

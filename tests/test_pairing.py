@@ -89,7 +89,7 @@ def test_a_source_shallower_than_the_target_is_refused(strategy):
 
 @pytest.mark.parametrize("strategy", ["attribution", "banded"])
 def test_a_strategy_without_its_scores_is_refused(strategy):
-    with pytest.raises(ValueError, match=rf"'{strategy}' needs the scores of attribute_layers"):
+    with pytest.raises(ValueError, match=rf"'{strategy}' needs scores from attribute_layers"):
         pair_layers(8, 3, strategy)
 
 

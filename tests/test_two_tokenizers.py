@@ -178,7 +178,7 @@ REFUSED = [
         "other bytes",
         [{**row, "completion": f"{row['completion']}<s> x"} for row in ROWS],
         {},
-        "is not the same bytes for both",
+        "do not give the same bytes for the answer",
     ),
 ]
 

@@ -1,1 +1,1 @@
-"""The method, section by section of the paper: attribution, pairing, map, losses and frontier."""
+"""The method, one file per section of the paper: attribution, pairing, map, losses and frontier."""

@@ -1,9 +1,9 @@
-"""Which positions of two models belong together where their tokenizers cut a text differently.
+"""Align the positions of two models whose tokenizers split a text differently.
 
-A valid position stands at a boundary of the answer: so many bytes of it are still to come. Two boundaries, one of each
-model, are aligned when as many bytes of the same turn are to come at both. Bytes are counted from the end of a turn, since
-its first token may begin earlier on one side: it may stand across the seam of prompt and answer, or hold the space that
-SentencePiece puts before a text, or white space that one chat template writes and the other does not.
+A valid position is a token boundary in the answer. A boundary of the source and one of the target are aligned if the same
+number of bytes of the same turn follow both. Bytes are counted from the end of a turn, because its first token may begin
+earlier on one side: it may span the end of the prompt, or contain the space that SentencePiece puts before a text, or white
+space that only one of the chat templates writes.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.tokenization import IGNORED
 
-MAX_LEFT_OUT = 0.1  # share of the rows
+MAX_LEFT_OUT = 0.1  # largest share of rows that may be left out
 SHOWN = 5  # rows that a message names
-AROUND = 20  # bytes of both answers that it shows
+AROUND = 20  # bytes that it shows before and after a difference
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row as one model reads it: ``ids`` ``[T]`` and ``labels`` ``[T]``, which are -100 where nothing is supervised."""
+    """One row in the tokens of one model: ``ids`` ``[T]``, and ``labels`` ``[T]`` with -100 for unsupervised tokens."""
 
     ids: Sequence[int]
     labels: Sequence[int]
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        """``[T]`` bool: the tokens that are supervised."""
+        """``[T]`` bool: which tokens are supervised."""
         return np.asarray(self.labels) != IGNORED
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """The aligned positions of one row, in their order.
+    """The aligned positions of one row, in order.
 
-    The start of a turn is always aligned, and so is its end, where both models predict a token that ends it.
+    The start of a turn is always aligned. Its end is aligned too if both models predict a token that ends the turn.
 
     Attributes:
-        pairs: ``[P, 2]`` int32: rank among the source's valid positions, position of the target.
-        comparable: ``[P]`` bool: the tokens that come next are of one class, so that both predictions can be compared. They
-            are not where one tokenizer writes an indentation as three spaces and a word with a fourth one, and the other as
-            four spaces, and seldom at the start of a turn whose first token begins earlier on one side.
+        pairs: ``[P, 2]`` int32: rank among the source's valid positions, and position in the target's tokens.
+        comparable: ``[P]`` bool: both next tokens are in the same class, so the two predictions can be compared. They are not
+            if one tokenizer splits an indentation into three spaces and a word with a leading space, and the other writes four
+            spaces. At the start of a turn whose first token begins earlier on one side, they seldom are.
     """
 
     pairs: np.ndarray
@@ -59,13 +59,13 @@ class Alignment:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A run of supervised tokens up to the one that ends it.
+    """A run of supervised tokens, up to the token that ends the turn.
 
     Attributes:
-        first: place of the first token in the row.
-        text: what the tokens before the end spell.
-        read: ``[n]``, bytes before each token; with ``ended`` the last token is the one that ends the turn.
-        ended: whether there is one.
+        first: index of the first token in the row.
+        text: bytes that the tokens before the end spell.
+        read: ``[n]``, number of bytes before each token; with ``ended``, the last token is the one that ends the turn.
+        ended: whether the turn has such a token.
     """
 
     first: int
@@ -84,23 +84,23 @@ def align_rows(
     split: str,
     max_length: int | None = None,
 ) -> list[Alignment | None]:
-    """Aligned positions of each row of a split.
+    """Align the positions of each row of a split.
 
     Args:
-        source_rows: rows as the source reads them, whole.
-        target_rows: the same rows as the target reads them.
-        source: what the source's tokens spell.
-        target: what the target's tokens spell.
-        classes: of the tokens of both.
-        split: name for messages.
-        max_length: longer sequences are going to be cut at the end, and what is aligned there drops out.
+        source_rows: rows in the source's tokens, not truncated.
+        target_rows: the same rows in the target's tokens.
+        source: bytes of the source's tokens.
+        target: bytes of the target's tokens.
+        classes: classes of both models' tokens.
+        split: name of the split, for messages.
+        max_length: sequences will be truncated at this length; positions behind it are not aligned.
 
     Returns:
-        One alignment a row; ``None`` for rows to leave out, whose answers spell different bytes on the two sides. They are
-        named in the log.
+        One alignment per row. ``None`` for rows to leave out, because the two sides spell different bytes in the answer; the
+        log names them.
 
     Raises:
-        ValueError: too many of them, with the places where the first ones part.
+        ValueError: more than 10 % of the rows would be left out; the message shows where the first of them differ.
     """
     alignments: list[Alignment | None] = []
     reasons: list[str] = []
@@ -111,15 +111,15 @@ def align_rows(
     left_out = alignments.count(None)
     if left_out:
         message = (
-            f"In {left_out} of {len(alignments)} rows of the {split} split the answer is not the same bytes for both "
-            "tokenizers and chat templates, or max_length cuts it away:\n  " + "\n  ".join(reasons)
+            f"In {left_out} of {len(alignments)} rows of the {split} split, the two tokenizers and chat templates do not give "
+            "the same bytes for the answer, or max_length cuts it off:\n  " + "\n  ".join(reasons)
         )
         if left_out > MAX_LEFT_OUT * len(alignments):
             raise InputError(
-                f"{message}\nAt most {MAX_LEFT_OUT:.0%} of the rows may be left out for this. Give the rows as prompt and "
-                "completion in plain text, take special tokens out of the answers, or choose a pair of one tokenizer."
+                f"{message}\nAt most {MAX_LEFT_OUT:.0%} of the rows may be left out. Give the rows as prompt and completion in "
+                "plain text, remove special tokens from the answers, or choose a pair with one tokenizer."
             )
-        logger.warning("%s\nThey are left out.", message)
+        logger.warning("%s\nThese rows are left out.", message)
     return alignments
 
 
@@ -131,7 +131,7 @@ def align_row(
     classes: PrefixClasses,
     max_length: int | None = None,
 ) -> Alignment | None:
-    """Aligned positions of one row; ``None`` where its answers spell different bytes. Arguments as in :func:`align_rows`."""
+    """Align the positions of one row; ``None`` if its answers spell different bytes. Arguments as in :func:`align_rows`."""
     ours, theirs = _turns(source_row, source), _turns(target_row, target)
     if not ours or not theirs or len(ours) != len(theirs) or not all(map(_agree, ours, theirs)):
         return None
@@ -151,7 +151,7 @@ def align_row(
 
 
 def _turns(row: TokenRow, spelling: TokenBytes) -> list[_Turn] | None:
-    """The answers of a row, each up to its end; ``None`` where one of their tokens spells nothing that is known."""
+    """The answers of a row, each up to its end; ``None`` if one of them has a token with unknown bytes."""
     inside = np.concatenate([[False], row.supervised, [False]])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     turns = []
@@ -168,20 +168,20 @@ def _turns(row: TokenRow, spelling: TokenBytes) -> list[_Turn] | None:
 
 
 def _cores(one: _Turn, other: _Turn) -> tuple[bytes, bytes]:
-    """Both texts, without the white space at their ends where that is not the same."""
+    """Both texts, without their trailing white space if it differs."""
     ours, theirs = one.text.rstrip(), other.text.rstrip()
     same = one.text[len(ours) :] == other.text[len(theirs) :]
     return (one.text, other.text) if same else (ours, theirs)
 
 
 def _agree(one: _Turn, other: _Turn) -> bool:
-    """Whether two turns end with the same text, which is all of one of them."""
+    """Whether one turn's text is a suffix of the other's, up to white space at the end."""
     ours, theirs = _cores(one, other)
     return bool(ours) == bool(theirs) and (ours.endswith(theirs) or theirs.endswith(ours))
 
 
 def _meetings(one: _Turn, other: _Turn) -> np.ndarray:
-    """``[P, 2]`` places in both rows of the tokens that come next where two turns are aligned."""
+    """``[P, 2]`` indices, in both rows, of the tokens that follow the aligned positions of two turns."""
     ours, theirs = _cores(one, other)
     our_rest, their_rest = len(ours) - one.read, len(theirs) - other.read
     left, k, j = np.intersect1d(our_rest[our_rest > 0], their_rest[their_rest > 0], assume_unique=True, return_indices=True)
@@ -195,7 +195,7 @@ def _meetings(one: _Turn, other: _Turn) -> np.ndarray:
 
 
 def _parting(source_row: TokenRow, target_row: TokenRow, source: TokenBytes, target: TokenBytes) -> str:
-    """Where the answers of a row part, in words."""
+    """Describe where the answers of a row begin to differ."""
     for role, row, spelling in (("source", source_row, source), ("target", target_row, target)):
         for token in np.asarray(row.ids)[row.supervised].tolist():
             if spelling.spelled[token] is None and token not in spelling.ends:
@@ -208,4 +208,4 @@ def _parting(source_row: TokenRow, target_row: TokenRow, source: TokenBytes, tar
             place = next((k for k, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), 0)
             around = slice(max(0, place - AROUND), place + AROUND)
             return f"the source reads {one.text[around]!r} where the target reads {other.text[around]!r}"
-    return "nothing of the answer is left"
+    return "no answer position is left"

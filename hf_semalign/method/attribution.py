@@ -1,6 +1,6 @@
 """Layer attribution: which source layers matter for the task (method, section 1).
 
-Layer Gradient x Activation (captum) of the answer loss at the output of every source layer, in one backward pass.
+Scores are captum's Layer Gradient x Activation of the answer loss at the output of every source layer, from one backward pass.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ AGGREGATES = {
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Scores of the source layers.
+    """Attribution scores of the source layers.
 
     Attributes:
-        values: one score a source layer, shallow to deep.
+        values: one score per source layer, shallow to deep.
         deviations: standard deviation of each score across examples.
-        num_examples: examples seen.
-        aggregate: how channels were aggregated.
+        num_examples: number of examples.
+        aggregate: how channels were aggregated, see :func:`attribute_layers`.
     """
 
     values: tuple[float, ...]
@@ -53,12 +53,12 @@ class LayerScores:
     def __post_init__(self) -> None:
         if not self.values or len(self.values) != len(self.deviations):
             raise InputError(
-                f"There are {len(self.values)} scores and {len(self.deviations)} deviations: expected one of each source layer."
+                f"There are {len(self.values)} scores and {len(self.deviations)} deviations: expected one of each per layer."
             )
 
     @property
     def flat(self) -> bool:
-        """Whether the layers differ by less than one layer's score differs between examples: a ranking says little."""
+        """Whether scores differ less between layers than between examples; a ranking of the layers then says little."""
         return max(self.values) - min(self.values) < sum(self.deviations) / len(self.deviations)
 
     def to_json(self, path: str | Path) -> None:
@@ -70,17 +70,17 @@ class LayerScores:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is damaged, or holds something else.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is damaged, or contains something else.
         """
         return cls.from_dict(read_json(path), str(path))
 
     @classmethod
     def from_dict(cls, record: dict, where: str = "the scores") -> LayerScores:
-        """Rebuild from plain values, also after JSON.
+        """Rebuild from plain values, such as those read from JSON.
 
         Raises:
-            ValueError: they are something else; the message names ``where`` they stand.
+            ValueError: the values do not describe scores; the message uses ``where`` to name them.
         """
         check_kinds(record, cls, where)
         return cls(tuple(record["values"]), tuple(record["deviations"]), record["num_examples"], record["aggregate"])
@@ -92,25 +92,25 @@ def attribute_layers(
 ) -> LayerScores:
     """Score every source layer by gradient x activation.
 
-    ``score_l`` is the mean over examples, and within an example over its valid positions, of ``|<dL/dh_l, h_l>|``, with
-    ``h_l`` the layer's output and ``L`` the example's mean answer cross-entropy; the batch size changes nothing. Of the
-    activations, the outputs of all layers are held, and the inside of one layer at a time.
+    ``score_l`` is the mean of ``|<dL/dh_l, h_l>|`` over each example's valid positions and then over examples. ``h_l`` is the
+    layer's output and ``L`` the example's mean answer cross-entropy. The batch size does not change the scores. Memory holds
+    the outputs of all layers, and the inner activations of one layer at a time.
 
-    Under a final RMSNorm or LayerNorm the loss does not depend on the length of the last state, so ``dot`` and ``signed`` give
-    the last layer zero, whatever it does; ``l1`` and ``l2`` do not.
+    With a final RMSNorm or LayerNorm, the loss does not depend on the length of the last state. Therefore ``dot`` and
+    ``signed`` always give the last layer zero; ``l1`` and ``l2`` do not.
 
     Args:
-        source: the source model; needs no gradient on its weights and gets none.
+        source: the source model; no gradients of its weights are computed.
         batches: dicts of ``input_ids, attention_mask, labels``, ``[B, T]`` each.
-        aggregate: ``dot`` (the above), ``signed`` (no absolute value), ``l1`` or ``l2`` norm over channels.
+        aggregate: ``dot`` (as above), ``signed`` (without the absolute value), or the ``l1`` or ``l2`` norm over channels.
 
     Raises:
-        ValueError: an unknown aggregate, no batches, or an example without a valid position.
+        ValueError: the aggregate is unknown, there are no batches, or an example has no valid position.
     """
     if aggregate not in AGGREGATES:
         raise InputError(f"aggregate is {aggregate!r}: expected one of {sorted(AGGREGATES)}.")
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise InputError(f"batches is a {type(batches).__name__}: expected several batches, such as a list of them.")
+        raise InputError(f"batches is a {type(batches).__name__}: expected an iterable of batches, such as a list.")
     anatomy = dissect(source)
     device, head = anatomy.device, anatomy.output_head()
 
@@ -131,7 +131,7 @@ def attribute_layers(
             ids, mask, labels = tensors_of(batch, embedding_rows(source), device)
             valid = valid_positions(labels)
             if not valid.any(1).all():
-                raise InputError("No valid positions in an example of the extract split: every example needs an answer.")
+                raise InputError("An example of the extract split has no valid positions: every example needs an answer.")
             embeds = embed(ids).detach().requires_grad_()
             with checkpointed(anatomy.layers):
                 products = captum.attribute(embeds, additional_forward_args=(mask, labels))
@@ -142,17 +142,17 @@ def attribute_layers(
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
             parameter.requires_grad_(needed)
     if not rows:
-        raise InputError("Layer attribution got no batches: the extract split is empty.")
+        raise InputError("Layer attribution got no batches: is the extract split empty?")
     return summarise(torch.cat(rows), aggregate)
 
 
 def example_scores(product: torch.Tensor, valid: torch.Tensor, aggregate: Aggregate = "dot") -> torch.Tensor:
-    """Score of each example at one layer: gradient x activation ``[B, T, D]``, ``valid`` ``[B, T]`` to ``[B]`` float64."""
+    """Score of each example at one layer: gradient x activation ``[B, T, D]`` and ``valid`` ``[B, T]`` to ``[B]`` float64."""
     return ((AGGREGATES[aggregate](product.float()) * valid).sum(1) / valid.sum(1)).cpu().double()
 
 
 def summarise(table: torch.Tensor, aggregate: Aggregate) -> LayerScores:
-    """Scores of the layers from those of each example, ``[E, L_src]``; a warning where they are flat."""
+    """Average the scores of all examples, ``[E, L_src]``; logs a warning if the result is flat."""
     scores = LayerScores(
         values=tuple(table.mean(0).tolist()),
         deviations=tuple(table.std(0, unbiased=False).tolist()),
@@ -161,8 +161,8 @@ def summarise(table: torch.Tensor, aggregate: Aggregate) -> LayerScores:
     )
     if scores.flat:
         logger.warning(
-            "Layer scores are flat: they span %.3g to %.3g across layers, and one layer's score deviates by %.3g between "
-            "examples, so their ranking says little. The pairing strategy `banded` limits what a bad ranking can do.",
+            "Layer scores are flat: they range from %.3g to %.3g across layers, and one layer's score deviates by %.3g between "
+            "examples, so their ranking says little. The pairing strategy `banded` limits the effect of a bad ranking.",
             min(scores.values), max(scores.values), sum(scores.deviations) / len(scores.deviations),
         )  # fmt: skip
     return scores

@@ -1,4 +1,4 @@
-"""The frontier schedule: which layers train and are supervised at which step (method, section 6)."""
+"""The frontier schedule: which layers train, and which are supervised, at each step (method, section 6)."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ class Frontier:
         return 1 if self.kind == "joint" else self.num_layers
 
     def trained(self, stage: int) -> range:
-        """Target layers whose LoRA trains."""
+        """Target layers whose LoRA trains in a stage."""
         return range(0 if self.kind != "single" else stage, self.num_layers if self.kind == "joint" else stage + 1)
 
     def supervised(self, stage: int) -> range:
-        """Target layers with a layer loss."""
+        """Target layers that have a layer loss in a stage."""
         return range(self.num_layers) if self.kind == "joint" else range(stage, stage + 1)
 
 
 class FrontierSchedule:
-    """Deals optimizer steps to stages: a pure function of the global step, so that resuming needs no state.
+    """Divides optimizer steps among stages. The stage depends on the global step alone, so resuming needs no saved state.
 
     Args:
         num_stages: number of stages.
-        total_steps: optimizer steps of the whole run (``split``: no two stages differ by more than one) or of each stage
+        total_steps: optimizer steps of the whole run (``split``; stages differ by at most one step) or of each stage
             (``per_stage``).
         budget: ``split`` or ``per_stage``.
 
     Raises:
-        ValueError: fewer steps than stages, or an unknown budget.
+        ValueError: there are fewer steps than stages, or the budget is unknown.
     """
 
     def __init__(self, num_stages: int, total_steps: int, budget: str = "split") -> None:
@@ -77,15 +77,15 @@ class FrontierSchedule:
                 f"budget is {smallest} steps: raise num_train_epochs or max_steps, or lower the batch size."
             )
         self.num_stages = num_stages
-        #: First step of each stage, and last the total: stage ``k`` is ``boundaries[k] <= step < boundaries[k + 1]``.
+        #: First step of each stage, then the total: stage ``k`` has the steps ``boundaries[k] <= step < boundaries[k + 1]``.
         self.boundaries: tuple[int, ...] = tuple(k * self.total_steps // num_stages for k in range(num_stages + 1))
 
     def stage(self, step: int) -> int:
-        """Stage of the optimizer step that starts at ``global_step == step``, from 0; the last one after the end."""
+        """Stage, from 0, of the optimizer step that starts at ``global_step == step``; after the end, the last stage."""
         return min(bisect_right(self.boundaries, step) - 1, self.num_stages - 1)
 
     def steps(self, stage: int) -> int:
-        """Optimizer steps of a stage."""
+        """Number of optimizer steps in a stage."""
         return self.boundaries[stage + 1] - self.boundaries[stage]
 
 
@@ -96,18 +96,21 @@ def stage_learning_rate(
     warmup_steps: Callable[[int], int],
     specific: dict[str, Any] | None = None,
 ) -> Callable[[int], float]:
-    """Learning-rate factor by global step: the named transformers schedule, warmup and decay, anew in every stage.
+    """Learning-rate factor by global step. The transformers schedule, with warmup and decay, restarts in every stage.
 
     Args:
         schedule: the stages.
         name: a transformers ``lr_scheduler_type``.
-        learning_rate: peak learning rate, which floors such as ``min_lr`` refer to.
-        warmup_steps: warmup steps of a stage of so many steps.
+        learning_rate: peak learning rate; floors such as ``min_lr`` are relative to it.
+        warmup_steps: gives the warmup steps of a stage from its number of steps.
         specific: ``lr_scheduler_kwargs``.
 
+    Returns:
+        A function from the global step to the factor.
+
     Raises:
-        ValueError: a schedule that is no function of the step, such as ``reduce_lr_on_plateau``, or that does not take what is
-            given for it.
+        ValueError: the schedule is not a function of the step, such as ``reduce_lr_on_plateau``, or it does not accept
+            ``specific``.
     """
     factors: dict[int, Callable[[int], float]] = {}
     for length in {schedule.steps(stage) for stage in range(schedule.num_stages)}:
@@ -115,11 +118,11 @@ def stage_learning_rate(
         try:
             within = get_scheduler(name, throwaway, warmup_steps(length), length, scheduler_specific_kwargs=specific)
             if isinstance(within, torch.optim.lr_scheduler.LambdaLR):
-                within.lr_lambdas[0](length - 1)  # behind the warmup, where its settings count
+                within.lr_lambdas[0](length - 1)  # a step after the warmup, so that the settings are used
         except (TypeError, ValueError) as error:
             kind = SchedulerType(name).value
             raise InputError(
-                f"lr_scheduler_type {kind!r} does not take lr_scheduler_kwargs {specific}: {brief(error)}"
+                f"lr_scheduler_type {kind!r} does not accept lr_scheduler_kwargs {specific}: {brief(error)}"
             ) from error
         if not isinstance(within, torch.optim.lr_scheduler.LambdaLR):
             raise InputError(f"lr_scheduler_type {name!r} cannot restart with each stage: use linear, cosine or constant.")

@@ -23,10 +23,10 @@ class LayerPairing:
     """Which source layer supervises which target layer.
 
     Attributes:
-        source_layers: 0-based source layers, ascending; entry ``k`` goes with target layer ``k``.
-        num_source_layers: layers of the source.
-        strategy: how they were chosen; ``explicit`` for a given list.
-        scores: attribution scores of the source layers, where the strategy used any.
+        source_layers: 0-based source layers, ascending; entry ``k`` is paired with target layer ``k``.
+        num_source_layers: number of layers of the source.
+        strategy: how the layers were chosen; ``explicit`` for a given list.
+        scores: attribution scores of the source layers, if the strategy used them.
         source_id: Hub id or name of the source.
         target_id: Hub id or name of the target.
     """
@@ -44,23 +44,23 @@ class LayerPairing:
         _check_order(self.source_layers, self.num_source_layers)
         if self.scores is not None and len(self.scores) != self.num_source_layers:
             raise InputError(
-                f"There are {len(self.scores)} scores of {self.num_source_layers} source layers: expected one each."
+                f"There are {len(self.scores)} scores for {self.num_source_layers} source layers: expected one each."
             )
 
     def named(self, source_id: str, target_id: str) -> LayerPairing:
-        """The same pairing with the ids of both models."""
+        """Copy of the pairing with the ids of both models."""
         return replace(self, source_id=source_id, target_id=target_id)
 
     def to_dict(self) -> dict:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: dict, where: str = "the pairing") -> LayerPairing:
-        """Rebuild from :meth:`to_dict`, also after JSON.
+        """Rebuild from the output of :meth:`to_dict`, also after JSON.
 
         Raises:
-            ValueError: it is something else; the message names ``where`` it stands.
+            ValueError: the values do not describe a pairing; the message uses ``where`` to name them.
         """
         check_kinds(record, cls, where)
         known = {item.name: record[item.name] for item in fields(cls) if item.name in record}
@@ -77,8 +77,8 @@ class LayerPairing:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is damaged, or holds something else.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is damaged, or contains something else.
         """
         return cls.from_dict(read_json(path), str(path))
 
@@ -86,46 +86,47 @@ class LayerPairing:
 def pair_layers(
     scores: LayerScores | Sequence[float] | int, num_target_layers: int, strategy: str | Sequence[int] = "attribution"
 ) -> LayerPairing:
-    """Give each target layer one source layer.
+    """Pair each target layer with one source layer.
 
-    With ``S`` source and ``L`` target layers:
+    With ``S`` source and ``L`` target layers, the strategies choose:
 
-    - ``attribution`` (the paper): the ``L`` best-scored source layers, in order of depth.
-    - ``banded``: the best-scored layer within each of ``L`` equal depth bands.
-    - ``proportional`` (version 1 of the paper): layer ``round(k S / L)``, counted from 1; repeats layers when ``S < L``.
+    - ``attribution`` (the paper): the ``L`` source layers with the highest scores, in order of depth.
+    - ``banded``: the layer with the highest score in each of ``L`` equal depth bands.
+    - ``proportional`` (version 1 of the paper): layer ``round(k S / L)``, counted from 1; repeats layers if ``S < L``.
     - ``uniform``: evenly spaced from the first to the last source layer.
-    - ``last``: the ``L`` deepest.
+    - ``last``: the ``L`` deepest source layers.
     - a sequence: these 0-based source layers, ascending.
 
     Args:
-        scores: scores of the source layers, or their number where the strategy needs no scores.
+        scores: scores of the source layers, or their number if the strategy needs no scores.
         num_target_layers: ``L``.
         strategy: a name from above, or an explicit sequence.
 
     Raises:
-        ValueError: unknown strategy, missing scores, a source shallower than the target (but under ``proportional`` or an
-            explicit list), or an explicit list of another length, out of range or not ascending.
+        ValueError: the strategy is unknown; scores are missing; the source is shallower than the target (allowed only under
+            ``proportional`` and for an explicit list); or an explicit list has the wrong length, is out of range or is not
+            ascending.
     """
     counts = [num_target_layers, scores] if isinstance(scores, int) else [num_target_layers]
     if isinstance(scores, Mapping) or not all(isinstance(count, Integral) and count > 0 for count in counts):
         raise InputError(
-            f"scores is {scores!r} and num_target_layers {num_target_layers!r}: expected a score of each source layer, or how "
-            "many layers there are, and the number of target layers, at least 1."
+            f"scores is {scores!r} and num_target_layers is {num_target_layers!r}: expected one score per source layer, or the "
+            "number of source layers; and the number of target layers, at least 1."
         )
     values = () if isinstance(scores, int) else tuple(map(float, scores.values if isinstance(scores, LayerScores) else scores))
     depth, width = scores if isinstance(scores, int) else len(values), num_target_layers
     if not all(map(math.isfinite, values)):
-        raise InputError(f"The layer scores {values} are not all finite numbers (nan or inf): attribute in a wider dtype.")
+        raise InputError(f"The layer scores {values} contain nan or inf: compute them in a wider dtype.")
     if not isinstance(strategy, str):
         return LayerPairing(_explicit(strategy, depth, width), depth, "explicit", values or None)
     if strategy not in STRATEGIES:
         raise InputError(f"Pairing strategy {strategy!r} is unknown: use one of {STRATEGIES} or a list of source layers.")
     if strategy in NEEDS_SCORES and not values:
-        raise InputError(f"Pairing strategy {strategy!r} needs the scores of attribute_layers, got only a layer count.")
+        raise InputError(f"Pairing strategy {strategy!r} needs scores from attribute_layers; got only a layer count.")
     if depth < width and strategy != "proportional":
         raise InputError(
             f"The source has {depth} layers and the target {width}: {strategy!r} pairing needs a source at least as deep as "
-            "the target. Use 'proportional', which may repeat a source layer, or an explicit list."
+            "the target. Use 'proportional', which can repeat a source layer, or an explicit list."
         )
     if strategy == "attribution":
         chosen = sorted(sorted(range(depth), key=lambda layer: -values[layer])[:width])
@@ -146,7 +147,7 @@ def _explicit(layers: Sequence[int], depth: int, width: int) -> tuple[int, ...]:
         raise InputError(f"The pairing lists {list(layers)}: expected whole numbers.")
     chosen = tuple(int(layer) for layer in layers)
     if len(chosen) != width:
-        raise InputError(f"The pairing lists {len(chosen)} source layers, but the target has {width} layers: give one each.")
+        raise InputError(f"The pairing lists {len(chosen)} source layers, but the target has {width} layers: list one each.")
     _check_order(chosen, depth)
     return chosen
 

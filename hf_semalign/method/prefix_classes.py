@@ -1,8 +1,7 @@
-"""Classes of tokens over which the predictions of two models with different tokenizers can be compared.
+"""Token classes for comparing the predictions of two models with different tokenizers.
 
-Each token is led to a text that both vocabularies hold as a token: to its own, or else to the first token of the other
-tokenizer's cut of it, and from there on in the same way, each text shorter than the one before. So "201" counts as "2" for a
-tokenizer that cuts digits.
+Each token is mapped to a text that is a token in both vocabularies. If its own text is not, the other tokenizer splits the text
+and its first token is tried next, and so on with ever shorter texts. So "201" counts as "2" if one tokenizer splits digits.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import torch
 from hf_semalign.models.token_bytes import TokenBytes
 
 END = "the end of an answer"
-Key = bytes | str | None  # what a token spells; the name of a special one; None for what has no counterpart
+Key = bytes | str | None  # a token's bytes; the name of a special token; None for a token without a counterpart
 
 
 @dataclass(frozen=True)
 class PrefixClasses:
-    """Which class each token of two vocabularies is in.
+    """Class of each token in two vocabularies.
 
     Attributes:
-        source: ``[V_src]`` int64, class of each token of the source, ``count`` for tokens that are left out.
-        target: ``[V_tgt]`` int64, class of each token of the target.
-        count: number of classes; each has tokens of the target.
+        source: ``[V_src]`` int64, class of each source token; ``count`` for tokens that are left out.
+        target: ``[V_tgt]`` int64, class of each target token.
+        count: number of classes; each of them has target tokens.
     """
 
     source: torch.Tensor
@@ -34,25 +33,25 @@ class PrefixClasses:
     count: int
 
     def to(self, device: torch.device | str) -> PrefixClasses:
-        """The classes on a device."""
+        """Move the classes to a device."""
         return PrefixClasses(self.source.to(device), self.target.to(device), self.count)
 
 
 def prefix_classes(source: TokenBytes, target: TokenBytes, source_rows: int, target_rows: int) -> PrefixClasses:
-    """The classes of two vocabularies.
+    """Build the classes of two vocabularies.
 
-    Tokens that spell the same bytes are one class, and so are special tokens of one name. The tokens that end an answer are one
-    class, unless both tokenizers end it by the same ones. All that has no counterpart is one last class; where only the source
-    has such tokens, nothing of the target can match them, and they are left out.
+    Tokens that spell the same bytes form a class, and so do special tokens with the same name. All tokens that end an answer
+    form one class, unless both tokenizers use the same ones. All tokens without a counterpart form the last class; if only the
+    source has such tokens, no target token can match them, and they are left out.
 
     Args:
-        source: what the source's tokens spell.
-        target: what the target's tokens spell.
+        source: bytes of the source's tokens.
+        target: bytes of the target's tokens.
         source_rows: rows of the source's head.
         target_rows: rows of the target's head.
 
     Returns:
-        Classes of the first rows of both heads; padded rows behind the vocabulary have none.
+        Classes of the first rows of both heads; padded rows after the vocabulary have no class.
     """
     rows = min(source_rows, len(source.spelled)), min(target_rows, len(target.spelled))
     alike = {source.names[token] for token in source.ends} == {target.names[token] for token in target.ends}
@@ -66,7 +65,7 @@ def prefix_classes(source: TokenBytes, target: TokenBytes, source_rows: int, tar
 
 
 def _keys(side: TokenBytes, count: int, merged: bool) -> list[Key]:
-    """What each of the first tokens is matched by; with ``merged`` all that end an answer by one key."""
+    """Matching key of each of the first ``count`` tokens; with ``merged``, all tokens that end an answer get one key."""
     return [
         END if merged and token in side.ends else side.names[token] if side.spelled[token] is None else side.spelled[token]
         for token in range(count)
@@ -74,14 +73,14 @@ def _keys(side: TokenBytes, count: int, merged: bool) -> list[Key]:
 
 
 def _led_to(keys: Sequence[Key], other: TokenBytes, own: TokenBytes, shared: set[Key]) -> list[Key]:
-    """The shared key that each key leads to, by the cut of the other tokenizer first and then by each in turn."""
+    """The shared key that each key is mapped to. Both tokenizers split the text in turn, ``other`` first."""
 
     @cache
     def lead(text: bytes, turn: int) -> Key:
         if text in shared:
             return text
         first = (other, own)[turn].first(text)
-        if first is None or len(first) >= len(text):  # a tokenizer that has no token for some bytes, or changes them
+        if first is None or len(first) >= len(text):  # the tokenizer has no token for these bytes, or changes them
             return None
         return lead(first, 1 - turn)
 

@@ -408,10 +408,10 @@ HEAD = torch.randn(7, 4)
         ),
         ("a mask cut", lambda: relation_loss(STATES, STATES, STATES, VALID[:, 1:]), r"of shape \(2, 4\)"),
         ("states of one channel", lambda: relation_loss(STATES, STATES, STATES[..., :1], VALID), r"supervision \(2, 5, 1\)"),
-        ("one sequence", lambda: steering_loss(STATES[0], STATES[0], VALID[0]), r"expected \[B, T, D\] of all"),
-        ("more of the source", lambda: output_kl(STATES[0], HEAD, torch.zeros(9, 4), HEAD), r"source states \(9, 4\)"),
-        ("another vocabulary", lambda: output_kl(STATES[0], HEAD, STATES[0], HEAD[:5]), r"its head \(5, 4\): expected"),
-        ("no data", lambda: output_kl(STATES[0], HEAD.to("meta"), STATES[0], HEAD), "on a device that holds data"),
+        ("one sequence", lambda: steering_loss(STATES[0], STATES[0], VALID[0]), r"expected \[B, T, D\] for all"),
+        ("more of the source", lambda: output_kl(STATES[0], HEAD, torch.zeros(9, 4), HEAD), r"\(9, 4\) \(source states\)"),
+        ("another vocabulary", lambda: output_kl(STATES[0], HEAD, STATES[0], HEAD[:5]), r"\(5, 4\) \(source head\): expected"),
+        ("no data", lambda: output_kl(STATES[0], HEAD.to("meta"), STATES[0], HEAD), "no head on the meta device"),
         ("no position", lambda: output_kl(STATES[0, :0], HEAD, STATES[0, :0], HEAD), "N at least 1"),
         (
             "a head with nan",
@@ -525,7 +525,7 @@ def test_batches_that_are_gone_through_once(monkeypatch):
         ("no embedded model", "embedded:other", "No embedded model 'embedded:other': use embedded:source or embedded:target"),
         ("no folder", Path("/nowhere"), "The model '/nowhere' cannot be read: give a Hub id, or a folder"),
         ("a number", 5, "The model is a int: expected a transformers causal LM, or its name"),
-        ("another module", nn.Linear(2, 2), "The model is a Linear: expected a causal LM"),
+        ("another module", nn.Linear(2, 2), "The model is a Linear: expected a transformers causal LM"),
     ],
 )
 def test_names_that_are_no_models(tmp_path, name, message):

@@ -571,7 +571,7 @@ def test_class_kl_of_no_positions_gives_no_values():
 
 
 def test_classes_of_other_heads_are_refused():
-    with pytest.raises(ValueError, match=r"19 \(source\) and 23 \(target\) rows, and the classes are of 19 and 22 tokens"):
+    with pytest.raises(ValueError, match=r"19 \(source\) and 23 \(target\) rows, but the classes cover 19 and 22 tokens"):
         token_class_kl(*two_heads(), random_classes(19, 22, 8))
 
 

@@ -12,25 +12,28 @@ from hf_semalign.method.prefix_classes import PrefixClasses
 from hf_semalign.models.anatomy import Head
 
 EPSILON = 1e-8
-RELATION_ROWS = 512  # rows of a relation matrix at a time: peak memory O(rows x T)
-LOGIT_ROWS = 128  # positions whose logits exist at a time: peak memory O(rows x V)
-LOG_FLOOR = -80.0  # of a token's probability in class masses, which float32 still holds: the log of no mass is infinite
+RELATION_ROWS = 512  # rows of a relation matrix computed at a time: peak memory O(rows x T)
+LOGIT_ROWS = 128  # positions whose logits are computed at a time: peak memory O(rows x V)
+LOG_FLOOR = -80.0  # smallest log-probability in class masses; float32 can hold it, and no class mass becomes zero
 
 
 def relation_loss(inputs: torch.Tensor, outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Residual relation loss of one layer (equations 4 to 7), averaged over sequences.
 
+    Matches the pairwise cosines of the layer's residual updates ``y - x`` to those of the updates ``y~ - x``, which would reach
+    the mapped source states.
+
     Args:
-        inputs: ``x`` ``[B, T, D]``, input of the target layer; carries no gradient.
-        outputs: ``y`` ``[B, T, D]``, its output.
-        supervision: ``y~`` ``[B, T, D]``, the mapped output of the paired source layer; carries no gradient.
+        inputs: ``x`` ``[B, T, D]``, input of the target layer; gets no gradient.
+        outputs: ``y`` ``[B, T, D]``, output of the target layer.
+        supervision: ``y~`` ``[B, T, D]``, mapped output of the paired source layer; gets no gradient.
         valid: ``[B, T]`` bool.
 
     Returns:
-        Scalar: mean over the sequences with at least two valid positions; zero when there is none.
+        Scalar: mean over the sequences with at least two valid positions; zero if there is none.
 
     Raises:
-        ValueError: states or a mask of other shapes, or a mask that is not bool.
+        ValueError: the states or the mask have the wrong shape, or the mask is not bool.
     """
     _check_states(valid, inputs=inputs, outputs=outputs, supervision=supervision)
     losses = sequence_relation_losses(inputs, outputs, supervision, valid)
@@ -38,43 +41,43 @@ def relation_loss(inputs: torch.Tensor, outputs: torch.Tensor, supervision: torc
 
 
 def _check_states(valid: torch.Tensor, **states: torch.Tensor) -> None:
-    """Refuse states that are not all ``[B, T, D]``, and a mask that is not ``[B, T]`` bool: torch would broadcast or index."""
+    """Check that all states are ``[B, T, D]`` and the mask is ``[B, T]`` bool; torch would silently broadcast or index."""
     (first, shape), *_ = ((name, tuple(one.shape)) for name, one in states.items())
     if len(shape) != 3 or any(tuple(one.shape) != shape for one in states.values()):
         shown = ", ".join(f"{name} {tuple(one.shape)}" for name, one in states.items())
-        raise InputError(f"The states are of the shapes {shown}: expected [B, T, D] of all of them.")
+        raise InputError(f"The states have the shapes {shown}: expected [B, T, D] for all of them.")
     if valid.dtype != torch.bool or tuple(valid.shape) != shape[:2]:
         raise InputError(
-            f"valid is {valid.dtype} of shape {tuple(valid.shape)}: expected bool of shape {shape[:2]}, as {first} begins. "
-            "Make a mask of 0 and 1 bool with mask.bool()."
+            f"valid is {valid.dtype} of shape {tuple(valid.shape)}: expected bool of shape {shape[:2]}, like the first two "
+            f"dimensions of {first}. Convert a mask of 0 and 1 with mask.bool()."
         )
 
 
 def relation_sequences(valid: torch.Tensor) -> torch.Tensor:
-    """``[B]`` bool: the sequences that a relation exists for, those with at least two valid positions."""
+    """``[B]`` bool: which sequences have a relation loss, i.e. at least two valid positions."""
     return valid.sum(-1) >= 2
 
 
 def sequence_relation_losses(
     inputs: torch.Tensor, outputs: torch.Tensor, supervision: torch.Tensor, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Residual relation loss of each sequence, ``[B]``; zero where fewer than two positions are valid.
+    """Residual relation loss of each sequence, ``[B]``; zero if fewer than two positions are valid.
 
-    With the residuals ``d = y - x`` and ``d* = y~ - x``, centred over the valid positions and normalised a token at a time,
-    ``K = d d^T``, ``K* = d* d*^T`` and ``w_ij = |K*_ij|`` over ``i != j``: ``sum w (K - K*)^2 / sum w``, in float32 or better.
-    Arguments as in :func:`relation_loss`.
+    The residuals ``d = y - x`` and ``d* = y~ - x`` are centred over the valid positions, and each token's is normalised. With
+    ``K = d d^T``, ``K* = d* d*^T`` and ``w_ij = |K*_ij|`` for ``i != j``, the loss is ``sum w (K - K*)^2 / sum w``, computed in
+    float32 or better. Arguments as in :func:`relation_loss`.
     """
     rows, valid = _valid_first(valid)
     inputs, outputs, supervision = (
         states.flatten(0, 1).index_select(0, rows).unflatten(0, valid.shape)
         for states in (inputs.detach(), outputs, supervision.detach())
     )
-    with torch.autocast(outputs.device.type, enabled=False):  # a caller's would multiply in half precision
+    with torch.autocast(outputs.device.type, enabled=False):  # a caller's autocast would multiply in half precision
         return _RelationError.apply(outputs, inputs, supervision, valid)
 
 
 def _valid_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the flattened batch that put each sequence's valid positions first, cut to the longest; what is valid then."""
+    """Row indices into the flattened batch that put valid positions first, cut to the longest sequence; and their mask."""
     batch, length = valid.shape
     order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(valid.sum(1).max())]
     rows = order + length * torch.arange(batch, device=valid.device).unsqueeze(1)
@@ -82,7 +85,7 @@ def _valid_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _directions(states: torch.Tensor, inputs: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred, normalised residuals ``[B, T, D]``, zero where not valid, and the lengths they had ``[B, T, 1]``."""
+    """Centred, normalised residuals ``[B, T, D]``, zero at invalid positions; and their former lengths ``[B, T, 1]``."""
     dtype = torch.promote_types(states.dtype, torch.float32)
     residuals = _centre_(states.to(dtype) - inputs.to(dtype), valid)
     lengths = torch.linalg.vector_norm(residuals, dim=-1, keepdim=True).clamp_min(EPSILON)
@@ -90,7 +93,9 @@ def _directions(states: torch.Tensor, inputs: torch.Tensor, valid: torch.Tensor)
 
 
 def _centre_(vectors: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Take off the mean over valid positions, in place; zero elsewhere. Its own transpose, so that it serves gradients too."""
+    """Subtract the mean over valid positions, in place, and set all others to zero. The map is symmetric, so gradients use it
+    too.
+    """
     elsewhere = ~valid.unsqueeze(-1)
     vectors.masked_fill_(elsewhere, 0)
     vectors -= vectors.sum(1, keepdim=True) / valid.sum(1).clamp_min(1)[:, None, None]
@@ -98,7 +103,7 @@ def _centre_(vectors: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 class _GradientInForward(torch.autograd.Function):
-    """A loss of each row whose forward pass also makes its gradient at the first argument, and keeps that and its dtype."""
+    """Loss of each row. The forward pass also computes the gradient with respect to the first argument and saves it."""
 
     @staticmethod
     @once_differentiable
@@ -109,10 +114,10 @@ class _GradientInForward(torch.autograd.Function):
 
 
 class _RelationError(_GradientInForward):
-    """``sum w (K - K*)^2 / sum w`` of each sequence and its gradient, both made in the forward pass, a block of rows at a time.
+    """``sum w (K - K*)^2 / sum w`` of each sequence. The forward pass computes loss and gradient, a block of rows at a time.
 
-    The matrices are symmetric: the gradient at ``d_i`` is ``4 sum_j w_ij (K - K*)_ij d_j / sum w``. Directions that are zero,
-    those of positions that are not valid, have no weight.
+    The matrices are symmetric, so the gradient with respect to ``d_i`` is ``4 sum_j w_ij (K - K*)_ij d_j / sum w``. Invalid
+    positions have zero directions and so no weight.
     """
 
     @staticmethod
@@ -132,7 +137,7 @@ class _RelationError(_GradientInForward):
             if ctx.needs_input_grad[0]:
                 gradient[:, rows] = weights @ directions
             error += weights.mul_(difference).sum((1, 2))
-            del difference, weights  # before the next block's are made
+            del difference, weights  # frees them before the next block is computed
         weight.clamp_min_(EPSILON)
         if ctx.needs_input_grad[0]:
             along = (gradient * directions).sum(-1, keepdim=True)
@@ -147,18 +152,18 @@ def steering_loss(outputs: torch.Tensor, supervision: torch.Tensor, valid: torch
 
     Args:
         outputs: ``y`` ``[B, T, D]``.
-        supervision: ``y~`` ``[B, T, D]``; carries no gradient.
+        supervision: ``y~`` ``[B, T, D]``; gets no gradient.
         valid: ``[B, T]`` bool.
 
     Raises:
-        ValueError: states or a mask of other shapes, or a mask that is not bool.
+        ValueError: the states or the mask have the wrong shape, or the mask is not bool.
     """
     _check_states(valid, outputs=outputs, supervision=supervision)
     return token_steering_losses(outputs[valid], supervision[valid]).sum() / valid.sum().clamp_min(1)
 
 
 def token_steering_losses(outputs: torch.Tensor, supervision: torch.Tensor) -> torch.Tensor:
-    """``1 - cos(y, y~)`` of each token: ``[N, D]`` twice to ``[N]``, in float32 or better."""
+    """``1 - cos(y, y~)`` of each token, from ``[N, D]`` each to ``[N]``, in float32 or better."""
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     return 1 - F.cosine_similarity(outputs.to(dtype), supervision.detach().to(dtype), dim=-1)
 
@@ -166,39 +171,38 @@ def token_steering_losses(outputs: torch.Tensor, supervision: torch.Tensor) -> t
 def fisher_loss(
     outputs: torch.Tensor, supervision: torch.Tensor, target_weight: torch.Tensor | Head, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Layer loss of the published version of the paper, as we read it: the KL between the logits of ``y~`` and of ``y``, to the
-    second order; mean over valid positions. See :func:`token_fisher_losses`.
+    """Layer loss of the published version of the paper, as we read it: mean over valid positions of the second-order
+    approximation of the KL between the logits of ``y~`` and ``y``. See :func:`token_fisher_losses`.
 
     Args:
         outputs: ``y`` ``[B, T, D]``.
-        supervision: ``y~`` ``[B, T, D]``, the mapped output of the paired source layer; carries no gradient.
-        target_weight: head ``[V, D]``, or a :class:`hf_semalign.models.anatomy.Head`; frozen: gets no gradient.
+        supervision: ``y~`` ``[B, T, D]``, mapped output of the paired source layer; gets no gradient.
+        target_weight: head ``[V, D]``, or a :class:`hf_semalign.models.anatomy.Head`; frozen, gets no gradient.
         valid: ``[B, T]`` bool.
 
     Raises:
-        ValueError: states or a mask of other shapes, or a mask that is not bool.
+        ValueError: the states or the mask have the wrong shape, or the mask is not bool.
     """
     _check_states(valid, outputs=outputs, supervision=supervision)
     return token_fisher_losses(outputs[valid], supervision[valid], target_weight).sum() / valid.sum().clamp_min(1)
 
 
 def token_fisher_losses(outputs: torch.Tensor, supervision: torch.Tensor, target_weight: torch.Tensor | Head) -> torch.Tensor:
-    """``1/2 (E_p[u^2] - E_p[u]^2)`` of each token, ``u = W (y - y~)`` and ``p`` the softmax of the head's logits of ``y~``.
+    """``1/2 (E_p[u^2] - E_p[u]^2)`` of each token, with ``u = W (y - y~)`` and ``p`` the softmax of the logits of ``y~``.
 
-    The Fisher information of a softmax is the covariance under ``p``, and half of its quadratic form in ``u`` is the second
-    order of ``KL(p || softmax(z~ + u))``. The text of the published version (2026.findings-acl.1101) was not at hand: this is
-    our reading of "a Fisher-weighted quadratic surrogate on target-space aligned logits".
+    The Fisher information of a softmax is the covariance under ``p``. Half of its quadratic form in ``u`` is the second-order
+    approximation of ``KL(p || softmax(z~ + u))``. We did not have the text of the published version (2026.findings-acl.1101):
+    this is our reading of "a Fisher-weighted quadratic surrogate on target-space aligned logits".
 
     Args:
         outputs: ``y`` ``[N, D]``.
-        supervision: ``y~`` ``[N, D]``; carries no gradient.
-        target_weight: head ``[V, D]`` or a :class:`hf_semalign.models.anatomy.Head`, whose bias and soft cap are in
-            ``p`` alone.
+        supervision: ``y~`` ``[N, D]``; gets no gradient.
+        target_weight: head ``[V, D]``, or a :class:`hf_semalign.models.anatomy.Head`, whose bias and soft cap only enter ``p``.
 
     Returns:
         ``[N]``, in float32 or better; logits ``[N, V]`` are never built whole.
     """
-    with torch.autocast(outputs.device.type, enabled=False):  # a caller's would multiply in half precision
+    with torch.autocast(outputs.device.type, enabled=False):  # a caller's autocast would multiply in half precision
         return _ChunkedFisher.apply(outputs, supervision.detach(), _as_head(target_weight))
 
 
@@ -212,21 +216,23 @@ def output_kl(
 
     Args:
         target_hidden: ``[N, D_tgt]`` final hidden states at the valid positions.
-        target_weight: head ``[V, D_tgt]``, or a :class:`hf_semalign.models.anatomy.Head` with bias or soft cap; frozen: gets no
+        target_weight: head ``[V, D_tgt]``, or a :class:`hf_semalign.models.anatomy.Head` with bias or soft cap; frozen, gets no
             gradient.
-        source_hidden: ``[N, D_src]``; carries no gradient.
-        source_weight: head ``[V, D_src]`` over the same tokens, likewise.
+        source_hidden: ``[N, D_src]``; gets no gradient.
+        source_weight: head ``[V, D_src]`` over the same tokens, or a ``Head``; gets no gradient.
 
     Raises:
-        ValueError: no positions, states of different numbers of positions, or heads that do not fit them or each other.
+        ValueError: there are no positions, the states differ in their number of positions, or the heads do not match the states
+            or each other.
     """
     heads = _as_head(target_weight).weight, _as_head(source_weight).weight
     shapes = [tuple(one.shape) for one in (target_hidden, heads[0], source_hidden, heads[1])]
     fit = [len(shape) == 2 for shape in shapes] == [True] * 4 and shapes[0][0] == shapes[2][0] > 0
     if not fit or shapes[1] != (shapes[3][0], shapes[0][1]) or shapes[3][1] != shapes[2][1] or any(w.is_meta for w in heads):
         raise InputError(
-            f"Target states {shapes[0]}, its head {shapes[1]}, source states {shapes[2]}, its head {shapes[3]}: expected "
-            "[N, D_tgt], [V, D_tgt], [N, D_src] and [V, D_src], N at least 1, on a device that holds data."
+            f"The shapes are {shapes[0]} (target states), {shapes[1]} (target head), {shapes[2]} (source states) and "
+            f"{shapes[3]} (source head): expected [N, D_tgt], [V, D_tgt], [N, D_src] and [V, D_src], with N at least 1, and no "
+            "head on the meta device."
         )
     return token_kl(target_hidden, target_weight, source_hidden, source_weight).mean()
 
@@ -237,8 +243,8 @@ def token_kl(
     source_hidden: torch.Tensor,
     source_weight: torch.Tensor | Head,
 ) -> torch.Tensor:
-    """``KL(p_src || p_tgt)`` of each position, ``[N]``. Arguments as in :func:`output_kl`."""
-    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's would multiply in half precision
+    """``KL(p_src || p_tgt)`` at each position, ``[N]``. Arguments as in :func:`output_kl`."""
+    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's autocast would multiply in half precision
         return _ChunkedKL.apply(target_hidden, _as_head(target_weight), source_hidden.detach(), _as_head(source_weight))
 
 
@@ -249,36 +255,36 @@ def token_class_kl(
     source_weight: torch.Tensor | Head,
     classes: PrefixClasses,
 ) -> torch.Tensor:
-    """``sum_c P(c) log(P(c) / Q(c))`` of each position, ``[N]``: the output loss (equation 8) of two tokenizers.
+    """Output loss (equation 8) for two tokenizers: ``sum_c P(c) log(P(c) / Q(c))`` at each position, ``[N]``.
 
-    ``P(c)`` and ``Q(c)`` are the masses that source and target give to the tokens of class ``c``. Classes of one token each
-    give :func:`token_kl`, coarser ones never more than that. What the source gives to tokens that the classes leave out is
-    taken out of ``P``, which is renormalised.
+    ``P(c)`` and ``Q(c)`` are the total probabilities that source and target give to the tokens of class ``c``. With one token
+    per class, the result equals :func:`token_kl`; coarser classes never give more. Probability that the source gives to tokens
+    outside all classes is removed from ``P``, which is then renormalised.
 
     Args:
-        target_hidden: ``[N, D_tgt]`` final hidden states at the aligned positions.
-        target_weight: head ``[V_tgt, D_tgt]``, or a :class:`hf_semalign.models.anatomy.Head`; frozen: gets no gradient.
-        source_hidden: ``[N, D_src]`` those of the source; carries no gradient.
-        source_weight: head ``[V_src, D_src]``, likewise.
-        classes: of the tokens of both heads, on their device.
+        target_hidden: ``[N, D_tgt]`` final hidden states of the target at the aligned positions.
+        target_weight: head ``[V_tgt, D_tgt]``, or a :class:`hf_semalign.models.anatomy.Head`; frozen, gets no gradient.
+        source_hidden: ``[N, D_src]`` final hidden states of the source; gets no gradient.
+        source_weight: head ``[V_src, D_src]``, or a ``Head``; gets no gradient.
+        classes: classes of both heads' tokens, on the same device.
 
     Raises:
-        ValueError: heads with other numbers of rows than the classes have tokens.
+        ValueError: a head has a different number of rows than its side of the classes.
     """
     target_head, source_head = _as_head(target_weight), _as_head(source_weight)
     rows, tokens = ([len(one) for one in pair] for pair in ((source_head[0], target_head[0]), (classes.source, classes.target)))
     if rows != tokens:
         raise InputError(
-            f"The heads have {rows[0]} (source) and {rows[1]} (target) rows, and the classes are of {tokens[0]} and "
-            f"{tokens[1]} tokens: tell prefix_classes how many rows the heads have, and take as many of the first rows of each "
-            "as it gives classes, by head.rows."
+            f"The heads have {rows[0]} (source) and {rows[1]} (target) rows, but the classes cover {tokens[0]} and "
+            f"{tokens[1]} tokens: pass the heads' numbers of rows to prefix_classes, and use head.rows to keep as many of each "
+            "head's first rows as there are classes for."
         )
-    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's would multiply in half precision
+    with torch.autocast(target_hidden.device.type, enabled=False):  # a caller's autocast would multiply in half precision
         return _ChunkedClassKL.apply(target_hidden, target_head, source_hidden.detach(), source_head, classes)
 
 
 def token_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each next token without gradient: ``[N, D]``, a head, ``[N]`` to ``[N]``, in row chunks."""
+    """Cross-entropy of each next token, without gradient and in chunks of rows: ``[N, D]``, a head and ``[N]`` to ``[N]``."""
     head = _as_head(weight)
     with torch.no_grad():
         loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(head.weight.dtype, torch.float32))
@@ -298,15 +304,18 @@ def token_kl_and_cross_entropy(
     own_head: Head,
     tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`token_kl` and :func:`token_cross_entropy` give, without gradient; the target's logits are made once for both.
+    """:func:`token_kl` and :func:`token_cross_entropy` without gradient; the target's logits are computed once for both.
 
     Args:
-        hidden: ``[N, D_tgt]``.
-        target_head: rows that the KL is over.
-        source_hidden: ``[N, D_src]``.
-        source_head: the source's, likewise.
-        own_head: all rows of the target's, which the cross-entropy is over.
-        tokens: ``[N]``, the next token.
+        hidden: ``[N, D_tgt]`` final hidden states of the target.
+        target_head: the target's head, restricted to the tokens of the KL.
+        source_hidden: ``[N, D_src]`` final hidden states of the source.
+        source_head: the source's head, restricted to the same tokens.
+        own_head: the target's whole head, for the cross-entropy.
+        tokens: ``[N]`` next tokens.
+
+    Returns:
+        KL and cross-entropy, ``[N]`` each.
     """
     if not target_head.begins(own_head):
         kl = token_kl(hidden, target_head, source_hidden, source_head)
@@ -326,7 +335,7 @@ def token_kl_and_cross_entropy(
 
 
 def token_hits(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor) -> torch.Tensor:
-    """Whether each next token is the likeliest one: ``[N, D]``, a head, ``[N]`` to ``[N]`` bool, in row chunks."""
+    """Whether each next token is the most likely one, in chunks of rows: ``[N, D]``, a head and ``[N]`` to ``[N]`` bool."""
     head = _as_head(weight)
     with torch.no_grad():
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -339,7 +348,7 @@ def token_hits(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.
 
 
 def answer_cross_entropy(hidden: torch.Tensor, head: Head, tokens: torch.Tensor) -> torch.Tensor:
-    """The same with the gradient at the hidden states: the logits of a chunk of rows are made again on the way back."""
+    """Cross-entropy of each next token, differentiable: the backward pass recomputes the logits of each chunk of rows."""
 
     def chunk(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head.logits(states), wanted, reduction="none")
@@ -349,9 +358,9 @@ def answer_cross_entropy(hidden: torch.Tensor, head: Head, tokens: torch.Tensor)
 
 
 class _ChunkedKL(_GradientInForward):
-    """KL of each row and its gradient ``(p_tgt - p_src) W_tgt``, both made in the forward pass, a chunk of rows at a time.
+    """KL of each row and its gradient ``(p_tgt - p_src) W_tgt``, both computed in the forward pass, a chunk of rows at a time.
 
-    A soft cap ``c`` of the target puts its slope ``1 - (z / c)^2`` between the two factors, ``z`` the capped logits.
+    If the target has a soft cap ``c``, its slope ``1 - (z / c)^2`` multiplies the first factor; ``z`` are the capped logits.
     """
 
     @staticmethod
@@ -359,7 +368,7 @@ class _ChunkedKL(_GradientInForward):
         weight, cap = target_head.weight, target_head.softcap
         loss = target_hidden.new_empty(len(target_hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
         gradient = torch.empty_like(target_hidden, dtype=weight.dtype)
-        # Fresh tensors in each chunk would cost page faults and fragment the memory.
+        # New tensors for each chunk would cost page faults and fragment memory.
         chunks = loss.new_empty(3 if cap is None else 4, min(LOGIT_ROWS, len(loss)), len(weight))
         for rows in _row_chunks(target_hidden):
             logits, source_log, target_log, *slope = chunks[:, : len(loss[rows])]
@@ -381,9 +390,9 @@ class _ChunkedKL(_GradientInForward):
 
 
 class _ChunkedClassKL(_GradientInForward):
-    """KL of class masses of each row and its gradient, both made in the forward pass, a chunk of rows at a time.
+    """KL over classes of each row and its gradient, both computed in the forward pass, a chunk of rows at a time.
 
-    At a target logit of token ``t`` in class ``c`` the gradient is ``p(t) (1 - P(c) / Q(c))``, times the slope of a soft cap.
+    The gradient at the target logit of token ``t`` in class ``c`` is ``p(t) (1 - P(c) / Q(c))``, times the slope of a soft cap.
     """
 
     @staticmethod
@@ -399,9 +408,9 @@ class _ChunkedClassKL(_GradientInForward):
             _class_masses(source_hidden[rows], source_head, classes.source, memory, source_mass)
             logits, probability = _class_masses(target_hidden[rows], target_head, classes.target, memory, target_mass)
             source_mass, target_mass, log_ratio = source_mass[:, :-1], target_mass[:, :-1], log_ratio[:, :-1]
-            source_mass /= source_mass.sum(-1, keepdim=True)  # which is less than 1 where tokens are left out
+            source_mass /= source_mass.sum(-1, keepdim=True)  # the sum is below 1 if tokens are left out
             ratio = torch.div(source_mass, target_mass, out=target_mass)
-            # Where the source has no token of a class, 0 log 0 is 0: torch.xlogy says so too, in four times the time.
+            # A class without source tokens must give 0 log 0 = 0. torch.xlogy does the same but takes four times as long.
             torch.log(torch.clamp(ratio, min=torch.finfo(ratio.dtype).tiny, out=log_ratio), out=log_ratio)
             loss[rows] = source_mass.mul_(log_ratio).sum(-1)
             if ctx.needs_input_grad[0]:
@@ -418,7 +427,7 @@ class _ChunkedClassKL(_GradientInForward):
 def _class_masses(
     hidden: torch.Tensor, head: Head, classes: torch.Tensor, memory: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the probabilities of each class in ``out``; logits and probabilities ``[N, V]`` in the memory that is given."""
+    """Write each class's total probability to ``out``. Returns logits and probabilities ``[N, V]``, views into ``memory``."""
     logits, probability = (part[: len(hidden) * len(classes)].view(len(hidden), -1) for part in memory)
     torch.log_softmax(_logits(hidden, head, logits), -1, out=probability)
     probability.clamp_(min=LOG_FLOOR).exp_()
@@ -427,7 +436,7 @@ def _class_masses(
 
 
 class _ChunkedFisher(_GradientInForward):
-    """The loss of each row and its gradient ``W^T (p * (u - E_p[u]))``, made in the forward pass, a chunk of rows at a time."""
+    """Loss of each row and its gradient ``W^T (p * (u - E_p[u]))``, computed in the forward pass, a chunk of rows at a time."""
 
     @staticmethod
     def forward(ctx, outputs, supervision, head):
@@ -442,7 +451,7 @@ class _ChunkedFisher(_GradientInForward):
             _logits(supervision[rows], head, moved)
             torch.softmax(moved, -1, out=shares)
             _logits(outputs[rows].to(dtype) - supervision[rows].to(dtype), plain, moved)
-            moved -= (shares * moved).sum(-1, keepdim=True)  # the variance of u, and its gradient, want it centred
+            moved -= (shares * moved).sum(-1, keepdim=True)  # centred, for the variance of u and for its gradient
             loss[rows] = (shares * moved.square()).sum(-1) / 2
             if ctx.needs_input_grad[0]:
                 torch.mm(shares.mul_(moved).to(weight.dtype), weight, out=gradient[rows])
@@ -457,7 +466,7 @@ def _as_head(weight: torch.Tensor | Head) -> Head:
 
 
 def _logits(hidden: torch.Tensor, head: Head, out: torch.Tensor) -> torch.Tensor:
-    """Logits in ``out``, float32 or better."""
+    """Write logits to ``out``, in float32 or better, and return it."""
     weight = head.weight
     if weight.dtype == out.dtype:
         torch.mm(hidden.to(weight.dtype), weight.T, out=out)

@@ -1,4 +1,4 @@
-"""What training minimises and evaluation reports, of captured states: equations 4 to 9 of the method."""
+"""Losses of captured states, for training and evaluation (method, equations 4 to 9)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Objective:
         layer_loss: ``relation``, ``steering`` or ``fisher``.
         output_loss: ``kl``, ``cosine`` or ``answers``.
         relation_weight: weight of the layer loss; at zero it is not computed.
-        kl_weight: weight of the output loss, likewise.
-        semantic_map: carries source states into the target's space.
-        source_head: the source's head, rows of the shared tokens.
-        target_head: the target's, likewise.
-        own_head: the target's, all rows.
-        classes: with two tokenizers, those of the tokens of both heads that the output KL compares.
+        kl_weight: weight of the output loss; at zero it is not computed.
+        semantic_map: maps source states into the target's space.
+        source_head: the source's head, restricted to the shared tokens.
+        target_head: the target's head, restricted to the shared tokens.
+        own_head: the target's whole head.
+        classes: token classes that the output KL compares; only with two tokenizers.
     """
 
     layer_loss: str
@@ -59,14 +59,17 @@ class Objective:
         tokens: torch.Tensor | int,
         sequences: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Layer loss and output loss of a batch, as shares of the global batch's means; zero where the weight is.
+        """Layer loss and output loss of a batch. Each is zero if its weight is zero.
+
+        Sums over this batch are divided by counts over the global batch, so that adding up the shares of all batches in a step
+        gives the global means.
 
         Args:
-            states: of the supervised target layers, and last of its decoder.
-            signals: what the source says of them; ``None`` where neither loss asks for it.
+            states: captured states of the supervised target layers, then of the target's decoder.
+            signals: source signals of the batch; ``None`` if neither loss needs them.
             labels: ``[B, T]``.
-            tokens: positions of the global batch that the output loss is of.
-            sequences: sequences of the global batch that carry a relation.
+            tokens: number of positions in the global batch that the output loss covers.
+            sequences: number of sequences in the global batch with at least two such positions.
         """
         layer = output = torch.zeros((), device=labels.device)
         if signals is not None and signals.supervision:
@@ -95,33 +98,36 @@ class Objective:
             return token_steering_losses(state.output[valid], supervision[valid]).sum() / tokens
         output = state.output
         if state.input.requires_grad:
-            # Of y = x + f(x) the loss is about f(x): through x it would train layers below for another one's residual.
+            # The loss of y = x + f(x) is about f(x). A gradient through x would train lower layers for this layer's residual.
             output = output + (state.input.detach() - state.input)
         if self.layer_loss == "fisher":
             return token_fisher_losses(output[valid], supervision[valid], self.target_head).sum() / tokens
         return sequence_relation_losses(state.input, output, supervision, valid).sum() / sequences.clamp_min(1)
 
     def _output_losses(self, final: torch.Tensor, signals: BatchSignals | None, labels: torch.Tensor) -> torch.Tensor:
-        """Of each position ``[N]``: of the answers all valid ones, else those that the source says something about."""
+        """Output loss of each position ``[N]``: all valid positions for ``answers``, the supervised ones otherwise."""
         if self.output_loss == "answers":
             valid = valid_positions(labels)
             return answer_cross_entropy(final[valid], self.own_head, labels[:, 1:][valid[:, :-1]])
-        assert signals is not None  # the other losses ask for it
+        assert signals is not None  # the other losses need them
         hidden = final[signals.taught]
         if self.output_loss == "cosine":
             return token_steering_losses(hidden, self.semantic_map(signals.final.float()))
         return self._kl(hidden, signals.final)
 
     def _kl(self, hidden: torch.Tensor, source_hidden: torch.Tensor) -> torch.Tensor:
-        """KL to the source of each position ``[N]``, over tokens or over the classes of two tokenizers."""
+        """KL to the source at each position ``[N]``, over tokens or, with two tokenizers, over token classes."""
         if self.classes is None:
             return token_kl(hidden, self.target_head, source_hidden, self.source_head)
         return token_class_kl(hidden, self.target_head, source_hidden, self.source_head, self.classes)
 
     @torch.no_grad()
     def sums(self, states: Sequence[Capture], signals: BatchSignals, labels: torch.Tensor) -> torch.Tensor:
-        """Of each example ``[B, 6]``: answer cross-entropy, summed over its valid positions, and their number; KL, summed over
-        those that the source says something about, and their number; the relation loss, meaned over layers; whether it has one.
+        """Metrics of each example for evaluation, ``[B, 6]``.
+
+        The columns are: answer cross-entropy, summed over the valid positions; number of these positions; KL, summed over the
+        positions with source signals; number of these positions; relation loss, averaged over layers; 1 if the example has a
+        relation loss, else 0.
         """
         valid, taught, final = valid_positions(labels), signals.taught, states[-1].output
         tokens = labels[:, 1:][valid[:, :-1]]
@@ -150,11 +156,11 @@ class BatchSignals:
     """Source signals of one batch.
 
     Attributes:
-        taught: positions of the target that the source says something about, ``[B, T]`` bool: the valid ones, or with two
-            tokenizers those of them that are aligned.
-        supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one for each wanted target layer; what stands at other positions
-            means nothing.
-        final: the source's final hidden states at these positions, ``[N, D_src]``.
+        taught: ``[B, T]`` bool, target positions that have source signals: the valid positions, or with two tokenizers the
+            aligned positions among them.
+        supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one tensor per requested target layer; values at other positions
+            are meaningless.
+        final: the source's final hidden states at the ``taught`` positions, ``[N, D_src]``.
     """
 
     taught: torch.Tensor

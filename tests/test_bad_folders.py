@@ -71,7 +71,7 @@ MODELS = [
     ("config of no family", changed("config.json", model_type="llamma"), "cannot be read: .*does not recognize this arch"),
     ("config of no width", changed("config.json", hidden_size="wide"), "cannot be read: .*'hidden_size' expected int"),
     ("config of no causal model", of_t5, "cannot be read: .*T5Config"),
-    ("quantised otherwise", changed("config.json", quantization_config={"quant_method": "gptq"}), "quantised by gptq are not"),
+    ("quantised otherwise", changed("config.json", quantization_config={"quant_method": "gptq"}), "quantised with gptq are no"),
     ("no weights", without("model.safetensors"), r"has no \*.safetensors files: give a folder saved by save_pretrained"),
     ("weights cut short", cut("model.safetensors"), "model.safetensors is damaged or truncated .*: copy or download it again"),
 ]

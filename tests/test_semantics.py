@@ -412,7 +412,7 @@ def test_a_damaged_cache_is_reported_and_rebuilt(models, builds, tmp_path, caplo
     cache = tmp_path / "map.safetensors"
     first = SemanticMap.from_models(*models, cache=cache)
     damage(cache)
-    with pytest.raises(ValueError, match=r"map.safetensors is damaged, or no semantic map"):
+    with pytest.raises(ValueError, match=r"map.safetensors is damaged or not a semantic map"):
         SemanticMap.load(cache)
     rebuilt = SemanticMap.from_models(*models, cache=cache)
     assert len(builds) == 2 and torch.equal(rebuilt.matrix, first.matrix)
@@ -468,7 +468,7 @@ def test_one_vocabulary_that_cuts_text_differently_is_refused_with_the_place():
         tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>"))
         made.append(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
     rows = len(vocabulary)
-    parting = r"part at token 0 of \"The 3 foxes.* the source has \['Th', 'e', ' '\], the target \['T', 'he', ' '\]"
+    parting = r"differ at token 0 of \"The 3 foxes.* the source has \['Th', 'e', ' '\], the target \['T', 'he', ' '\]"
     with pytest.raises(ValueError, match=rf"share {rows} tokens of {rows} .* {parting}"):
         shared_token_ids(*made, rows, rows)
     assert len(shared_token_ids(made[0], made[0], rows, rows)) == rows
@@ -523,7 +523,7 @@ def test_rows_beyond_a_head_are_not_matched():
 
 
 def test_too_few_shared_tokens_for_the_targets_width_are_refused_with_the_number():
-    with pytest.raises(ValueError, match=r"\d{3} tokens .* the same bytes, of 400 \(source\) .* needs 2048, 4 for each of 512"):
+    with pytest.raises(ValueError, match=r"\d{3} tokens .* the same bytes .*, of 400 \(source\) .* 2048, 4 for each of the target's 512"):
         matched(byte_level(), byte_level(size=300), width=512)
 
 

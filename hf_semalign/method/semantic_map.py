@@ -1,8 +1,8 @@
 """Semantic bases and the training-free map between two spaces (method, section 3; equations 1 to 3).
 
 A hidden state is decomposed into the source's vocabulary semantics and recomposed in the target's space. Both steps are
-linear, so they collapse into one matrix ``M`` ``[D_tgt, D_src]``, found from Gram matrices that are accumulated in float64
-over chunks of the vocabulary: neither a basis nor a pseudoinverse ``[V, D]`` is ever held (docs/maps.md).
+linear, so together they are one matrix ``M`` ``[D_tgt, D_src]``. It is computed from Gram matrices that are accumulated in
+float64 over chunks of the vocabulary, so no basis or pseudoinverse ``[V, D]`` is ever held in memory (docs/maps.md).
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from hf_semalign.models.token_bytes import TokenBytes
 logger = logging.getLogger(__name__)
 KINDS = ("readout", "projection", "cosine")
 CHUNK = 1024  # vocabulary rows in float64 at a time
-BLOCK = 512  # columns of a Gram matrix at a time: what lies above the diagonal is left out
-TOLERANCE = 1e-10  # relative error of a pseudoinverse by one Gram matrix, from which on a second one is taken
+BLOCK = 512  # columns of a Gram matrix at a time; blocks above the diagonal are skipped
+TOLERANCE = 1e-10  # relative error of a pseudoinverse from one Gram matrix, above which a second Gram matrix is used
 EPSILON = torch.finfo(torch.float64).eps
-MIN_SHARED = 0.9  # share of the smaller vocabulary that one tokenizer in two releases has in common
+MIN_SHARED = 0.9  # share of the smaller vocabulary that two releases of one tokenizer must have in common
 ROWS_PER_CHANNEL = 4  # shared tokens that a map between two tokenizers needs for each channel of the target
 SAMPLE = "The 3 foxes' naïve re-run: 12.50 km -> 1,024 tests?\n\tdef f_1(x):\n        return x**2  # 東京 😀"
 
 
 def semantic_bases(head_weight: torch.Tensor) -> torch.Tensor:
-    """Semantic bases ``S = pinv(W^T) = W G^-1`` of a head, for inspection (equation 1).
+    """Compute the semantic bases ``S = pinv(W^T) = W G^-1`` of a head, for inspection (equation 1).
 
     Args:
         head_weight: ``W`` ``[V, D]``, with ``logits = h W^T``.
 
     Returns:
-        ``[V, D]`` float64; row ``i`` is the basis of token ``i``, raw.
+        ``[V, D]`` float64; row ``i`` is the basis of token ``i``, not normalised.
     """
     rows, dual, _ = _pseudoinverse(_Rows(head_weight))
     return torch.cat([chunk @ dual.T for chunk in rows])
@@ -61,11 +61,11 @@ class SemanticMap(nn.Module):
 
     Attributes:
         matrix: ``M`` ``[D_tgt, D_src]``; float64 as built.
-        kind: ``readout``: ``pinv(W_tgt) W_src``, the target state whose logits are closest to the source's in least
-            squares, the identity when both heads are the same; ``projection``: ``S_tgt^T S_src``; ``cosine``: equation 2
-            as printed, ``S_tgt^T diag(1 / |s_i|) S_src`` and ``1 / |h|`` a token.
-        shared_tokens: vocabulary rows used.
-        condition_number: of the target head, ``sqrt(max / min)`` of its Gram matrix' eigenvalues.
+        kind: ``readout``: ``pinv(W_tgt) W_src``, which gives the target state whose logits are closest to the source's in least
+            squares, and is the identity if both heads are equal. ``projection``: ``S_tgt^T S_src``. ``cosine``: equation 2 as
+            printed, ``S_tgt^T diag(1 / |s_i|) S_src``, with each state divided by ``|h|``.
+        shared_tokens: number of vocabulary rows used.
+        condition_number: condition number of the target head: ``sqrt(max / min)`` of its Gram matrix' eigenvalues.
         fingerprint: digest of both heads, the rows and the kind.
     """
 
@@ -80,10 +80,10 @@ class SemanticMap(nn.Module):
         self.shared_tokens = shared_tokens
         self.condition_number = condition_number
         self.fingerprint = fingerprint
-        self._built = ""  # what the heads of the fingerprint led to, see _content
+        self._built = ""  # digest of the matrix as built from the fingerprint's heads, see _content
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., D_src]`` to ``[..., D_tgt]``, in the matrix' precision, returned in the input's."""
+        """Map ``[..., D_src]`` to ``[..., D_tgt]``. Computes in the matrix' dtype and returns the input's dtype."""
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(self.matrix.dtype)
             if self.kind == "cosine":
@@ -94,7 +94,7 @@ class SemanticMap(nn.Module):
         return hashlib.sha256(f"{self.kind} {checksum(self.matrix.float())}".encode()).hexdigest()
 
     def by_content(self) -> SemanticMap:
-        """A copy; its fingerprint is of the matrix, where somebody made that by hand or changed it since it was built."""
+        """Copy the map. If its matrix was set or changed by hand, the copy's fingerprint is a digest of the matrix."""
         matrix = self.matrix.detach().clone()
         content = self._content()
         copied = SemanticMap(
@@ -121,14 +121,15 @@ class SemanticMap(nn.Module):
 
         Args:
             source_weight: ``[V, D_src]``.
-            target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token.
-            rows: of two vocabularies the rows of each head that belong together, see :func:`rows_by_bytes`. Each head is then
-                taken less the mean of these rows, which the softmax does not see, and which is another one for each tokenizer.
-            kind: see the class.
-            cache: file that keeps the map; used again while both heads are the same.
+            target_weight: ``[V, D_tgt]``; row ``i`` belongs to the same token as row ``i`` of ``source_weight``.
+            rows: for two vocabularies, matching rows of both heads, see :func:`rows_by_bytes`. The mean of these rows is then
+                subtracted from each head: it does not affect the softmax, and it differs between tokenizers.
+            kind: kind of map, see the class.
+            cache: file that stores the map; it is reused while both heads are unchanged.
 
         Raises:
-            ValueError: an unknown kind, or heads with different numbers of rows.
+            ValueError: the kind is unknown, the heads have different numbers of rows, or a head is not ``[V, D]`` of finite
+                real numbers.
         """
         if kind not in KINDS:
             raise InputError(f"map_kind is {kind!r}: expected one of {KINDS}.")
@@ -174,14 +175,14 @@ class SemanticMap(nn.Module):
         kind: str = "readout",
         cache: str | Path | None = None,
     ) -> SemanticMap:
-        """Build the map from two models: finds the heads, folds logit scales, keeps the shared vocabulary.
+        """Build the map from two models. Finds their heads, folds in logit scales and keeps the shared vocabulary.
 
         Args:
             source: the source model.
             target: the target model, bare or inside a peft model.
-            source_tokenizer: without tokenizers both heads must have the same rows.
-            target_tokenizer: as above. Two that cut text differently are matched by the bytes of their tokens.
-            kind: see the class.
+            source_tokenizer: tokenizer of the source. Without both tokenizers, the heads must have the same rows.
+            target_tokenizer: tokenizer of the target. If the two split text differently, tokens are matched by their bytes.
+            kind: kind of map, see the class.
             cache: see :meth:`from_heads`.
 
         Raises:
@@ -197,7 +198,7 @@ class SemanticMap(nn.Module):
         return cls.from_heads(ours.rows(ids).weight, theirs.rows(ids).weight, kind=kind, cache=cache)
 
     def save(self, path: str | Path) -> None:
-        """Write the map to a safetensors file; the file appears whole or not at all."""
+        """Write the map to a safetensors file, atomically."""
         record = {key: getattr(self, key) for key in ("kind", "shared_tokens", "condition_number")}
         record["fingerprint"] = self.by_content().fingerprint
         record["checksum"] = _record_checksum(self.matrix, record)
@@ -212,26 +213,26 @@ class SemanticMap(nn.Module):
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is damaged, or no map.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is damaged, or is not a semantic map.
         """
         if not Path(path).is_file():
-            raise MissingFileError(f"There is no semantic map {path}: correct its name.")
+            raise MissingFileError(f"There is no semantic map {path}: check the name.")
         try:
             with safe_open(path, framework="pt") as file:
                 matrix, record = file.get_tensor("matrix"), json.loads((file.metadata() or {})["semantic_map"])
             check_kinds(record, Facts)
             if record.pop("checksum") != _record_checksum(matrix, record):
-                raise InputError("its checksum does not fit")
+                raise InputError("its checksum does not match")
         except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path} is damaged, or no semantic map ({error}): copy it again, or build it anew.") from error
+            raise InputError(f"{path} is damaged or not a semantic map ({error}): copy it again, or rebuild it.") from error
         known = cls(matrix, **record)
         known._built = known._content()
         return known
 
 
 class Facts(TypedDict):
-    """What a file of a map says beside its matrix."""
+    """Metadata of a map's file."""
 
     kind: Literal["readout", "projection", "cosine"]
     shared_tokens: int
@@ -241,12 +242,12 @@ class Facts(TypedDict):
 
 
 def _recall(path: str | Path) -> SemanticMap | None:
-    """The map of a file; ``None`` when there is none or it is damaged, which is logged."""
+    """Load a map from a file; ``None`` if the file is missing or damaged. Damage is logged."""
     with suppress(FileNotFoundError):
         try:
             return SemanticMap.load(path)
         except ValueError as error:
-            logger.warning("The semantic map in %s cannot be read (%s) and is built again.", Path(path).name, error.__cause__)
+            logger.warning("The semantic map %s cannot be read (%s) and will be rebuilt.", Path(path).name, error.__cause__)
     return None
 
 
@@ -260,11 +261,11 @@ def shared_token_ids(
     source_rows: int,
     target_rows: int,
 ) -> torch.Tensor:
-    """Ids of the tokens that both vocabularies hold, matched by token string; padded rows and added tokens drop out.
+    """Ids of the tokens that are in both vocabularies, matched by token string. Padded rows and added tokens are left out.
 
     Args:
         source_tokenizer: tokenizer of the source.
-        target_tokenizer: tokenizer of the target. Without both, the heads must have the same number of rows.
+        target_tokenizer: tokenizer of the target. Without both tokenizers, the heads must have the same number of rows.
         source_rows: rows of the source's head.
         target_rows: rows of the target's head.
 
@@ -272,21 +273,20 @@ def shared_token_ids(
         ``[V_shared]`` ascending ids.
 
     Raises:
-        ValueError: too few shared tokens, shared tokens under different ids, or a sample text that they cut differently, with
-            the place where they part. One sequence of ids feeds both models: transfer across tokenizers would need its own
-            alignment of positions here, and is not supported yet.
+        ValueError: these are two different tokenizers: they share too few tokens, give shared tokens different ids, or split a
+            sample text differently. For such a pair, use :func:`rows_by_bytes`.
     """
     if source_tokenizer is None or target_tokenizer is None:
         if source_rows != target_rows:
             raise InputError(
-                f"The heads have {source_rows} (source) and {target_rows} (target) rows: pass both tokenizers, so that the "
-                "shared tokens can be matched."
+                f"The heads have {source_rows} (source) and {target_rows} (target) rows: pass both tokenizers so that shared "
+                "tokens can be matched."
             )
         return torch.arange(source_rows)
     if difference := differing(source_tokenizer, target_tokenizer):
         raise InputError(
-            f"{difference}: source and target need one tokenizer (up to added tokens and padded rows). Choose a pair from one "
-            "model family."
+            f"{difference}: source and target need the same tokenizer (up to added tokens and padded rows). Choose a pair from "
+            "one model family."
         )
     source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
     shared, limit = source_vocabulary.keys() & target_vocabulary.keys(), min(source_rows, target_rows)
@@ -294,7 +294,7 @@ def shared_token_ids(
 
 
 def differing(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What tells two tokenizers apart, in words; ``None`` for one tokenizer, up to added tokens."""
+    """Describe how two tokenizers differ; ``None`` if they are the same up to added tokens."""
     source_vocabulary, target_vocabulary = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()
     shared = source_vocabulary.keys() & target_vocabulary.keys()
     moved = [token for token in shared if source_vocabulary[token] != target_vocabulary[token]]
@@ -304,41 +304,41 @@ def differing(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTr
         return None
     return (
         f"The tokenizers share {len(shared)} tokens of {len(source_vocabulary)} (source) and {len(target_vocabulary)} "
-        f"(target), {len(moved)} of them under different ids, {parting or 'and cut a sample text alike'}"
+        f"(target), {len(moved)} of them under different ids, {parting or 'and split a sample text alike'}"
     )
 
 
 def rows_by_bytes(
     source: TokenBytes, target: TokenBytes, source_rows: int, target_rows: int, *, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of two heads whose tokens spell the same bytes; bytes that two tokens of one side spell are left out.
+    """Match rows of two heads whose tokens spell the same bytes. Bytes that two tokens of one side spell are left out.
 
     Args:
-        source: what the source's tokens spell.
-        target: what the target's tokens spell.
+        source: bytes of the source's tokens.
+        target: bytes of the target's tokens.
         source_rows: rows of the source's head.
         target_rows: rows of the target's head.
         width: channels of the target.
 
     Returns:
-        ``[V_shared]`` ids of the source and ``[V_shared]`` of the target, in the order of the latter.
+        ``[V_shared]`` source ids and ``[V_shared]`` target ids, ordered by target id.
 
     Raises:
-        ValueError: fewer than four for each channel of the target, with the number.
+        ValueError: there are fewer than four matches per channel of the target.
     """
     ours, theirs = _token_of(source, source_rows), _token_of(target, target_rows)
     shared = [text for text in theirs if text in ours]
     if len(shared) < ROWS_PER_CHANNEL * width:
         raise InputError(
-            f"{len(shared)} tokens of the tokenizers spell the same bytes, of {len(ours)} (source) and {len(theirs)} "
-            f"(target): the map needs {ROWS_PER_CHANNEL * width}, {ROWS_PER_CHANNEL} for each of {width} channels of the "
-            "target. Choose a pair whose vocabularies have more in common, or a narrower target."
+            f"Only {len(shared)} tokens spell the same bytes in both tokenizers, of {len(ours)} (source) and {len(theirs)} "
+            f"(target): the map needs {ROWS_PER_CHANNEL * width}, {ROWS_PER_CHANNEL} for each of the target's {width} "
+            "channels. Choose a pair whose vocabularies have more in common, or a narrower target."
         )
     return torch.tensor([ours[text] for text in shared]), torch.tensor([theirs[text] for text in shared])
 
 
 def _token_of(side: TokenBytes, rows: int) -> dict[bytes, int]:
-    """The one token of each text among the first rows."""
+    """Token of each text that exactly one of the first rows spells."""
     spelled = side.spelled[:rows]
     count = Counter(spelled)
     return {text: token for token, text in enumerate(spelled) if text is not None and count[text] == 1}
@@ -347,19 +347,19 @@ def _token_of(side: TokenBytes, rows: int) -> dict[bytes, int]:
 def _first_difference(
     source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, text: str
 ) -> str | None:
-    """Where two tokenizers first cut a text differently, in words."""
+    """Describe where two tokenizers first split a text differently."""
     source, target = _cut(source_tokenizer, text), _cut(target_tokenizer, text)
     place = next((k for k, (ours, theirs) in enumerate(zip_longest(source, target)) if ours != theirs), None)
     if place is None:
         return None
     return (
-        f"and part at token {place} of {text!r}: after {source[max(0, place - 3) : place]} the source has "
+        f"and differ at token {place} of {text!r}: after {source[max(0, place - 3) : place]} the source has "
         f"{source[place : place + 3]}, the target {target[place : place + 3]}"
     )
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """Tokens of a text; none from a tokenizer of whole words that knows not all of them and has no token for such."""
+    """Tokens of a text; empty if the tokenizer meets an unknown word and has no token for it."""
     with suppress(InputError), unknown_words_explained():
         return list(tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return []
@@ -367,13 +367,13 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """``(W - m) B`` ``[V, rank]`` in float64, a chunk of rows at a time.
+    """Iterates over ``(W - m) B`` ``[V, rank]`` in float64, a chunk of rows at a time.
 
     Attributes:
         weight: ``W`` ``[V, D]``.
-        ids: the rows of it in their order; all without.
-        mean: ``m`` ``[D]`` that is taken off each; nothing without.
-        basis: ``B`` ``[D, rank]``; without it the identity.
+        ids: rows to use, in this order; ``None`` for all.
+        mean: ``m`` ``[D]``, subtracted from each row; ``None`` for zero.
+        basis: ``B`` ``[D, rank]``; ``None`` for the identity.
     """
 
     weight: torch.Tensor
@@ -393,7 +393,7 @@ class _Rows:
 
 
 def _centred(weight: torch.Tensor, ids: torch.Tensor) -> _Rows:
-    """Some rows of a head, less their mean."""
+    """Select rows of a head and subtract their mean."""
     rows = _Rows(weight, ids.to(weight.device))
     return replace(rows, mean=torch.stack([chunk.sum(0) for chunk in rows]).sum(0) / len(ids))
 
@@ -401,10 +401,10 @@ def _centred(weight: torch.Tensor, ids: torch.Tensor) -> _Rows:
 def _pseudoinverse(head: _Rows) -> tuple[_Rows, torch.Tensor, float]:
     """``W B``, ``K`` ``[D, rank]`` and the condition number of a head, with ``pinv(W) = K (W B)^T``.
 
-    With ``K = G^-1`` and no ``B`` the error is the rounding of ``G = W^T W`` times the condition number squared. Where that is
-    too much, ``B`` holds the principal directions, each divided by its singular value: ``W B`` is orthonormal up to this same
-    error, and its own Gram matrix shows what is left, which ``K`` takes away (as CholeskyQR2 does in a QR decomposition).
-    Directions below the numerical rank are dropped, with a warning.
+    With ``K = G^-1`` and ``B`` the identity, the error is the rounding of ``G = W^T W`` times the condition number squared. If
+    this is above ``TOLERANCE``, ``B`` holds the principal directions, each divided by its singular value. ``W B`` is then
+    orthonormal up to the same error, and ``K`` corrects the rest with a second Gram matrix, that of ``W B`` (like CholeskyQR2
+    for a QR decomposition). Directions below the numerical rank are dropped, with a warning.
     """
     values, vectors = torch.linalg.eigh(_gram(head))
     cutoff = values[-1] * len(values) * EPSILON
@@ -412,8 +412,8 @@ def _pseudoinverse(head: _Rows) -> tuple[_Rows, torch.Tensor, float]:
     missing = int((values <= cutoff).sum())
     if missing:
         logger.warning(
-            "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map says nothing "
-            "about the missing directions.", len(values), len(values) - missing,
+            "A head of width %d has rank %d over the shared vocabulary: its pseudoinverse is used, and the map ignores the "
+            "missing directions.", len(values), len(values) - missing,
         )  # fmt: skip
     basis = vectors[:, missing:].mul_(values[missing:].rsqrt())
     if condition**2 * EPSILON <= TOLERANCE:
@@ -423,7 +423,7 @@ def _pseudoinverse(head: _Rows) -> tuple[_Rows, torch.Tensor, float]:
 
 
 def _gram(rows: _Rows) -> torch.Tensor:
-    """Gram matrix ``[rank, rank]`` of rows; only the lower triangle is right."""
+    """Gram matrix ``[rank, rank]`` of rows; only the lower triangle is correct."""
     total = torch.zeros(rows.rank, rows.rank, dtype=torch.float64, device=rows.weight.device)
     for chunk in rows:
         for i in range(0, rows.rank, BLOCK):
@@ -432,7 +432,7 @@ def _gram(rows: _Rows) -> torch.Tensor:
 
 
 def _cross_gram(left: _Rows, right: _Rows, right_dual: torch.Tensor | None = None) -> torch.Tensor:
-    """``left^T right``; with ``right_dual``, each row of ``right`` is divided by the norm of its token's basis, if not zero."""
+    """``left^T right``; with ``right_dual``, rows of ``right`` are divided by the norm of their token's basis, if nonzero."""
     total = torch.zeros(left.rank, right.rank, dtype=torch.float64, device=left.weight.device)
     for left_chunk, right_chunk in zip(left, right, strict=True):
         if right_dual is not None:

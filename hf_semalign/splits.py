@@ -1,7 +1,7 @@
 """Splits: encode rows, keep splits disjoint, and collate batches (method, section 0).
 
-Position ``i`` is *valid* when ``labels[i + 1] != -100``: the position that predicts a supervised token. Every quantity of
-the method is computed on valid positions only.
+Position ``i`` is *valid* if ``labels[i + 1] != -100``, i.e. if it predicts a supervised token. The method uses valid positions
+only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.errors import InputError, brief
 from hf_semalign.tokenization import IGNORED, Record, check_text, form_of, prompt_of, tokenize
 
-HELD_OUT = 20  # the size that LaTen's extract splits have
-ROWS = 100  # of a data set in memory at a time
+HELD_OUT = 20  # size of LaTen's extract splits
+ROWS = 100  # rows of a data set held in memory at a time
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int64()), "labels": pa.list_(pa.int64()), "example_id": pa.int64()})
-COLUMNS = ("input_ids", "labels", "example_id", "source_id", "source_rank", "answer_bytes")  # that training reads
+COLUMNS = ("input_ids", "labels", "example_id", "source_id", "source_rank", "answer_bytes")  # columns that training reads
 DATED = re.compile("strftime_now")
 logger = logging.getLogger(__name__)
 
 
 def valid_positions(labels: torch.Tensor) -> torch.Tensor:
-    """``[B, T]`` bool: positions whose next token is supervised; the last position never is."""
+    """``[B, T]`` bool: positions whose next token is supervised; the last position is never valid."""
     valid = torch.zeros_like(labels, dtype=torch.bool)
     valid[:, :-1] = labels[:, 1:] != IGNORED
     return valid
 
 
 def taught_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``[B, T]`` bool: the valid positions that the source says something about, with two tokenizers the aligned ones."""
+    """``[B, T]`` bool: the valid positions that have source signals; with two tokenizers, only the aligned ones."""
     valid = valid_positions(batch["labels"])
     return valid & (batch["source_rank"] >= 0) if "source_rank" in batch else valid
 
@@ -50,15 +50,15 @@ def taught_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def tensors_of(
     batch: Mapping[str, torch.Tensor], rows: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``input_ids, attention_mask, labels`` of a batch on a device, ``[B, T]`` each.
+    """Check a batch and return its ``input_ids, attention_mask, labels`` on a device, ``[B, T]`` each.
 
     Args:
-        batch: has these three; others are left out.
-        rows: tokens that the model has embeddings for.
-        device: where the model is.
+        batch: batch with these three tensors; others are ignored.
+        rows: rows of the model's token embeddings.
+        device: device of the model.
 
     Raises:
-        ValueError: one is missing or has another form, or a token has no embedding.
+        ValueError: a tensor is missing or has the wrong shape or dtype, or a token has no embedding.
     """
     names = ("input_ids", "attention_mask", "labels")
     given = {name: batch.get(name) for name in names} if isinstance(batch, Mapping) else {}
@@ -68,8 +68,8 @@ def tensors_of(
             name: f"{one.dtype} {list(one.shape)}" if isinstance(one, torch.Tensor) else one for name, one in given.items()
         }
         raise InputError(
-            f"A batch has {brief(found or type(batch).__name__)}: expected {', '.join(names)}, tensors of whole numbers of one "
-            "shape [B, T]."
+            f"A batch has {brief(found or type(batch).__name__)}: expected {', '.join(names)} as integer tensors of one shape "
+            "[B, T]."
         )
     ids, mask, labels = (tensor.to(device) for tensor in tensors)
     for tokens in (ids, labels[labels != IGNORED]):
@@ -79,13 +79,13 @@ def tensors_of(
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Record] | Dataset]) -> None:
-    """Refuse splits that share a prompt; of each prompt a digest of eight bytes is held, not the text.
+    """Check that no two splits share a prompt. Memory holds an eight-byte digest per prompt, not its text.
 
     Args:
-        splits: records by split name.
+        splits: rows by split name.
 
     Raises:
-        ValueError: names up to five of the shared rows.
+        ValueError: two splits share prompts; the message names up to five of the rows.
     """
     prompts = {
         name: np.fromiter((_digest(prompt_of(record)) for record in records), np.int64, len(records))
@@ -99,7 +99,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Record] | Dataset]) -> None:
     if clashes:
         shown = "\n  ".join(clashes[:5])
         raise InputError(
-            f"Overlapping splits: {len(clashes)} prompts stand in more than one of {list(splits)}, which must be disjoint:\n"
+            f"Overlapping splits: {len(clashes)} prompts are in more than one of {list(splits)}, which must be disjoint:\n"
             f"  {shown}\nRemove these rows from all splits but one."
         )
 
@@ -111,22 +111,22 @@ def encode(
     split: str,
     max_length: int | None = None,
 ) -> Dataset:
-    """Records to a data set of ``input_ids``, ``labels`` and ``example_id``; only answers are supervised.
+    """Encode rows to a data set of ``input_ids``, ``labels`` and ``example_id``. Only answers are supervised.
 
     Args:
         records: rows with TRL's ``prompt`` and ``completion`` (strings, or lists of messages), with ``messages`` (every
-            assistant turn is supervised), or with ``input_ids`` and ``labels``, which pass
-            through but for padding that an ``attention_mask`` marks.
+            assistant turn is supervised), or with ``input_ids`` and ``labels``, which are kept except for padding marked by an
+            ``attention_mask``.
         tokenizer: needed unless the rows hold token ids.
-        split: name for error messages.
-        max_length: longer sequences are cut at the end.
+        split: name of the split, for messages.
+        max_length: longer sequences are truncated at the end.
 
     Returns:
-        One row a record, in a temporary file of this session that is mapped into memory. ``example_id`` is a 63-bit digest of
-        ids and labels: equal content, equal id, whatever the order.
+        One encoded row per record, in a memory-mapped temporary file that lasts for this session. ``example_id`` is a 63-bit
+        digest of ids and labels, so equal rows have equal ids in any order.
 
     Raises:
-        ValueError: unknown columns, no rows, no tokenizer, or rows without a valid position.
+        ValueError: there are no rows, a row has unknown columns or no valid position, or the tokenizer is missing.
     """
     check_rows(records, split)
     empty: list[int] = []
@@ -149,33 +149,33 @@ def encode(
 
     dataset = write_rows(encoded(), SCHEMA)
     if cut:
-        logger.warning("%d of %d rows of the %s split are cut at max_length %d.", cut, len(records), split, max_length)
+        logger.warning("%d of %d rows of the %s split are truncated at max_length %d.", cut, len(records), split, max_length)
     if 2 * seams > len(records):
         logger.warning(
-            "In %d of %d rows of the %s split a letter ends the prompt and another one begins the completion. They are joined "
-            "as they are: put the space or line break that belongs between them into one of them.", seams, len(records), split,
+            "In %d of %d rows of the %s split, the prompt ends and the completion begins with a letter or digit. The texts are "
+            "joined as they are: add the missing space or line break to one of them.", seams, len(records), split,
         )  # fmt: skip
     if endless == len(records):
         logger.warning(
-            "No row of the %s split has a supervised %r: nothing teaches the target where an answer ends. Set the tokenizer's "
-            "eos_token to what ends a turn in its chat template, or a template that writes it.", split, _eos(tokenizer),
+            "No row of the %s split has a supervised %r, so the target does not learn where an answer ends. Set eos_token to "
+            "the token that ends a turn in the chat template, or use a template that writes it.", split, _eos(tokenizer),
         )  # fmt: skip
     if dated and tokenizer is not None and DATED.search(str(tokenizer.chat_template)):
         logger.warning(
-            "The chat template of %s writes today's date. Tomorrow the same rows of the %s split are other data: a run cannot "
-            "go on, and finds no signals. Fix the date, as by chat_template_kwargs {'date_string': '1 Jan 2026'} in each row, "
-            "where the template takes it.", tokenizer.name_or_path, split,
+            "The chat template of %s writes today's date, so the rows of the %s split will be different data tomorrow: the run "
+            "could not resume then, and would not find its signals. Fix the date, for example with chat_template_kwargs "
+            "{'date_string': '1 Jan 2026'} in each row, if the template supports it.", tokenizer.name_or_path, split,
         )  # fmt: skip
     if empty:
         raise InputError(
-            f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): no answer "
-            f"token is left to supervise. Give these rows an answer, or raise max_length (now {max_length})."
+            f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): they have no "
+            f"supervised answer token. Add an answer to these rows, or raise max_length (now {max_length})."
         )
     return dataset
 
 
 def write_rows(rows: Iterator[tuple], schema: pa.Schema) -> Dataset:
-    """A data set of some columns on the disk: as Python integers, 100,000 rows would take gigabytes."""
+    """Write rows to a data set on disk; 100,000 rows of Python integers would take gigabytes of memory."""
     folder = get_temporary_cache_files_directory()
     with (
         tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file,
@@ -189,13 +189,13 @@ def write_rows(rows: Iterator[tuple], schema: pa.Schema) -> Dataset:
 
 
 def column_chunks(rows: Dataset, name: str) -> Iterator[pa.Array]:
-    """A column of an encoded split as arrays, some rows at a time."""
+    """Iterate over a column of an encoded split as Arrow arrays, ``ROWS`` rows at a time."""
     for table in rows.with_format("arrow").iter(ROWS):
         yield table[name].combine_chunks()
 
 
 def is_encoded(rows: Any) -> bool:
-    """Whether rows are what :func:`encode` gives, and not rows with an ``example_id`` of somebody's own."""
+    """Whether rows come from :func:`encode`; a user's own ``example_id`` column does not count."""
     if not (isinstance(rows, Dataset) and len(rows) and set(SCHEMA.names) <= set(rows.column_names)):
         return False
     first = rows[0]
@@ -203,23 +203,23 @@ def is_encoded(rows: Any) -> bool:
 
 
 def check_rows(rows: Any, split: str) -> None:
-    """Refuse what is no data set of rows.
+    """Check that a split is a non-empty data set or list of rows.
 
     Raises:
-        ValueError: says what was given.
+        ValueError: it is something else; the message says what.
     """
     sized = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if not sized or isinstance(rows, (str, bytes, Mapping)):
         hint = ""
         if isinstance(rows, Mapping):
-            hint = f" It has {sorted(map(str, rows))}: pass one row in a list, or of several splits one."
+            hint = f" It has {sorted(map(str, rows))}: pass a single row in a list, or one of several splits."
         elif not isinstance(rows, (str, bytes)):
-            hint = " Rows are read more than once: make a list of them."
+            hint = " Rows are read more than once: convert it to a list."
         raise InputError(f"The {split} split is a {type(rows).__name__}: expected a Dataset or a list of rows.{hint}")
     if len(rows) == 0:
         raise InputError(f"The {split} split has no rows.")
     if not isinstance(rows[0], Mapping):
-        raise InputError(f"{split}[0] is a {type(rows[0]).__name__}: expected a row, as a dict of its columns.")
+        raise InputError(f"{split}[0] is a {type(rows[0]).__name__}: expected a row, a dict of its columns.")
 
 
 def _digest(content: Any) -> int:
@@ -227,12 +227,12 @@ def _digest(content: Any) -> int:
 
 
 def example_digest(ids: list[int], labels: list[int]) -> int:
-    """What tells an example from others: 63 bits of a digest of its ids and labels."""
+    """63-bit digest of ids and labels that identifies an example."""
     return _digest((ids, labels))
 
 
 def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
-    """The same, with errors of templates and tokenizers that name the row."""
+    """Tokenize a row; errors from templates and tokenizers name it."""
     try:
         return tokenize(record, tokenizer, where)
     except Exception as error:
@@ -240,12 +240,12 @@ def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase | None, where:
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{where} cannot be encoded ({type(error).__name__}: {reason}). Correct this row, or take it out."
+            f"{where} cannot be encoded ({type(error).__name__}: {reason}). Correct or remove this row."
         ) from error
 
 
 def _is_seamless(prompt: Any, completion: Any) -> bool:
-    """Whether two texts run into each other within a word."""
+    """Whether joining two texts would run two words or numbers together."""
     if not isinstance(prompt, str) or not prompt or not completion:
         return False
     return (prompt[-1] + completion[0]).isalnum() and (prompt[-1] + completion[0]).isascii()
@@ -258,15 +258,15 @@ def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def check_token_ids(
     splits: Mapping[str, Dataset], embedded: Mapping[str, int], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Refuse token ids and labels that a model has no embedding for, such as tokens that were added to the other one.
+    """Check that every model has embeddings for all token ids and labels, also for tokens added to only one of the models.
 
     Args:
         splits: encoded rows by split name.
         embedded: number of embeddings by model.
-        tokenizer: for the message.
+        tokenizer: tokenizer that names the token in the message.
 
     Raises:
-        ValueError: names the largest id, its token and the split.
+        ValueError: a token has no embedding; the message gives the largest id, its token and the split.
     """
     for split, rows in splits.items():
         largest = max(ids.flatten().to_numpy().max() for name in ("input_ids", "labels") for ids in column_chunks(rows, name))
@@ -274,29 +274,29 @@ def check_token_ids(
             if largest >= count:
                 token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
                 raise InputError(
-                    f"Token id {largest}{token} in the {split} split: the {model} has embeddings for {count} tokens. Both "
-                    "models read every token of the data: take this one out of the prompts, or choose another pair."
+                    f"Token id {largest}{token} in the {split} split: the {model} has embeddings for {count} tokens only. Both "
+                    "models read every token of the data: remove this token from the rows, or choose another pair."
                 )
 
 
 def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], Dataset | list[Record]]:
-    """Take an extract split out of the training data: the last rows, up to 20 and a fifth, and all that share their prompts.
+    """Split an extract split off the training data: the last 20 rows, at most a fifth of all, and all rows with their prompts.
 
     Args:
         rows: the training rows.
 
     Returns:
-        The rows that stay, and those held out.
+        The remaining training rows, and the extract split.
 
     Raises:
-        ValueError: fewer than five rows, or fewer than two prompts.
+        ValueError: there are fewer than five rows, or no rows would remain because they share the held-out prompts.
     """
     check_rows(rows, "align")
     for row, record in enumerate(rows):
         check_text(record, f"align[{row}]")
     count = min(HELD_OUT, len(rows) // 5)
     if count == 0:
-        raise InputError(f"{len(rows)} training rows are too few to take an extract split from: pass extract_dataset.")
+        raise InputError(f"{len(rows)} training rows are too few to split off an extract split: pass extract_dataset.")
     held = {prompt_of(rows[row]) for row in range(len(rows) - count, len(rows))}
     is_held = np.fromiter((prompt_of(record) in held for record in rows), bool, len(rows))
     train, extract = (
@@ -310,26 +310,26 @@ def hold_out(rows: Dataset | Sequence[Record]) -> tuple[Dataset | list[Record], 
 
 
 def fingerprint(rows: Dataset) -> str:
-    """Digest of an encoded split, in its order."""
+    """Digest of an encoded split; it depends on the order of the rows."""
     ids = (", ".join(map(str, some.to_pylist())) for some in column_chunks(rows, "example_id"))
     return hashlib.sha256(f"[{', '.join(ids)}]".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of :func:`encode` to a batch of ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]``.
+    """Collates rows of :func:`encode` to ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]``.
 
-    With two tokenizers also ``source_rank`` ``[B, T]``, and ``source_id`` and ``answer_bytes`` ``[B]``, see
+    With two tokenizers, the batch also has ``source_rank`` ``[B, T]``, and ``source_id`` and ``answer_bytes`` ``[B]``, see
     :class:`hf_semalign.training.two_tokenizers.PairedSplit`.
 
     Attributes:
-        pad_token_id: filler on the right; masked in attention and labels.
+        pad_token_id: token for padding on the right; masked in attention and labels.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Record]) -> dict[str, torch.Tensor]:
-        """Pad to the longest row."""
+        """Collate rows, padded to the longest one."""
         tensors = [
             {name: torch.as_tensor(row[name]) for name in COLUMNS if name in row}
             | {"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.long)}
@@ -338,12 +338,12 @@ class Collator:
         return self._padded(tensors)
 
     def by_length(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """The same rows in as many batches of the same sizes, dealt out by length, so that they are padded less.
+        """Regroup the rows of several batches by length to reduce padding; number and sizes of the batches stay the same.
 
         Args:
-            batches: those of one optimizer step, whose gradient is a mean over all their rows, whichever batch a row is in.
+            batches: the batches of one optimizer step. Its gradient is a mean over all rows, so grouping does not change it.
         """
-        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).tolist()  # the one look at what is on a GPU
+        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).tolist()  # the only GPU synchronisation
         rows = [
             {name: tensor[place] for name, tensor in batch.items()}
             for batch in batches
@@ -362,7 +362,7 @@ class Collator:
         return dealt
 
     def _padded(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What is one tensor a row stacked, sequences padded."""
+        """Pad sequences, and stack columns that have one value per row."""
         fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED, "source_rank": -1}
         return {
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fillers[name])

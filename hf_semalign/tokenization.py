@@ -1,4 +1,4 @@
-"""Rows to token ids and labels: which columns are read, what is checked, and which tokens are supervised."""
+"""Tokenize rows: choose the columns to read, check them, apply chat templates and mark the supervised tokens."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.errors import InputError
 
 IGNORED = -100
-OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template gets
+OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that are passed to the chat template
 REFUSED_COLUMNS = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio"), "only text is trained on"),
-    **dict.fromkeys(("chosen", "rejected"), "preferences are not trained on; name the answer completion"),
-    **dict.fromkeys(("completion_mask", "assistant_masks"), "mark what is not supervised by -100 in labels"),
-    **dict.fromkeys(("position_ids", "seq_lengths"), "the examples of a packed row would see each other; give a row for each"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio"), "only text is supported"),
+    **dict.fromkeys(("chosen", "rejected"), "preference training is not supported; name the answer's column completion"),
+    **dict.fromkeys(("completion_mask", "assistant_masks"), "set labels to -100 for tokens that are not supervised"),
+    **dict.fromkeys(("position_ids", "seq_lengths"), "examples in a packed row would attend to each other; use a row for each"),
 }
 Record = Mapping[str, Any]
 
 
 def form_of(record: Record) -> str:
-    """``prompt`` (and ``completion``), ``messages`` or ``ids``: what of a row is read. A column without a value is none.
+    """Which columns of a row are read: ``prompt`` (with ``completion`` if present), ``messages`` or ``ids``.
 
-    A ``prompt`` without ``completion`` beside ``messages`` is somebody's own column, and is not read.
+    Columns with the value ``None`` are ignored, and so is a ``prompt`` without ``completion`` if the row has ``messages``.
     """
     present = {name for name, value in record.items() if value is not None}
     if {"prompt", "completion"} <= present:
@@ -37,19 +37,19 @@ def form_of(record: Record) -> str:
 
 
 def check_text(record: Record, where: str) -> None:
-    """Refuse a record with something else than texts as ``prompt`` and ``completion``, or lists of messages.
+    """Check that ``prompt`` and ``completion`` are texts or lists of messages, and that ``messages`` is such a list.
 
     Args:
-        record: a row; one of token ids passes.
-        where: names the row.
+        record: a row; rows of token ids always pass.
+        where: name of the row, for the message.
 
     Raises:
-        ValueError: says what was found.
+        ValueError: the row has other values; the message shows them.
     """
     names = ("prompt", "completion", "messages")
     found = {name: record[name] for name in names if record.get(name) is not None}
     if len(found) == len(names):
-        raise InputError(f"{where} has {', '.join(names)}: expected prompt and completion, or messages. Leave one of them out.")
+        raise InputError(f"{where} has {', '.join(names)}: expected prompt and completion, or messages, but not both.")
     _check_columns(record, where)
     if "messages" in found:
         fine = _are_messages(found["messages"])
@@ -59,15 +59,15 @@ def check_text(record: Record, where: str) -> None:
     if not fine:
         shown = str({name: record[name] for name in names if name in record})[:120]
         raise InputError(
-            f"{where} has {shown}: expected texts as prompt and completion, or lists of messages with role and content. "
-            "Correct this row, or take it out."
+            f"{where} has {shown}: expected text in prompt and completion, or lists of messages with role and content. "
+            "Correct or remove this row."
         )
 
 
 def _check_columns(record: Record, where: str) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if record.get(name) is not None and not _are_plain_positions(name, record[name]):
-            raise InputError(f"{where} has the column {name!r}: {reason}. Take it out of the rows if it does not matter here.")
+            raise InputError(f"{where} has the column {name!r}: {reason}. Remove the column if it does not matter here.")
 
 
 def _are_plain_positions(name: str, value: Any) -> bool:
@@ -89,7 +89,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[int]]:
-    """``input_ids`` and ``labels`` of a row as plain integers, without the padding that an ``attention_mask`` marks."""
+    """``input_ids`` and ``labels`` of a row as Python integers, without padding if the row has an ``attention_mask``."""
     if not {"input_ids", "labels"} <= record.keys():
         raise InputError(
             f"{where} has the columns {sorted(record)}: expected prompt and completion, or messages, or input_ids and labels."
@@ -97,18 +97,18 @@ def _token_ids(record: Record, where: str = "A row") -> tuple[list[int], list[in
     try:
         ids, labels = ([index(value) for value in record[column]] for column in ("input_ids", "labels"))
     except TypeError as error:
-        raise InputError(f"{where} has input_ids or labels that are no list of whole numbers: {error}.") from error
+        raise InputError(f"{where} has input_ids or labels that are not a list of whole numbers: {error}.") from error
     kept = [True] * len(ids) if record.get("attention_mask") is None else [bool(value) for value in record["attention_mask"]]
     if not len(ids) == len(labels) == len(kept):
         masked = "" if len(kept) == len(ids) else f" and an attention_mask of {len(kept)}"
-        raise InputError(f"{where} has {len(ids)} input_ids but {len(labels)} labels{masked}; they must be as many.")
+        raise InputError(f"{where} has {len(ids)} input_ids but {len(labels)} labels{masked}; expected equal lengths.")
     if negative := [value for value in (*ids, *(label for label in labels if label != IGNORED)) if value < 0]:
-        raise InputError(f"{where} has the token id {negative[0]}: expected ids from 0 on, and {IGNORED} for labels to ignore.")
+        raise InputError(f"{where} has the token id {negative[0]}: expected ids from 0 up, and {IGNORED} for ignored labels.")
     return list(compress(ids, kept)), list(compress(labels, kept))
 
 
 def prompt_of(record: Record) -> str:
-    """What a record conditions on: normalised text, or the ids before the first supervised one (all ids where none are)."""
+    """Prompt of a row, for comparison: normalised text, or the ids before the first supervised one (all if there is none)."""
     form = form_of(record)
     if form == "ids":
         ids, labels = _token_ids(record)
@@ -119,18 +119,18 @@ def prompt_of(record: Record) -> str:
 
 
 def normalise_prompt(text: str) -> str:
-    """Prompt with Unicode form (NFKC), case and white space evened out, as the splits compare it."""
+    """Normalise a prompt's Unicode form (NFKC), case and white space, so that equal prompts compare equal across splits."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def before_answer(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The turns before the last answer, which need not be there yet."""
+    """The turns before the final assistant turn; all turns if the last one is not by the assistant."""
     turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return [dict(turn) for turn in turns]
 
 
 def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[list[int], list[int]]:
-    """``input_ids`` and ``labels`` of a record, see :func:`encode`; ``where`` names it in errors."""
+    """``input_ids`` and ``labels`` of a row, see :func:`hf_semalign.splits.encode`; errors name it by ``where``."""
     form = form_of(record)
     if form == "ids" or (form == "prompt" and "completion" not in record):
         _check_columns(record, where)
@@ -150,10 +150,10 @@ def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: s
 
 
 def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, where: str = "A row") -> list[int]:
-    """Token ids of a row's ``prompt`` that is to be answered; of messages with what opens the answer's turn.
+    """Token ids of a row's ``prompt``, for generation. For messages, the template's generation prompt is added.
 
     Raises:
-        ValueError: messages, and a tokenizer without a chat template.
+        ValueError: the prompt is a list of messages and the tokenizer has no chat template.
     """
     prompt = record["prompt"]
     if not isinstance(prompt, str):
@@ -163,14 +163,14 @@ def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, where: str = 
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, with BOS once where the tokenizer puts it before a text that has it already."""
+    """Token ids of a text. BOS is kept once if the text starts with it and the tokenizer adds it too."""
     ids: list[int] = tokenizer(text)["input_ids"]
     twice = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
     return ids[1:] if twice and text.startswith(str(tokenizer.bos_token)) else ids
 
 
 def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
-    # A tokenizer may merge the seam of prompt and answer into one token: what differs from there on is the answer's.
+    # A tokenizer may merge the end of the prompt and the start of the answer into one token, which then counts as answer.
     shared = 0
     while shared < min(len(prompt), len(ids)) and prompt[shared] == ids[shared]:
         shared += 1
@@ -178,7 +178,7 @@ def _mask_prompt(prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 
 def _for_template(record: Record, where: str) -> dict[str, Any]:
-    """What a row has for its chat template beside the turns: ``tools``, also as JSON text, and ``chat_template_kwargs``."""
+    """Template arguments of a row: ``tools``, which may be JSON text, and ``chat_template_kwargs``."""
     tools, kwargs = (record.get(name) for name in OF_TEMPLATE)
     if isinstance(tools, str):
         tools = json.loads(tools)
@@ -190,7 +190,7 @@ def _for_template(record: Record, where: str) -> dict[str, Any]:
 def _render(
     turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, given: Mapping[str, Any], opening: bool
 ) -> list[int]:
-    """Token ids of turns in the chat template; ``opening``: and of what opens the next answer."""
+    """Token ids of turns in the chat template; with ``opening``, the generation prompt is added."""
     if tokenizer.chat_template is None:
         raise InputError(
             f"{where}: the tokenizer {tokenizer.name_or_path!r} has no chat template for messages: use prompt and completion "
@@ -208,14 +208,16 @@ def _tokenize_chat(
     where: str,
     given: Mapping[str, Any],
 ) -> tuple[list[int], list[int]]:
-    """Assistant turns are supervised, but for those before ``first_answer`` and of ``weight`` 0."""
+    """``input_ids`` and ``labels`` of a conversation. Assistant turns from ``first_answer`` on are supervised, unless their
+    ``weight`` is 0.
+    """
     render = partial(_render, tokenizer=tokenizer, where=where, given=given)
     ids = render(messages, opening=False)
     labels = [IGNORED] * len(ids)
 
     def shared(prefix: list[int]) -> int | None:
         count = _mask_prompt(prefix, ids).count(IGNORED)
-        return None if count < len(prefix) - 1 else count  # one token may have merged over the seam
+        return None if count < len(prefix) - 1 else count  # the last token may have merged with the next text
 
     for turn, message in enumerate(messages):
         if turn < first_answer or message["role"] != "assistant" or message.get("weight") == 0:
@@ -225,14 +227,14 @@ def _tokenize_chat(
         if start is None and turn and shared(render(messages[:turn], opening=False)) is not None:
             opening = tokenizer.decode(opened[_mask_prompt(opened, ids).count(IGNORED) :])
             raise InputError(
-                f"{where}: the chat template opens an answer with {opening!r}, which this one does not begin with. Begin the "
-                "answer with it, as the model is going to, or give the row chat_template_kwargs that leave it out, such as "
-                "{'enable_thinking': False}."
+                f"{where}: the chat template's generation prompt ends with {opening!r}, but this answer does not begin with "
+                "it. Begin the answer with it, as the model will, or give the row chat_template_kwargs that remove it, such "
+                "as {'enable_thinking': False}."
             )
         if start is None or end is None:
             raise InputError(
-                f"{where}: the chat template writes earlier turns differently once later ones follow, so that its answers "
-                "cannot be told from the rest. Give single-turn messages, or prompt and completion."
+                f"{where}: the chat template changes earlier turns when later turns follow, so the answers' tokens cannot be "
+                "located. Use single-turn messages, or prompt and completion."
             )
         labels[start:end] = ids[start:end]
     return ids, labels

@@ -287,7 +287,7 @@ def test_what_is_cut_at_the_maximal_length_of_either_side_drops_out():
         kept = [[rank, place] for rank, place in whole.tolist() if valid(record, source)[rank] + 1 < length > place + 1]
         found = align_row(*rows, *both, length)
         assert (found.pairs.tolist() if found else []) == kept
-    with pytest.raises(ValueError, match="nothing of the answer is left"):
+    with pytest.raises(ValueError, match="no answer position is left"):
         align_rows(rows[:1], rows[1:], *both, split="align", max_length=3)
 
 

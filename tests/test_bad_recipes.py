@@ -126,7 +126,7 @@ def test_folders(refused, no_weights, tmp_path, command, change, message):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-ENDS = "lists of messages with role and content. Correct this row, or take it out"
+ENDS = "lists of messages with role and content. Correct or remove this row"
 DATA = [
     ("empty", "a.jsonl", [], "a.jsonl has no rows: every split needs at least one"),
     ("no JSON", "a.jsonl", ["hello"], "a.jsonl, line 1: expected one JSON object a line, got 'hello'"),
@@ -143,7 +143,7 @@ DATA = [
     ("no Parquet", "a.parquet", ["hello"], "a.parquet cannot be read as parquet: "),
     ("another ending", "a.txt", ["hello"], "a.txt ends in '.txt': expected .jsonl, .json, .csv, .parquet"),
     ("not there", "a.jsonl", None, "a.jsonl does not exist; correct the path of the 'align' files"),
-    ("rows of the eval split", "a.jsonl", TEXTS[:32], "Overlapping splits: 8 prompts stand in more than one of"),
+    ("rows of the eval split", "a.jsonl", TEXTS[:32], "Overlapping splits: 8 prompts are in more than one of"),
 ]
 
 

@@ -48,15 +48,15 @@ def test_a_turn_of_weight_0_is_read_and_not_supervised():
     "record, message",
     [
         ("an image", {"prompt": "w1", "completion": "w2", "images": ["a.png"]}, "has the column 'images': only text"),
-        ("preferences", {"prompt": "w1", "completion": "w2", "rejected": "w3"}, "'rejected': preferences are not trained on"),
-        ("a mask", {"messages": [USER, GOOD], "assistant_masks": [0, 1]}, "'assistant_masks': mark what is not supervised by"),
+        ("preferences", {"prompt": "w1", "completion": "w2", "rejected": "w3"}, "'rejected': preference training is not"),
+        ("a mask", {"messages": [USER, GOOD], "assistant_masks": [0, 1]}, "'assistant_masks': set labels to -100"),
         (
             "packed rows",
             {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, -100, 6], "position_ids": [0, 1, 0, 1]},
-            "'position_ids': the examples of a packed row would see each other",
+            "'position_ids': examples in a packed row would attend to each other",
         ),
         ("two forms", {"prompt": "w1", "completion": "w2", "messages": [USER, GOOD]}, "expected prompt and completion, or"),
-        ("half a weight", {"messages": [USER, {**GOOD, "weight": 0.5}]}, "has .*weight.*: expected texts"),
+        ("half a weight", {"messages": [USER, {**GOOD, "weight": 0.5}]}, "has .*weight.*: expected text"),
         ("no arguments", {"messages": [USER, GOOD], "chat_template_kwargs": "brief"}, "chat_template_kwargs 'brief': expected"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_template_with_todays_date_is_told(caplog):
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('w9') %}{% endif %}{{ date_string }} "
     tokenizer, row = chat(dated + CHAT_TEMPLATE), {"messages": [USER, GOOD]}
     encode([row], tokenizer, split="align")
-    assert "writes today's date. Tomorrow the same rows of the align split are other data" in caplog.text
+    assert "writes today's date, so the rows of the align split will be different data tomorrow" in caplog.text
     caplog.clear()
     (fixed,) = encode([{**row, "chat_template_kwargs": {"date_string": "w8"}}], tokenizer, split="align")
     assert tokenizer.decode(fixed["input_ids"]).startswith("w8 <user>")
@@ -101,7 +101,7 @@ def test_a_template_with_todays_date_is_told(caplog):
 def test_words_that_run_into_each_other_are_told(caplog):
     words = word_tokenizer([*WORDS, "w1w2"])
     encode([{"prompt": "w1", "completion": "w2"}] * 3 + [{"prompt": "w1", "completion": " w2"}], words, split="align")
-    assert "In 3 of 4 rows of the align split a letter ends the prompt" in caplog.text
+    assert "In 3 of 4 rows of the align split, the prompt ends and the completion begins" in caplog.text
     caplog.clear()
     encode([{"prompt": "w1", "completion": " w2"}, {"prompt": "w1 ", "completion": "w2"}], words, split="align")
     assert not caplog.text
@@ -132,7 +132,7 @@ def test_an_opened_think_block_has_advice_that_can_be_followed():
 )
 def test_errors_of_libraries_name_the_row(record, message):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHAT_TEMPLATE
-    with pytest.raises(ValueError, match=rf"align\[1\] cannot be encoded \({message}.*Correct this row, or take it out"):
+    with pytest.raises(ValueError, match=rf"align\[1\] cannot be encoded \({message}.*Correct or remove this row"):
         encode([{"prompt": "w1", "completion": " w2"}, record], chat(template), split="align")
 
 

@@ -523,7 +523,7 @@ def test_rows_beyond_a_head_are_not_matched():
 
 
 def test_too_few_shared_tokens_for_the_targets_width_are_refused_with_the_number():
-    with pytest.raises(ValueError, match=r"\d{3} tokens .* the same bytes .*, of 400 \(source\) .* 2048, 4 for each of the target's 512"):
+    with pytest.raises(ValueError, match=r"\d{3} tokens .*, of 400 \(source\) .* needs 2048, 4 for each of the target's 512"):
         matched(byte_level(), byte_level(size=300), width=512)
 
 

@@ -369,13 +369,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(chat_tok
     chat_tokenizer.chat_template = REWRITING_TEMPLATE
     single = encode([{"messages": DIALOGUE[:2]}], chat_tokenizer, split="align")[0]
     assert [token for token in single["labels"] if token != -100] == single["input_ids"][4:]
-    with pytest.raises(ValueError, match=r"align\[1\]: the chat template writes earlier turns differently"):
+    with pytest.raises(ValueError, match=r"align\[1\]: the chat template changes earlier turns when later"):
         encode([{"messages": DIALOGUE[:2]}, {"messages": DIALOGUE}], chat_tokenizer, split="align")
 
 
 def test_rows_cut_at_max_length_are_counted(tokenizer, caplog):
     encode([PAIR, {"prompt": "a =", "completion": " b"}], tokenizer, split="align", max_length=5)
-    assert "1 of 2 rows of the align split are cut at max_length 5" in caplog.text
+    assert "1 of 2 rows of the align split are truncated at max_length 5" in caplog.text
 
 
 def test_batches_of_a_step_are_dealt_out_by_length():

@@ -131,7 +131,7 @@ def attribute_layers(
             ids, mask, labels = tensors_of(batch, embedding_rows(source), device)
             valid = valid_positions(labels)
             if not valid.any(1).all():
-                raise InputError("An example of the extract split has no valid positions: every example needs an answer.")
+                raise InputError("No valid positions in an example of the extract split: every example needs an answer.")
             embeds = embed(ids).detach().requires_grad_()
             with checkpointed(anatomy.layers):
                 products = captum.attribute(embeds, additional_forward_args=(mask, labels))
@@ -142,7 +142,7 @@ def attribute_layers(
         for parameter, needed in zip(source.parameters(), needed_gradient, strict=True):
             parameter.requires_grad_(needed)
     if not rows:
-        raise InputError("Layer attribution got no batches: is the extract split empty?")
+        raise InputError("Layer attribution got no batches: the extract split is empty.")
     return summarise(torch.cat(rows), aggregate)
 
 

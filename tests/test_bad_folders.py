@@ -84,7 +84,7 @@ TOKENIZERS = [
     ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save it beside its"),
     ("no JSON", text("tokenizer.json", "{oops"), "The tokenizer of '.*' is damaged .*: copy or save it again"),
     ("settings no JSON", text("tokenizer_config.json", "{oops"), "The tokenizer of '.*' is damaged"),
-    ("no pad token", with_tokenizer(word_tokenizer(WORDS), pad_token=None), "no pad token: .* in a recipe pad_token"),
+    ("no pad token", with_tokenizer(word_tokenizer(WORDS), pad_token=None), "no pad token: set .* pad_token in a recipe"),
     ("other ids", with_tokenizer(word_tokenizer(WORDS[::-1])), "94 of them under different ids"),
 ]
 

@@ -109,13 +109,13 @@ def test_recipe_files(refused, tmp_path, command, content, message):
 
 FOLDERS = [
     ("output_dir a file", "train", "output_dir={}", "output_dir .* is not writable .File exists.: choose another folder"),
-    ("output_dir below a file", "train", "output_dir={}/run", "output_dir .* cannot be written to .Not a directory."),
-    ("output_dir of signals", "signals", "output_dir={}", "output_dir .* cannot be written to"),
-    ("signals_dir a file", "train", "training.signals_dir={}", "signals_dir .* cannot be written to"),
-    ("signals_dir of signals", "signals", "training.signals_dir={}", "signals_dir .* cannot be written to"),
-    ("output of an analysis", "cka", "--output={}", "output .* cannot be written to"),
+    ("output_dir below a file", "train", "output_dir={}/run", "output_dir .* is not writable .Not a directory."),
+    ("output_dir of signals", "signals", "output_dir={}", "output_dir .* is not writable"),
+    ("signals_dir a file", "train", "training.signals_dir={}", "signals_dir .* is not writable"),
+    ("signals_dir of signals", "signals", "training.signals_dir={}", "signals_dir .* is not writable"),
+    ("output of an analysis", "cka", "--output={}", "output .* is not writable"),
     ("a source to analyse", "pairing", "source={}/model", "The source '.*' was not found: name a folder or Hub id by source="),
-    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "cannot go on from .*: there is no such folder"),
+    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "cannot go on from .*: the folder does not exi"),
 ]
 
 

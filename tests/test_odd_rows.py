@@ -157,7 +157,7 @@ def test_rows_beyond_learned_positions_are_refused(tmp_path, role):
     models = (other, learned) if role == "source" else (learned, other)
     args = SemAlignConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
     rows = [{"input_ids": list(range(3, 3 + length)), "labels": list(range(3, 3 + length))} for length in (5, 6, 7, 21)]
-    with pytest.raises(ValueError, match=f"row of the align split has 21 tokens, and the {role} has learned 20 positions"):
+    with pytest.raises(ValueError, match=f"row of the align split has 21 tokens, but the {role} has learned 20 positions"):
         SemAlignTrainer(*models, args, rows)
 
 

@@ -225,7 +225,7 @@ def test_no_gradient_is_taken_through_attention_of_cudnn(tmp_path):
 def test_one_object_is_not_source_and_target(tmp_path, wrapped):
     model = tiny_llama(3, 16, pad_token_id=0)
     args = SemAlignConfig(output_dir=str(tmp_path), use_cpu=True, signals="online", max_steps=1)
-    with pytest.raises(ValueError, match="One model object is source and target"):
+    with pytest.raises(ValueError, match="Source and target are the same model object"):
         SemAlignTrainer(model, Source(model) if wrapped else model, args, random_rows([(3, 3)] * 8))
 
 
@@ -268,7 +268,7 @@ def test_a_float16_source_whose_mapped_states_are_large(tmp_path):
 def test_a_new_run_deletes_no_checkpoints_of_another(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match=r"has checkpoints of another run, such as .*checkpoint-2 \(other seed\)"):
+    with pytest.raises(ValueError, match=r"has checkpoints of another run, such as .*checkpoint-2 \(different seed\)"):
         make_trainer(tmp_path, seed=7, **settings).train()
     make_trainer(tmp_path, **settings).train()  # its own may go
     for name in ("semalign.json", "checksums.json", "trainer_state.json"):  # one that was broken off goes as well
@@ -284,4 +284,4 @@ def test_a_new_run_deletes_no_checkpoints_of_another(tmp_path):
 
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_the_folder_of_a_model_is_no_output_folder(refused, good, role):
-    refused(f"output_dir is the folder of the {role}", f"output_dir={good / role}")
+    refused(f"output_dir is the {role}'s folder", f"output_dir={good / role}")

@@ -108,5 +108,5 @@ def test_packed_weights_are_not_packed_anew_in_evaluation(tmp_path):
 
 def test_a_quantised_source_is_not_streamed(tmp_path):
     source = quantised(tmp_path / "source", 5, 2, **BITS["4 bits"])
-    with pytest.raises(ValueError, match="is quantised: source_memory 'stream' needs plain weights, use 'resident'"):
+    with pytest.raises(ValueError, match="is quantised, but source_memory 'stream' needs unquantised weights: use 'resident'"):
         train(tmp_path, tiny_llama(3, 64, pad_token_id=0), source, source_memory="stream")

@@ -505,7 +505,7 @@ def test_weights_are_loaded_as_precision_says(tmp_path, stored, bf16):
 def test_slow_bf16_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("hf_semalign.training.engines.product_seconds", lambda dtype: 6.0 if dtype == torch.bfloat16 else 1.0)
     make_trainer(tmp_path / "a", bf16=True)
-    assert "multiplies bfloat16 6 times more slowly than float32: set bf16 to false" in caplog.text
+    assert "multiplies bfloat16 6 times more slowly than float32: consider bf16=False" in caplog.text
     caplog.clear()
     make_trainer(tmp_path / "b")
     assert "more slowly" not in caplog.text

@@ -147,7 +147,7 @@ def test_the_best_checkpoint_may_be_chosen_by_bytes(tmp_path):
 def test_rows_that_are_cut_are_told(tmp_path, caplog):
     trainer = make(tmp_path, pair(tmp_path), max_length=25)
     assert max(map(len, trainer.known.splits["align"]["input_ids"])) == 25
-    assert "rows of the align split are cut at max_length 25 for the target" in caplog.text
+    assert "rows of the align split are truncated at max_length 25 for the target" in caplog.text
 
 
 def test_accumulation_and_resuming_change_nothing(tmp_path):
@@ -173,7 +173,7 @@ def test_the_record_says_what_is_shared(tmp_path):
 
 
 REFUSED = [
-    ("token ids", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 40, {}, "rows of token ids, and source and target have"),
+    ("token ids", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 40, {}, "rows of token ids, but source and target have"),
     (
         "other bytes",
         [{**row, "completion": f"{row['completion']}<s> x"} for row in ROWS],

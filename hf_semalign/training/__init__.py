@@ -1,1 +1,1 @@
-"""A Trainer that works in stages, with its checkpoints and engines."""
+"""A Trainer that trains in stages, with its checkpoints and distributed engines."""

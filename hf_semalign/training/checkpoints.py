@@ -1,4 +1,4 @@
-"""What keeps a run whole: one at a time in a folder, a checkpoint before it ends on a signal, and no damaged checkpoint."""
+"""Checkpoints: checksums that detect damage, rotation, and a checkpoint when a signal ends the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHECKSUMS = "checksums.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down the checksums of a checkpoint's files, as the last thing of it: without them it is unfinished."""
+    """Write the checksums of a checkpoint's files. This must come last: a checkpoint without them counts as unfinished."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     write_text(
         checkpoint / CHECKSUMS,
@@ -35,9 +35,9 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; ``None`` when its files are as :func:`seal` found them."""
+    """Describe what is wrong with a checkpoint; ``None`` if its files match the checksums of :func:`seal`."""
     if not checkpoint.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     if not (checkpoint / CHECKSUMS).is_file():
         return f"it was never finished: {CHECKSUMS} is missing"
     try:
@@ -51,19 +51,19 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def checkpoints_of(folder: str | Path | None) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; ``checkpoint-2-keep`` is somebody's own copy, and none of them."""
+    """Checkpoints of a run folder, oldest first. Other names, such as a user's copy ``checkpoint-2-keep``, are ignored."""
     found = [path for path in Path(str(folder)).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 of a folder with another name."""
+    """The step in a checkpoint's name; -1 for a folder with any other name."""
     step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(step) if step.isdecimal() else -1
 
 
 def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints over ``save_total_limit``, but never the newest and the best."""
+    """Delete the oldest checkpoints beyond ``save_total_limit``, but never the newest or the best."""
     found = checkpoints_of(folder)
     if not limit or len(found) <= limit:
         return
@@ -74,7 +74,7 @@ def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a run that is whole; what is wrong with a newer one is logged."""
+    """The newest intact checkpoint of a run. Logs what is wrong with newer ones."""
     for checkpoint in reversed(checkpoints_of(folder)):
         wrong = damage(checkpoint)
         if wrong is None:
@@ -84,27 +84,27 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def foreign_checkpoint(folder: str | Path | None, record: dict[str, Any]) -> str | None:
-    """A checkpoint of another run in a run folder, with what is different; ``None`` if there is none.
+    """Find a checkpoint of a different run in a run folder and describe how it differs; ``None`` if there is none.
 
     Args:
         folder: the run folder.
-        record: of this run.
+        record: record of this run.
     """
     for path in checkpoints_of(folder):
         if not (path / TRAINER_STATE_NAME).is_file():
-            continue  # it was never finished
+            continue  # unfinished
         if not (path / RECORD_NAME).is_file():
             return f"{path} (it has no {RECORD_NAME})"
         if damage(path) is None and (different := differences(path, record)):
-            return f"{path} (other {', '.join(different)})"
+            return f"{path} (different {', '.join(different)})"
     return None
 
 
 def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
-    """What is different between a checkpoint's run and the run of a record."""
+    """Names of what differs between a checkpoint's run and the run of ``record``."""
     saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
     record = json.loads(json.dumps(record))
-    defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # of settings that are newer than the checkpoint
+    defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # for settings that an older checkpoint lacks
     compared = [
         *((key, record[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
         ("number of processes", record["processes"], saved.get("processes", record["processes"])),
@@ -117,12 +117,12 @@ def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """On SIGINT or SIGTERM the step in hand is finished and a checkpoint written, and training ends; a second signal is obeyed
-    at once.
+    """On SIGINT or SIGTERM, finishes the current step, saves a checkpoint and ends training. A second signal acts at once.
 
     Attributes:
-        received: the signal, once there was one.
-        agreed: whether some rank had received one when the step's gradient was there; all ranks end after the same step.
+        received: the signal that was received; ``None`` before.
+        agreed: whether any rank had received a signal when the step's gradient was ready, so that all ranks end after the
+            same step.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take the signals inside the block; elsewhere than in the main thread they cannot be taken, and are left alone."""
+        """Handle the signals inside the block. Outside the main thread Python allows no handlers, and nothing happens."""
         self.received, self.agreed = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -141,7 +141,7 @@ class CheckpointOnInterrupt(TrainerCallback):
         def note(number: int, frame: FrameType | None) -> None:
             self.received = signal.Signals(number)
             signal.signal(number, usual[self.received])
-            logger.warning("%s: training ends with a checkpoint after this step.", self.received.name)
+            logger.warning("%s received: training will save a checkpoint after this step and end.", self.received.name)
 
         for one in (signal.SIGINT, signal.SIGTERM):
             usual[one] = signal.signal(one, note)
@@ -152,12 +152,12 @@ class CheckpointOnInterrupt(TrainerCallback):
                 signal.signal(one, handler)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Have a checkpoint written, and end."""
+        """Save a checkpoint and end training if a signal was received."""
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def leave(self) -> None:
-        """End the process as the signal would have: Ctrl-C with ``KeyboardInterrupt``, SIGTERM, of any rank, with 143."""
+        """End the process as the signal would: ``KeyboardInterrupt`` for Ctrl-C, exit code 143 for SIGTERM on any rank."""
         if self.received is signal.SIGINT:
             raise KeyboardInterrupt
         if self.agreed:

@@ -1,4 +1,4 @@
-"""FSDP2, where each process holds a part of the target's weights, put together as its layers run; ZeRO-2, a part of the
+"""Checks and helpers for distributed engines: FSDP2, which shards the target's weights, and ZeRO-2, which shards the
 optimizer's states.
 """
 
@@ -26,16 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_sharding(args: SemAlignConfig) -> None:
-    """Refuse what is not known to work of the FSDP that the accelerate config asks for.
+    """Check the FSDP settings of the accelerate config; only tested settings are allowed.
 
     Raises:
-        ValueError: what, why, and what to take instead.
+        ValueError: a setting is not supported; the message says why and what to use instead.
     """
-    plugin = FullyShardedDataParallelPlugin()  # of the environment that `accelerate launch` has made
+    plugin = FullyShardedDataParallelPlugin()  # reads the environment variables set by `accelerate launch`
     if plugin.fsdp_version != 2:
         raise InputError(
-            "FSDP1 is not supported: it wants one requires_grad for all that it flattens together, and the frontier freezes "
-            "layer by layer. Set fsdp_version: 2 in the accelerate config, as in recipes/accelerate/fsdp2.yaml."
+            "FSDP1 is not supported: all parameters that it flattens together must share one requires_grad, but the frontier "
+            "freezes layer by layer. Set fsdp_version: 2 in the accelerate config, as in recipes/accelerate/fsdp2.yaml."
         )
     state_dict, policy = str(plugin.state_dict_type), getattr(plugin.auto_wrap_policy, "__name__", "none")
     refused = [
@@ -50,82 +50,83 @@ def check_sharding(args: SemAlignConfig) -> None:
         ),
         (
             not plugin.reshard_after_forward,
-            "fsdp_reshard_after_forward must be true: LoRA that an evaluation leaves unsharded would miss the frontier's move",
+            "fsdp_reshard_after_forward must be true: LoRA left unsharded by an evaluation would not follow the frontier",
         ),
         (plugin.activation_checkpointing, "fsdp_activation_checkpointing must be false: set activation_checkpointing instead"),
-        (plugin.ignored_modules is not None, "fsdp_ignored_modules must not be set: no gradient of theirs would be averaged"),
-        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false: it was never tried"),
+        (plugin.ignored_modules is not None, "fsdp_ignored_modules must not be set: their gradients would not be averaged"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false: it is untested"),
         (
             args.parallelism_config is not None or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true",
-            "a parallelism_config beside it was never tried",
+            "parallelism_config must not be set: the combination is untested",
         ),
-        (args.fp16, "fp16 was never tried with FSDP: use bf16"),
-        (args.signals == "online", "signals 'online' would hold a whole source in every process: use 'cached'"),
+        (args.fp16, "fp16 is untested with FSDP: use bf16"),
+        (args.signals == "online", "signals 'online' would load the whole source in every process: use 'cached'"),
     ]
     if wrong := [reason for is_so, reason in refused if is_so]:
         raise InputError(f"Not supported with FSDP: {'; '.join(wrong)}.")
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise InputError(
-            "The accelerate config asks for FSDP, which accelerate leaves out on CPUs and in a single process: use several "
+            "The accelerate config asks for FSDP, but accelerate does not use FSDP on CPUs or in a single process: use several "
             "GPUs, or another accelerate config."
         )
 
 
 def check_zero(args: SemAlignConfig) -> None:
-    """Refuse what is not known to work of the DeepSpeed that the accelerate config asks for.
+    """Check the DeepSpeed settings of the accelerate config; only tested settings are allowed.
 
     Raises:
-        ValueError: what, why, and what to take instead.
+        ValueError: a setting is not supported; the message says why and what to use instead.
     """
-    plugin = DeepSpeedPlugin()  # of the environment that `accelerate launch` has made
+    plugin = DeepSpeedPlugin()  # reads the environment variables set by `accelerate launch`
     config = plugin.deepspeed_config
     if plugin.zero_stage not in (1, 2):
         raise InputError(
-            f"DeepSpeed is supported with zero_stage 1 and 2, not {plugin.zero_stage}: under ZeRO-3 processes wait for each "
-            "other where one runs layers of the target alone. Take recipes/accelerate/fsdp2.yaml for a target that no GPU "
-            "holds, zero2.yaml or ddp.yaml for others."
+            f"DeepSpeed is supported with zero_stage 1 and 2, not {plugin.zero_stage}: under ZeRO-3, processes would wait for "
+            "each other whenever one of them runs layers of the target alone. Use recipes/accelerate/fsdp2.yaml for a target "
+            "that does not fit on one GPU, and zero2.yaml or ddp.yaml for others."
         )
     refused = [
         (
             plugin.offload_optimizer_device != "none",
-            "offload_optimizer_device must be none: DeepSpeed would take another optimizer, which trains what is frozen",
+            "offload_optimizer_device must be none: DeepSpeed would use another optimizer, which would train frozen layers",
         ),
         (
             any(name in config for name in ("optimizer", "scheduler")),
-            "its config must name no optimizer and no scheduler: they are the Trainer's, and a stage's",
+            "its config must not set an optimizer or a scheduler: the Trainer creates them, with a schedule for each stage",
         ),
         (
             config.get("gradient_clipping") not in ("auto", args.max_grad_norm),
-            f"gradient_clipping must be auto, or max_grad_norm, {args.max_grad_norm}: without it DeepSpeed clips to 1",
+            f"gradient_clipping must be auto or {args.max_grad_norm} (max_grad_norm): if it is not set, DeepSpeed clips to 1",
         ),
         (
             args.parallelism_config is not None or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true",
-            "a parallelism_config beside it was never tried",
+            "parallelism_config must not be set: the combination is untested",
         ),
-        (args.fp16, "fp16 was never tried with it: use bf16"),
+        (args.fp16, "fp16 is untested with DeepSpeed: use bf16"),
     ]
     if wrong := [reason for is_so, reason in refused if is_so]:
         raise InputError(f"Not supported with DeepSpeed: {'; '.join(wrong)}.")
     if args.distributed_state.backend is None:
-        raise InputError("DeepSpeed wants processes that accelerate counts: use GPUs, or on CPUs ddp_backend gloo.")
+        raise InputError("DeepSpeed needs a distributed backend: use GPUs, or set ddp_backend gloo on CPUs.")
 
 
 def autocast_under_zero(config: dict[str, Any]) -> None:
-    """Let bf16 be autocast, as with every other engine: DeepSpeed would cast the weights, and average gradients in bf16."""
+    """Use autocast for bf16, as all other engines do. DeepSpeed would cast the weights and average gradients in bf16."""
     if config["bf16"]["enabled"]:
         config["bf16"]["enabled"] = False
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def part_by_layer(optimizer: Optimizer, layers: Sequence[Sequence[nn.Parameter]]) -> None:
-    """Make an optimizer that ZeRO is going to flatten leave alone what the frontier has frozen.
+    """Put each layer in its own parameter group, so that ZeRO's optimizer does not change frozen layers.
 
-    ZeRO makes one vector of a parameter group, with one state and zeros for the gradients of what is frozen: AdamW would move
-    layers behind the frontier by their momentum, all others by decay, and begin a layer with the step count of the first.
-    So each layer is a group of its own here, and those that are frozen have no gradient when the optimizer steps.
+    ZeRO flattens a parameter group into one vector with one optimizer state, and fills in zero gradients for frozen parameters.
+    With a single group, AdamW would move layers behind the frontier by their momentum and all other frozen layers by weight
+    decay, and a new layer would start at the step count of the first one. With a group per layer, a hook removes the gradients
+    of frozen groups before each step.
 
     Args:
-        optimizer: a new one of all layers.
+        optimizer: a new optimizer over all layers.
         layers: LoRA parameters by target layer.
     """
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
@@ -141,51 +142,54 @@ def part_by_layer(optimizer: Optimizer, layers: Sequence[Sequence[nn.Parameter]]
 
 
 def check_shards(layers: nn.ModuleList, processes: int) -> None:
-    """Refuse LoRA of which some process would hold no row: accelerate knows a part by its address, and an empty one has none.
+    """Check that every process gets rows of every LoRA matrix. accelerate finds shards by address; an empty shard has none.
 
     Args:
-        layers: target layers with their LoRA, before they are sharded.
-        processes: how many there are.
+        layers: target layers with LoRA, before sharding.
+        processes: number of processes.
 
     Raises:
-        ValueError: fewer rows of some LoRA matrix than all processes can share.
+        ValueError: a LoRA matrix has too few rows for all processes.
     """
     rows = {len(p) for name, p in layers.named_parameters() if "lora_" in name}
     if scarce := sorted(count for count in rows if len(torch.empty(count, 0).chunk(processes)) < processes):
         raise InputError(
-            f"FSDP deals out LoRA by rows, and {processes} processes cannot each have one of {scarce[0]}: choose lora_r as a "
-            "multiple of the number of processes, or use fewer processes."
+            f"FSDP shards LoRA by rows, and {scarce[0]} rows are too few for {processes} processes: set lora_r to a multiple "
+            "of the number of processes, or use fewer processes."
         )
 
 
 def check_sharded(layers: nn.ModuleList) -> None:
-    """Refuse a model of which accelerate has not sharded every layer by itself.
+    """Check that accelerate has wrapped each decoder layer in its own FSDP module.
 
     Raises:
-        ValueError: names the others.
+        ValueError: some layers are not wrapped; the message names them.
     """
     if bare := [k for k, layer in enumerate(layers) if not isinstance(layer, FSDPModule)]:
         raise InputError(
-            f"FSDP has not wrapped the decoder layers {bare}: name their class ({type(layers[bare[0]]).__name__}) as "
-            "fsdp_transformer_layer_cls_to_wrap in the accelerate config."
+            f"FSDP has not wrapped the decoder layers {bare}: set fsdp_transformer_layer_cls_to_wrap to their class "
+            f"({type(layers[bare[0]]).__name__}) in the accelerate config."
         )
 
 
-SLOW = 1.5  # times as long as in float32: bfloat16 is worth a warning
+SLOW = 1.5  # warn if bfloat16 takes this many times as long as float32
 
 
 def check_engine(args: SemAlignConfig) -> None:
-    """Refuse other settings than a :class:`SemAlignConfig`, engines that are not supported, however they are asked for, and
-    folders that cannot be written to.
+    """Check the settings' class, the distributed engine and the output folders.
+
+    Raises:
+        ValueError: ``args`` is not a :class:`SemAlignConfig`, an engine or reporting integration is not supported or not
+            installed, or a folder is not writable.
     """
     if not isinstance(args, SemAlignConfig):
         raise InputError(f"args is a {type(args).__name__}: expected a SemAlignConfig.")
     available = get_available_reporting_integrations()
-    named = args.report_to or ()  # a list, after the Trainer's own checks
+    named = args.report_to or ()  # TrainingArguments has converted it to a list
     if missing := [name for name in named if name in INTEGRATION_TO_CALLBACK and name not in available]:
         raise InputError(f"report_to names {missing}, which is not installed: install it with pip, or set report_to to none.")
     if args.n_gpu > 1:
-        raise InputError(f"One process sees {args.n_gpu} GPUs: start with `accelerate launch`, which gives each one its own.")
+        raise InputError(f"One process sees {args.n_gpu} GPUs: use `accelerate launch`, which starts one process per GPU.")
     if is_set(compiled := "ACCELERATE_DYNAMO_BACKEND"):
         name = "torch_compile"
         raise InputError(f"The accelerate config asks for {name} ({compiled}), which is not supported: {REFUSED[name]}.")
@@ -199,13 +203,13 @@ def check_engine(args: SemAlignConfig) -> None:
 
 
 def is_set(variable: str) -> bool:
-    """Whether an environment variable of accelerate's asks for something."""
+    """Whether one of accelerate's environment variables is set to a true value."""
     return os.environ.get(variable, "no").lower() not in ("no", "false", "0", "")
 
 
 def warn_of_slow_bf16(args: SemAlignConfig) -> None:
-    """Say so where this CPU has no instructions for bfloat16."""
+    """Log a warning if bf16 is on and this CPU multiplies bfloat16 much more slowly than float32."""
     if args.bf16 and args.device.type == "cpu":
         times = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
         if times > SLOW:
-            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: set bf16 to false.", times)
+            logger.warning("This CPU multiplies bfloat16 %.0f times more slowly than float32: consider bf16=False.", times)

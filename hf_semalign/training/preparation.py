@@ -1,4 +1,4 @@
-"""A transfer as far as it is known without weights: what can be refused is refused here, before any long work."""
+"""Prepare a run without loading weights, and check all inputs before any long work starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rows: TypeAlias = Dataset | Sequence[Record]
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in a split: distinct rows, their tokens, and the valid positions among them."""
+    """Size of a split: distinct rows, their tokens, and their valid positions."""
 
     rows: int
     tokens: int
@@ -42,32 +42,32 @@ class Counts:
 
     @staticmethod
     def of(dataset: Dataset) -> Counts:
-        """Those of an encoded split."""
+        """Count an encoded split."""
         examples = Examples(dataset)
         return Counts(len(examples.ids), int(examples.tokens.sum()), int(examples.answers.sum()))
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a run is made of, but for weights.
+    """Everything a run needs except weights.
 
     Attributes:
         source: the source.
-        target: the parts of the target; without weights where it was given by name.
-        target_dtype: of its weights in the run.
-        target_id: its name for records.
-        tokenizer: the target's, if any.
-        splits: encoded rows: ``align``, and if given ``extract`` and ``eval``, or ``eval_<name>`` of several.
-        collator: rows to a batch.
-        pairing: the pairs of layers; ``None`` where scores have to be made first.
-        token_ids: rows of both heads that map and KL are over.
-        frontier: which layers train when.
-        schedule: the stages in optimizer steps.
-        learning_rate_factor: share of the peak learning rate at a step.
+        target: the parts of the target; on the meta device if the target was given by name.
+        target_dtype: dtype of the target's weights in the run.
+        target_id: the target's name, for records.
+        tokenizer: the target's tokenizer, if any.
+        splits: encoded rows by split: ``align``, and, if given, ``extract`` and ``eval`` (or ``eval_<name>`` for several).
+        collator: collator of the target's rows.
+        pairing: the layer pairing; ``None`` if attribution scores are needed first.
+        token_ids: rows of both heads that map and KL use.
+        frontier: which layers train in each stage.
+        schedule: stage of each optimizer step.
+        learning_rate_factor: learning rate at a step, as a share of the peak.
         lora_targets: names of the modules that get LoRA.
-        source_splits: the rows as the source reads them; those of ``splits``, if it has the same tokenizer.
-        source_collator: these rows to a batch.
-        tokenizers: what the two tokenizers share; ``None`` for one.
+        source_splits: rows in the source's tokens; with one tokenizer, the same as ``splits``.
+        source_collator: collator of the source's rows.
+        tokenizers: correspondence of two tokenizers; ``None`` for one tokenizer.
         aligned: share of the target's valid positions that are aligned, by split; empty for one tokenizer.
     """
 
@@ -91,7 +91,7 @@ class Preparation:
 
     @property
     def shared_tokens(self) -> int:
-        """Rows of both heads that the map is over."""
+        """Number of head rows that the map uses."""
         return len(self.token_ids if self.tokenizers is None else self.tokenizers.map_rows[0])
 
 
@@ -108,17 +108,17 @@ def prepare(
     *,
     needs_extract: bool = False,
 ) -> Preparation:
-    """Look at all that a :class:`hf_semalign.trainer.SemAlignTrainer` is given; its arguments, and its ``needs_extract``.
+    """Check the arguments of :class:`hf_semalign.trainer.SemAlignTrainer` and prepare its run.
 
     Raises:
-        ValueError: bad settings, data, models or tokenizers.
+        ValueError: settings, data, models or tokenizers cannot be used.
     """
     check_engine(args)
     _check_arguments(model, source_model, args, processing_class, pairing, semantic_map)
     tokenizer = find_tokenizer(model) if processing_class is None and isinstance(model, str) else processing_class
     if tokenizer is not None and tokenizer.pad_token_id is None:
         raise InputError(
-            "The tokenizer has no pad token: name one of its tokens, tokenizer.pad_token = ..., in a recipe pad_token."
+            "The tokenizer has no pad token: set tokenizer.pad_token, or pad_token in a recipe, to one of its tokens."
         )
     needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
     splits = _given_splits(train_dataset, eval_dataset, extract_dataset, needs_extract)
@@ -169,12 +169,12 @@ def _check_arguments(
     pairing: Any,
     semantic_map: Any,
 ) -> None:
-    """Refuse arguments of the wrong kind, one model for two, and an output folder that holds a model."""
+    """Check the types of the arguments, that source and target are two objects, and that output_dir is not a model's folder."""
     if not isinstance(model, str) and model is (source_model.shape if isinstance(source_model, Source) else source_model):
-        raise InputError("One model object is source and target: what trains the one would change the other. Load it twice.")
+        raise InputError("Source and target are the same model object, so training would change both. Load it twice.")
     kinds = {
-        "processing_class": (processing_class, PreTrainedTokenizerBase, "a tokenizer of transformers"),
-        "pairing": (pairing, LayerPairing, "what pair_layers gives; the name of a strategy goes into args.pairing"),
+        "processing_class": (processing_class, PreTrainedTokenizerBase, "a transformers tokenizer"),
+        "pairing": (pairing, LayerPairing, "a LayerPairing from pair_layers; the name of a strategy goes into args.pairing"),
         "semantic_map": (semantic_map, SemanticMap, "a SemanticMap; the name of a kind goes into args.map_kind"),
     }
     for name, (value, kind, words) in kinds.items():
@@ -183,49 +183,49 @@ def _check_arguments(
     source_origin = source_model.origin if isinstance(source_model, Source) else source_model
     for role, origin in (("source", source_origin), ("target", model)):
         if isinstance(origin, str) and Path(origin).is_dir() and Path(origin).resolve() == Path(str(args.output_dir)).resolve():
-            raise InputError(f"output_dir is the folder of the {role}, {origin}: its files would be replaced. Choose another.")
+            raise InputError(f"output_dir is the {role}'s folder, {origin}, and its files would be replaced: choose another.")
 
 
 def _given_splits(
     train_dataset: Rows, eval_dataset: Rows | dict[str, Any] | None, extract_dataset: Rows | None, needs_extract: bool
 ) -> dict[str, Rows]:
-    """The splits by name; an extract split that is needed and was not given is taken out of the training rows."""
+    """The splits by name. If an extract split is needed but not given, it is split off the training rows."""
     check_rows(train_dataset, "align")
     if extract_dataset is None and needs_extract:
         train_dataset, extract_dataset = hold_out(train_dataset)
     evals = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
     if without := [name for name, rows in evals.items() if rows is None]:
-        raise InputError(f"eval_dataset has None as {without}: leave these out.")
+        raise InputError(f"eval_dataset has None for {without}: leave these out.")
     given = {"extract": extract_dataset, "align": train_dataset, "eval": None if evals else eval_dataset, **evals}
     return {name: rows for name, rows in given.items() if rows is not None}
 
 
 def _check_weights(model: PreTrainedModel | str, source: Source, args: SemAlignConfig) -> None:
-    """Refuse weights that were loaded in parts, and a quantised source that is to be streamed."""
+    """Check that models in memory are not offloaded, and that a source to be streamed is not quantised."""
     for role, shape in (("source", source.shape), ("target", model)):
         if isinstance(shape, PreTrainedModel) and {"cpu", "disk"} & set(map(str, getattr(shape, "hf_device_map", {}).values())):
             raise InputError(
-                f"The {role} was loaded with parts of it offloaded (device_map {shape.hf_device_map}): give its name or folder "
-                "instead, with source_memory 'stream' where it is too large to be held whole."
+                f"The {role} was loaded with offloaded parts (device_map {shape.hf_device_map}): pass its name or folder "
+                "instead, and set source_memory 'stream' if the source does not fit in memory."
             )
     if args.source_memory == "stream" and source.quantised:
-        raise InputError(f"{source.name} is quantised: source_memory 'stream' needs plain weights, use 'resident'.")
+        raise InputError(f"{source.name} is quantised, but source_memory 'stream' needs unquantised weights: use 'resident'.")
 
 
 def _check_map(semantic_map: SemanticMap | None, target_width: int, source_width: int) -> None:
-    """Refuse a map of another shape, or of numbers that are not finite."""
+    """Check that a map has the right shape and finite values."""
     if semantic_map is None:
         return
     matrix, shape = semantic_map.matrix, (target_width, source_width)
     if tuple(matrix.shape) != shape:
-        raise InputError(f"The map is of shape {tuple(matrix.shape)}; these models need {shape}.")
+        raise InputError(f"The map has the shape {tuple(matrix.shape)}; these models need {shape}.")
     if not (matrix.is_floating_point() and matrix.isfinite().all()):
-        raise InputError(f"The map is {matrix.dtype}, with numbers that are not finite or not real: build it anew.")
+        raise InputError(f"The map is {matrix.dtype} and has values that are not finite or not real: rebuild it.")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The splits as both models read them, with the tokens that they share; fields as in :class:`Preparation`."""
+    """The splits in the tokens of both models, and their shared tokens; fields as in :class:`Preparation`."""
 
     target: dict[str, Dataset]
     source: dict[str, Dataset]
@@ -243,7 +243,11 @@ def encode_splits(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int | None,
 ) -> Encoded:
-    """The splits in tokens, by one tokenizer or by two."""
+    """Encode the splits with one tokenizer, or with two if source and target differ.
+
+    Raises:
+        ValueError: rows or tokenizers cannot be used.
+    """
     head_rows, width = dissect(target).head_weight().shape
     embedded = {"source": source.embedding_rows, "target": embedding_rows(target)}
     two = _tokenizer_pair(source, tokenizer, head_rows, width)
@@ -260,8 +264,8 @@ def encode_splits(
     token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, head_rows)
     if len(token_ids) < max(source.head_rows, head_rows):
         logger.warning(
-            "The heads have %d (source) and %d (target) rows: map and KL are over the %d tokens that both vocabularies "
-            "hold, with both distributions renormalised.", source.head_rows, head_rows, len(token_ids),
+            "The heads have %d (source) and %d (target) rows: map and KL use the %d tokens that are in both vocabularies, "
+            "with both distributions renormalised.", source.head_rows, head_rows, len(token_ids),
         )  # fmt: skip
     encoded = {name: encode(rows, tokenizer, split=name, max_length=max_length) for name, rows in splits.items()}
     check_token_ids(encoded, embedded, tokenizer)
@@ -270,26 +274,26 @@ def encode_splits(
 
 
 def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, rows: int, width: int) -> TokenizerPair | None:
-    """What two tokenizers share; ``None`` where source and target have one, or none is known."""
+    """Compare the tokenizers; ``None`` if source and target have the same one, or if one is unknown."""
     if tokenizer is None or source.tokenizer is None or not (difference := differing(source.tokenizer, tokenizer)):
         return None
     try:
         pair = TokenizerPair.of(source.tokenizer, tokenizer, source_rows=source.head_rows, target_rows=rows, width=width)
     except InputError as error:
-        raise InputError(f"{difference}: they are two tokenizers. {error}") from error
+        raise InputError(f"{difference}: these are two different tokenizers. {error}") from error
     logger.info("%s. Positions are aligned by the bytes of the answers.", difference)
     return pair
 
 
 def _check_lengths(splits: dict[str, Dataset], role: str, model: PreTrainedModel) -> None:
-    """Refuse rows that are longer than a model has learned positions."""
+    """Check that no row is longer than the model's learned position embeddings."""
     limit = position_limit(model)
     for split, rows in splits.items():
         longest = int(Examples(rows).tokens.max())
         if limit is not None and longest > limit:
             raise InputError(
-                f"A row of the {split} split has {longest} tokens, and the {role} has learned {limit} positions: set "
-                f"max_length to {limit} or less, in a recipe data.max_length."
+                f"A row of the {split} split has {longest} tokens, but the {role} has learned {limit} positions: set "
+                f"max_length (data.max_length in a recipe) to at most {limit}."
             )
 
 
@@ -298,7 +302,7 @@ def _source(model: PreTrainedModel | str, args: SemAlignConfig) -> Source:
 
 
 def _pairing(given: LayerPairing | None, wanted: Any, depths: tuple[int, int]) -> LayerPairing | None:
-    """The pairs of layers, where they need no scores; what no score could pair is refused."""
+    """The layer pairing, or ``None`` if it needs scores first. Raises an error if scores could not make it possible."""
     if given is None:
         if wanted not in NEEDS_SCORES:
             return pair_layers(*depths, wanted)

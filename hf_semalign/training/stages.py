@@ -1,4 +1,4 @@
-"""Stages of training: what trains in each, and the callbacks that move the frontier and report it."""
+"""Training stages: which parameters train in each, and callbacks that move the frontier and report progress."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of one that is sharded; all processes have to call this together."""
+    """Gather a sharded tensor. This is a collective operation: all processes must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def lora_parameters(layers: Iterable[nn.Module]) -> list[list[nn.Parameter]]:
-    """LoRA parameters by target layer, as they are now: sharding a model replaces them."""
+    """LoRA parameters by target layer. Call it again after sharding, which replaces them."""
     return [[p for name, p in layer.named_parameters() if "lora_" in name] for layer in layers]
 
 
 def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None:
-    """Make the given layers' parameters trainable, and freeze all others and drop their gradients.
+    """Make the parameters of some layers trainable; freeze all others and drop their gradients.
 
     Args:
         layers: LoRA parameters by target layer.
@@ -43,7 +43,7 @@ def train_only(layers: Sequence[Sequence[nn.Parameter]], trained: range) -> None
 
 @contextmanager
 def trainable(layers: Sequence[Sequence[nn.Parameter]], wanted: range) -> Iterator[None]:
-    """Inside the block, which is no step, the LoRA of these layers counts as trainable and no other."""
+    """Mark only the LoRA of these layers as trainable inside the block. For use outside training steps; gradients are kept."""
     flags = [[p.requires_grad for p in parameters] for parameters in layers]
     try:
         for layer, parameters in enumerate(layers):
@@ -57,11 +57,11 @@ def trainable(layers: Sequence[Sequence[nn.Parameter]], wanted: range) -> Iterat
 
 
 def skip_untouched(layers: Iterable[nn.Module], deepest: int) -> None:
-    """Take LoRA out of the forward of layers above the deepest that trains, where its ``B`` is still zero and it adds nothing.
+    """Skip LoRA in the forward pass of layers above the deepest trained one while its ``B`` is zero, so it has no effect.
 
     Args:
         layers: target layers, shallow to deep.
-        deepest: the deepest layer that trains; LoRA up to there is in the forward.
+        deepest: the deepest layer that trains; LoRA up to this layer stays on.
     """
     for index, layer in enumerate(layers):
         for module in layer.modules():
@@ -71,16 +71,16 @@ def skip_untouched(layers: Iterable[nn.Module], deepest: int) -> None:
 
 
 class FrontierCallback(TrainerCallback):
-    """Moves the frontier: a thin wrapper that a Trainer calls; a loop of one's own calls :func:`train_only`.
+    """Moves the frontier during training. In a custom training loop, call :func:`train_only` instead.
 
-    The stage follows from ``state.global_step`` alone. ``on_train_begin`` comes after the optimizer has seen every LoRA
-    parameter, ``on_step_end`` after its step and ``zero_grad``.
+    The stage depends on ``state.global_step`` alone. ``on_train_begin`` runs after the optimizer has registered every LoRA
+    parameter; ``on_step_end`` runs after the optimizer's step and ``zero_grad``.
 
     Args:
-        frontier: which layers train.
-        schedule: gives the stage.
+        frontier: which layers train in each stage.
+        schedule: stage of each step.
         layers: LoRA parameters by target layer.
-        entered: called with the stage when one begins, before the others are frozen.
+        entered: called with the number of each stage that begins, before other layers are frozen.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class FrontierCallback(TrainerCallback):
         self._move(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Freeze again what another callback has set free, as peft's ``disable_adapter`` does when it ends."""
+        """Freeze layers that other code has unfrozen, as peft's ``disable_adapter`` does when it ends."""
         if self.stage is not None:
             train_only(self.layers, self.frontier.trained(self.stage))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Move on when the next step belongs to another stage, and there is one."""
+        """Move to the next stage if the next step belongs to it, unless training ends here."""
         if not control.should_training_stop:
             self._move(state.global_step)
 
@@ -121,19 +121,19 @@ class FrontierCallback(TrainerCallback):
 
 
 class StageProgress(ProgressCallback):
-    """transformers' progress bar with phase, stage and the layers that train in front; layers count from 0."""
+    """transformers' progress bar, labelled with the phase, the stage and the trained layers; layers count from 0."""
 
     def __init__(self, frontier: FrontierCallback) -> None:
         super().__init__()
         self.frontier = frontier
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Make the bar, and say where training begins."""
+        """Create the bar and label it."""
         super().on_train_begin(args, state, control, **kwargs)
         self._name()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Advance the bar, and say where training is."""
+        """Advance the bar and update its label."""
         super().on_step_end(args, state, control, **kwargs)
         self._name()
 
@@ -148,10 +148,10 @@ class StageProgress(ProgressCallback):
 
 
 class StageLog(TrainerCallback):
-    """Where there is no bar: what the Trainer logs, as lines of the log and not on standard output."""
+    """Writes the Trainer's logs to the log instead of standard output; used when there is no progress bar."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Tell the losses of training, with the stage, and those of evaluation."""
+        """Log training losses, with the stage, and evaluation losses."""
         if state.is_world_process_zero and logs and not logs.keys().isdisjoint(("stage", "eval_loss")):
             told = {name: value for name, value in logs.items() if not name.endswith(("epoch", "time", "per_second"))}
             terms = ", ".join(f"{name} {value:.4g}" for name, value in told.items())

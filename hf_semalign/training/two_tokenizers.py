@@ -1,4 +1,4 @@
-"""A pair of models that cut text differently: what their tokenizers share, and each row as both of them read it."""
+"""Pairs of models with different tokenizers: shared tokens, and splits encoded with both tokenizers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PAIRED = pa.schema([*SCHEMA, ("source_id", pa.int64()), ("source_rank", pa.list_
 
 @dataclass(frozen=True)
 class PairedSplit:
-    """A split as both models read it, row by row.
+    """A split encoded with both tokenizers, row by row.
 
     Attributes:
-        source: rows of :func:`hf_semalign.splits.encode` by the source's tokenizer.
-        target: the same by the target's, with three more columns: ``source_id``, the source's ``example_id``; ``source_rank``
-            ``[T]``, for each position of the target the aligned position of the source, counted among its valid ones, and -1
-            where there is none; and ``answer_bytes``.
+        source: rows of :func:`hf_semalign.splits.encode` with the source's tokenizer.
+        target: the same rows with the target's tokenizer and three more columns: ``source_id``, the source row's
+            ``example_id``; ``source_rank`` ``[T]``, the rank of the aligned source position among the source's valid positions,
+            or -1; and ``answer_bytes``, the number of bytes in the supervised tokens.
         aligned: share of the target's valid positions that are aligned.
     """
 
@@ -43,14 +43,14 @@ class PairedSplit:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """What two tokenizers share.
+    """Two different tokenizers and the correspondence of their tokens.
 
     Attributes:
-        source_tokenizer: the source's.
-        source: what its tokens spell.
-        target: what the target's tokens spell.
-        classes: of the tokens of both heads, for the output loss.
-        map_rows: rows of both heads that spell the same bytes, for the map.
+        source_tokenizer: the source's tokenizer.
+        source: bytes of the source's tokens.
+        target: bytes of the target's tokens.
+        classes: token classes of both heads, for the output loss.
+        map_rows: rows of both heads whose tokens spell the same bytes, for the semantic map.
     """
 
     source_tokenizer: PreTrainedTokenizerBase
@@ -72,14 +72,14 @@ class TokenizerPair:
         """Compare two tokenizers.
 
         Args:
-            source_tokenizer: the source's.
-            target_tokenizer: the target's.
+            source_tokenizer: the source's tokenizer.
+            target_tokenizer: the target's tokenizer.
             source_rows: rows of the source's head.
             target_rows: rows of the target's head.
             width: channels of the target.
 
         Raises:
-            ValueError: a tokenizer whose tokens do not tell their bytes, or too few tokens in common.
+            ValueError: the bytes of a tokenizer's tokens cannot be determined, or the two share too few tokens.
         """
         tables = TokenBytes.of(source_tokenizer), TokenBytes.of(target_tokenizer)
         classes = prefix_classes(*tables, source_rows, target_rows)
@@ -88,21 +88,21 @@ class TokenizerPair:
     def encode(
         self, rows: Sequence[Record] | Dataset, tokenizer: PreTrainedTokenizerBase, *, split: str, max_length: int | None
     ) -> PairedSplit:
-        """A split in the tokens of both models.
+        """Encode a split with both tokenizers.
 
         Args:
             rows: rows with ``prompt`` and ``completion``, or with ``messages``.
-            tokenizer: the target's.
-            split: name for messages.
-            max_length: longer sequences are cut at the end, on each side.
+            tokenizer: the target's tokenizer.
+            split: name of the split, for messages.
+            max_length: longer sequences are truncated at the end, on each side.
 
         Raises:
-            ValueError: rows of token ids; too many rows whose answers are other bytes for the two tokenizers; no position that
-                is aligned.
+            ValueError: the rows hold token ids, the two sides spell different answers in too many rows, or no position is
+                aligned.
         """
         if form_of(rows[0]) == "ids":
             raise InputError(
-                f"The {split} split has rows of token ids, and source and target have different tokenizers: give the rows as "
+                f"The {split} split has rows of token ids, but source and target have different tokenizers: give the rows as "
                 "text, in prompt and completion or in messages."
             )
         whole = [encode(rows, one, split=split) for one in (self.source_tokenizer, tokenizer)]
@@ -115,7 +115,7 @@ class TokenizerPair:
             )
             if longer:
                 logger.warning(
-                    "%d of %d rows of the %s split are cut at max_length %d for the %s.",
+                    "%d of %d rows of the %s split are truncated at max_length %d for the %s.",
                     longer,
                     len(side),
                     split,
@@ -128,8 +128,8 @@ class TokenizerPair:
         aligned, valid = counts.tolist()
         if aligned == 0:
             raise InputError(
-                f"No answer token of the {split} split is aligned: the tokenizers cut all of its answers differently. Give "
-                "longer answers, or choose a pair of one tokenizer."
+                f"No answer token of the {split} split is aligned: the tokenizers split all of its answers differently. Use "
+                "longer answers, or choose a pair with one tokenizer."
             )
         logger.info("%.1f %% of the target's answer tokens in the %s split are aligned.", 100 * aligned / valid, split)
         return PairedSplit(source, target, aligned / valid)
@@ -142,7 +142,7 @@ class TokenizerPair:
         max_length: int | None,
         counts: np.ndarray,
     ) -> Iterator[tuple]:
-        """Rows of the target with what belongs to them on the other side; ``counts`` gets aligned and valid positions."""
+        """Yield target rows with their source columns. Adds the numbers of aligned and valid positions to ``counts``."""
         kept = [alignment for alignment in found if alignment is not None]
         for (ids, labels, example_id), other, alignment in zip(_cut(rows, found, max_length), source, kept, strict=True):
             ranks = np.full(len(ids), -1)
@@ -157,7 +157,7 @@ class TokenizerPair:
 def _cut(
     rows: Dataset, found: Sequence[Alignment | None], max_length: int | None
 ) -> Iterator[tuple[list[int], list[int], int]]:
-    """Rows that are aligned, cut at their end."""
+    """Yield the aligned rows, truncated to ``max_length``."""
     for row, alignment in zip(rows, found, strict=True):
         if alignment is not None:
             ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from hf_semalign.method.alignment import Alignment, TokenRow, align_rows
 from hf_semalign.method.prefix_classes import prefix_classes
-from hf_semalign.method.semantic_map import rows_by_bytes
+from hf_semalign.method.vocabularies import rows_by_bytes
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.tokenization import tokenize
 

@@ -18,7 +18,8 @@ from two_tokenizers import byte_level, sentencepiece_bpe, unigram, wordpiece
 from hf_semalign.cache.signals import OnlineSignals, match_scales
 from hf_semalign.method import semantic_map as semantics
 from hf_semalign.method.pairing import pair_layers
-from hf_semalign.method.semantic_map import KINDS, SemanticMap, differing, rows_by_bytes, semantic_bases, shared_token_ids
+from hf_semalign.method.semantic_map import KINDS, SemanticMap, semantic_bases
+from hf_semalign.method.vocabularies import differing, rows_by_bytes, shared_token_ids
 from hf_semalign.models.token_bytes import TokenBytes
 
 VOCAB = 40

@@ -34,7 +34,7 @@ from hf_semalign.experiments.recipe import DataSettings, Recipe, load_tokenizer
 from hf_semalign.experiments.rows import Row
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.method.losses import LOGIT_ROWS
-from hf_semalign.method.semantic_map import differing
+from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
 from hf_semalign.splits import check_disjoint

@@ -27,7 +27,7 @@ from hf_semalign.experiments.recipe import Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
-from hf_semalign.method.semantic_map import differing
+from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
 from hf_semalign.training.checkpoints import damage, last_checkpoint

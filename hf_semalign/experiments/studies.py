@@ -24,7 +24,8 @@ from hf_semalign.hub.push import load_transfer
 from hf_semalign.hub.reading import read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers
-from hf_semalign.method.semantic_map import SemanticMap, differing
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect, embedding_rows, name_parts
 from hf_semalign.models.loading import find_config, load_model, skeleton
 from hf_semalign.models.names import public_name

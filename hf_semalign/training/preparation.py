@@ -18,7 +18,8 @@ from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError
 from hf_semalign.method.frontier import Frontier, FrontierSchedule, stage_learning_rate
 from hf_semalign.method.pairing import NEEDS_SCORES, LayerPairing, pair_layers
-from hf_semalign.method.semantic_map import SemanticMap, differing, shared_token_ids
+from hf_semalign.method.semantic_map import SemanticMap
+from hf_semalign.method.vocabularies import differing, shared_token_ids
 from hf_semalign.models.anatomy import Anatomy, dissect, embedding_rows, position_limit
 from hf_semalign.models.loading import find_tokenizer, load_dtype, load_model, pad_token_id, skeleton
 from hf_semalign.models.lora import lora_targets

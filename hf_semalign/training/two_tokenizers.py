@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.errors import InputError
 from hf_semalign.method.alignment import Alignment, TokenRow, align_rows
 from hf_semalign.method.prefix_classes import PrefixClasses, prefix_classes
-from hf_semalign.method.semantic_map import rows_by_bytes
+from hf_semalign.method.vocabularies import rows_by_bytes
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.splits import SCHEMA, column_chunks, encode, example_digest, write_rows
 from hf_semalign.tokenization import IGNORED, Record, form_of

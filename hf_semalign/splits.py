@@ -11,7 +11,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any
 
@@ -129,49 +129,90 @@ def encode(
         ValueError: there are no rows, a row has unknown columns or no valid position, or the tokenizer is missing.
     """
     check_rows(records, split)
-    empty: list[int] = []
-    cut = seams = endless = dated = 0
+    problems = _Problems(split, tokenizer, max_length)
 
     def encoded() -> Iterator[tuple[list[int], list[int], int]]:
-        nonlocal cut, seams, endless, dated
         for row, record in enumerate(records):
             ids, labels = _tokenized(record, tokenizer, f"{split}[{row}]")
-            if tokenizer is not None and (form := form_of(record)) != "ids":
-                seams += form == "prompt" and _is_seamless(record["prompt"], record["completion"])
-                endless += tokenizer.eos_token_id not in labels
-                in_chat = form == "messages" or not isinstance(record["prompt"], str)
-                dated += in_chat and "date_string" not in (record.get("chat_template_kwargs") or {})
-            cut += max_length is not None and len(ids) > max_length
+            problems.note(record, ids, labels)
             ids, labels = ids[:max_length], labels[:max_length]
-            if all(label == IGNORED for label in labels[1:]):
-                empty.append(row)
             yield ids, labels, example_digest(ids, labels)
 
     dataset = write_rows(encoded(), SCHEMA)
-    if cut:
-        logger.warning("%d of %d rows of the %s split are truncated at max_length %d.", cut, len(records), split, max_length)
-    if 2 * seams > len(records):
-        logger.warning(
-            "In %d of %d rows of the %s split, the prompt ends and the completion begins with a letter or digit. The texts are "
-            "joined as they are: add the missing space or line break to one of them.", seams, len(records), split,
-        )  # fmt: skip
-    if endless == len(records):
-        logger.warning(
-            "No row of the %s split has a supervised %r, so the target does not learn where an answer ends. Set eos_token to "
-            "the token that ends a turn in the chat template, or use a template that writes it.", split, _eos(tokenizer),
-        )  # fmt: skip
-    if dated and tokenizer is not None and DATED.search(str(tokenizer.chat_template)):
-        logger.warning(
-            "The chat template of %s writes today's date, so the rows of the %s split will be different data tomorrow: the run "
-            "could not resume then, and would not find its signals. Fix the date, for example with chat_template_kwargs "
-            "{'date_string': '1 Jan 2026'} in each row, if the template supports it.", tokenizer.name_or_path, split,
-        )  # fmt: skip
-    if empty:
-        raise InputError(
-            f"No valid positions in {len(empty)} of {len(records)} rows of the {split} split (rows {empty[:5]}): they have no "
-            f"supervised answer token. Add an answer to these rows, or raise max_length (now {max_length})."
-        )
+    problems.report()
     return dataset
+
+
+@dataclass
+class _Problems:
+    """Counts problems with the rows of a split while they are encoded.
+
+    Attributes:
+        split: name of the split.
+        tokenizer: tokenizer of the rows, if any.
+        max_length: length at which rows are truncated.
+        rows: rows seen so far.
+        empty: rows without a valid position.
+        cut: rows that are truncated.
+        seamless: rows whose prompt and completion would run together in one word.
+        endless: rows of text without a supervised EOS.
+        undated: conversations that leave the date to the chat template.
+    """
+
+    split: str
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int | None
+    rows: int = 0
+    empty: list[int] = field(default_factory=list)
+    cut: int = 0
+    seamless: int = 0
+    endless: int = 0
+    undated: int = 0
+
+    def note(self, record: Record, ids: list[int], labels: list[int]) -> None:
+        """Look at the next row, given its ids and labels before truncation."""
+        if self.tokenizer is not None and (form := form_of(record)) != "ids":
+            self.seamless += form == "prompt" and _is_seamless(record["prompt"], record["completion"])
+            self.endless += self.tokenizer.eos_token_id not in labels
+            in_chat = form == "messages" or not isinstance(record["prompt"], str)
+            self.undated += in_chat and "date_string" not in (record.get("chat_template_kwargs") or {})
+        self.cut += self.max_length is not None and len(ids) > self.max_length
+        if all(label == IGNORED for label in labels[: self.max_length][1:]):
+            self.empty.append(self.rows)
+        self.rows += 1
+
+    def report(self) -> None:
+        """Log warnings, and refuse rows without a valid position."""
+        if self.cut:
+            logger.warning(
+                "%d of %d rows of the %s split are truncated at max_length %d.",
+                self.cut, self.rows, self.split, self.max_length,
+            )  # fmt: skip
+        if 2 * self.seamless > self.rows:
+            logger.warning(
+                "In %d of %d rows of the %s split, the prompt ends and the completion begins with a letter or digit. The texts "
+                "are joined as they are: add the missing space or line break to one of them.",
+                self.seamless, self.rows, self.split,
+            )  # fmt: skip
+        if self.endless == self.rows:
+            logger.warning(
+                "No row of the %s split has a supervised %r, so the target does not learn where an answer ends. Set eos_token "
+                "to the token that ends a turn in the chat template, or use a template that writes it.",
+                self.split, _eos(self.tokenizer),
+            )  # fmt: skip
+        if self.undated and self.tokenizer is not None and DATED.search(str(self.tokenizer.chat_template)):
+            logger.warning(
+                "The chat template of %s writes today's date, so the rows of the %s split will be different data tomorrow: the "
+                "run could not resume then, and would not find its signals. Fix the date, for example with "
+                "chat_template_kwargs {'date_string': '1 Jan 2026'} in each row, if the template supports it.",
+                self.tokenizer.name_or_path, self.split,
+            )  # fmt: skip
+        if self.empty:
+            raise InputError(
+                f"No valid positions in {len(self.empty)} of {self.rows} rows of the {self.split} split (rows "
+                f"{self.empty[:5]}): they have no supervised answer token. Add an answer to these rows, or raise max_length "
+                f"(now {self.max_length})."
+            )
 
 
 def write_rows(rows: Iterator[tuple], schema: pa.Schema) -> Dataset:

@@ -136,30 +136,29 @@ def prepare(
     frontier = Frontier(args.frontier, depths[1])
     schedule = FrontierSchedule(frontier.num_stages, args.planned_steps(len(rows.target["align"])), args.stage_budget)
     return Preparation(
-        source,
-        target,
-        load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
-        public_name(str(shape.name_or_path)),
-        tokenizer,
-        rows.target,
-        rows.target_collator,
-        _pairing(pairing, args.pairing, depths),
-        rows.token_ids,
-        frontier,
-        schedule,
-        stage_learning_rate(
-            schedule,
-            args.lr_scheduler_type,
-            args.learning_rate,
-            args.get_warmup_steps,
-            cast(dict, args.lr_scheduler_kwargs),
-        ),
-        lora_targets(target.layers, args.lora_targets),
-        rows.source,
-        rows.source_collator,
-        rows.tokenizers,
-        rows.aligned,
+        source=source,
+        target=target,
+        target_dtype=load_dtype(model, args.mixed_precision) if isinstance(model, str) else shape.dtype,
+        target_id=public_name(str(shape.name_or_path)),
+        tokenizer=tokenizer,
+        splits=rows.target,
+        collator=rows.target_collator,
+        pairing=_pairing(pairing, args.pairing, depths),
+        token_ids=rows.token_ids,
+        frontier=frontier,
+        schedule=schedule,
+        learning_rate_factor=_learning_rate_factor(schedule, args),
+        lora_targets=lora_targets(target.layers, args.lora_targets),
+        source_splits=rows.source,
+        source_collator=rows.source_collator,
+        tokenizers=rows.tokenizers,
+        aligned=rows.aligned,
     )
+
+
+def _learning_rate_factor(schedule: FrontierSchedule, args: SemAlignConfig) -> Callable[[int], float]:
+    specific = cast(dict, args.lr_scheduler_kwargs)
+    return stage_learning_rate(schedule, args.lr_scheduler_type, args.learning_rate, args.get_warmup_steps, specific)
 
 
 def _check_arguments(

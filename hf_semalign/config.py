@@ -96,7 +96,10 @@ class SemAlignConfig(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the output loss."})
     layer_loss: str = field(
         default="relation",
-        metadata={"help": "relation (equations 4 to 7), steering (version 1 of the paper) or fisher (its published version)."},
+        metadata={
+            "help": "relation: cosines of residual updates (equations 4 to 7); steering: cosine of the states (version 1 of "
+            "the paper); fisher: second-order KL of the logits (published version)."
+        },
     )
     output_loss: str = field(
         default="kl",

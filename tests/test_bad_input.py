@@ -220,7 +220,7 @@ DATA = [
     ("unknown columns", rows({"question": "a", "answer": "b"}), r"align\[8\] has the columns \['answer', 'question'\]"),
     ("prompt a number", rows({"prompt": 5, "completion": "w1"}), r"align\[8\] has {'prompt': 5, .*: expected text in prompt"),
     ("held out a number", rows({"prompt": 5, "completion": "w1"}, extract=None), r"align\[8\] has {'prompt': 5, .*: expected"),
-    ("no completion", rows({"prompt": "w9", "completion": None}), r"align\[8\] has .*'completion': None}: expected texts"),
+    ("no completion", rows({"prompt": "w9", "completion": None}), r"align\[8\] has .*'completion': None}: expected text"),
     ("text after messages", rows({"prompt": TURNS[:1], "completion": "w1"}), r"align\[8\] has .* or lists of messages with"),
     ("messages of text", rows({"messages": "hello"}), r"align\[8\] has {'messages': 'hello'}: expected .* lists of messages"),
     ("messages without content", rows({"messages": [{"role": "user"}]}), r"align\[8\] has .* with role and content"),

@@ -66,9 +66,9 @@ RECIPES = [
     (
         "kwargs of no schedule",
         "training.lr_scheduler_kwargs={foo: 1}",
-        "lr_scheduler_type 'linear' does not take lr_sched.*foo",
+        "lr_scheduler_type 'linear' does not accept lr_sched.*foo",
     ),
-    ("a schedule without its kwargs", "training.lr_scheduler_type=cosine_with_min_lr", "'cosine_with_min_lr' does not take"),
+    ("a schedule without its kwargs", "training.lr_scheduler_type=cosine_with_min_lr", "'cosine_with_min_lr' does not accept"),
     ("a pad token in a list", "pad_token=[a]", r"pad_token of the recipe .* is \['a'\]: expected text"),
     (
         "test rows that are a number",

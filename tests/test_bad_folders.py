@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_run(good, refused):
 
 
 ADAPTERS = [
-    ("no folder", shutil.rmtree, FileNotFoundError, "is no run folder, and was not found on the Hub"),
+    ("no folder", shutil.rmtree, FileNotFoundError, "is not a run folder, and was not found on the Hub"),
     ("no record", without("semalign.json"), FileNotFoundError, "has no semalign.json: it is not a run folder"),
     ("record no JSON", text("semalign.json", "{oops"), ValueError, "semalign.json is damaged .*: copy it again"),
     ("record of nothing", text("semalign.json", "{}"), ValueError, r"semalign.json lacks \['method', 'source', 'target'"),
@@ -163,8 +163,8 @@ def test_adapters(good, run, no_weights, damage, error, message):
 @table(
     "make, message",
     [
-        ("deeper", lambda: tiny_llama(4, 16), "8 weights are in one of them alone, such as base_model.model.model.layers.3."),
-        ("shallower", lambda: tiny_llama(2, 16), "8 weights are in one of them alone"),
+        ("deeper", lambda: tiny_llama(4, 16), "8 weights are in only one of them, such as base_model.model.model.layers.3."),
+        ("shallower", lambda: tiny_llama(2, 16), "8 weights are in only one of them"),
         ("wider", lambda: tiny_llama(3, 24), "size mismatch"),
         (
             "of another family",
@@ -198,8 +198,8 @@ RUNS = [
     ("results cut short", cut("results.json"), "results.json is damaged"),
     ("results a list", text("results.json", "[]"), r"results.json is \[\]: expected names and values"),
     ("results of nothing", text("results.json", "{}"), r"results.json lacks \['task', 'dataset', 'metrics'"),
-    ("results of another run", changed("results.json", adapter_checksum="0"), "results.json is of another adapter than sem"),
-    ("results of another method", changed("results.json", metrics={"kd": {}}), "results.json is of another adapter than sem"),
+    ("results of another run", changed("results.json", adapter_checksum="0"), "results.json is from another adapter than sem"),
+    ("results of another method", changed("results.json", metrics={"kd": {}}), "results.json is from another adapter than sem"),
     (
         "a figure of words",
         changed("results.json", metrics={"kd": {"kl": "low"}}),
@@ -219,7 +219,7 @@ def test_runs_of_another_form(run, no_weights, caplog, command, damage, message)
 def test_figures_of_a_card_that_are_not_there_are_missed_by_a_push_alone(run, caplog):
     (run / "figures" / "comparison.png").unlink()
     assert main(["push", str(run), "me/run"]) == 2
-    assert "README.md shows ['figures/comparison.png'], which are not there" in caplog.text
+    assert "README.md shows ['figures/comparison.png'], but the folder lacks them" in caplog.text
     assert main(["report", str(run)]) == 0
 
 
@@ -237,7 +237,7 @@ def test_benchmarks_of_another_adapter_are_not_reported(run, caplog):
 
 
 def test_a_transfer_whose_target_is_elsewhere(run):
-    with pytest.raises(ValueError, match=r"The model 'target' cannot be read: .* pass the folder of its target as target"):
+    with pytest.raises(ValueError, match=r"The model 'target' cannot be read: .* pass the target's folder as target"):
         load_transfer(run)
 
 

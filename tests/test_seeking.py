@@ -220,7 +220,7 @@ def test_a_run_that_is_resumed_in_its_middle_is_the_same_and_never_loads_the_sou
     whole = make(tmp_path, **places, **shared, run="whole")
     whole.train()
     monkeypatch.setattr(Source, "_need_weights", lambda self: pytest.fail("the source was loaded"))
-    with pytest.raises(ValueError, match="is a checkpoint of Seeking, for a base that only its run has"):
+    with pytest.raises(ValueError, match="is a checkpoint of Seeking, which only its run can use"):
         load_transfer(tmp_path / "whole/checkpoint-4")
     saved = load_file(tmp_path / "whole/checkpoint-4/adapter_model.safetensors")
     assert {len(matrix) for name, matrix in saved.items() if "lora_A" in name} == {4}  # and not 8, as it is published

@@ -240,7 +240,7 @@ def test_embedded_names_are_not_paths(name):
 def test_a_record_names_no_path(run_folder, target):
     record = json.loads((run_folder / "semalign.json").read_text())
     (run_folder / "semalign.json").write_text(json.dumps(record | {"target": target}))
-    with pytest.raises(ValueError, match=r"No embedded model|is no Hub id"):
+    with pytest.raises(ValueError, match=r"No embedded model|is not a Hub id"):
         load_transfer(run_folder)
 
 

@@ -195,7 +195,7 @@ def test_models_that_cannot_be_aligned_are_refused(tmp_path):
     source = saved(tmp_path / "source", byte_level(), 3, 24, seed=2)
     with pytest.raises(ValueError, match=r"tokens of the tokenizers spell the same bytes, of .* the map needs 2048"):
         make(tmp_path, (target, source))
-    with pytest.raises(ValueError, match="LaTen does not work with two tokenizers"):
+    with pytest.raises(ValueError, match="LaTen does not support two tokenizers"):
         make(tmp_path, pair(tmp_path / "b"), trainer=LaTenTrainer, **LaTenTrainer.settings)
 
 

@@ -379,7 +379,7 @@ def test_choices_are_compared_in_small_batches_after_a_task_with_answers(files, 
 def test_prompts_that_do_not_fit_are_counted(files, caplog):
     entry = run_benchmark(byte_model(max_position_embeddings=310), byte_tokenizer(), "gsm8k", files=files)
     assert entry["truncated"] == 1
-    assert "gsm8k: 1 of 2 prompts are longer than the 54 tokens" in caplog.text
+    assert "gsm8k: 1 of 2 prompts lost their beginning, because they are longer than the 54 tokens" in caplog.text
 
 
 @linux
@@ -407,7 +407,7 @@ def unused():
         ("backend", "gsm8k", {"backend": "tgi"}, "Unknown backend 'tgi': expected one of hf, vllm"),
         ("limit", "gsm8k", {"limit": 0}, "limit is 0: expected 1 or more"),
         ("batch", "gsm8k", {"batch_size": -1}, "batch_size is -1: expected 1 or more"),
-        ("vllm", "gsm8k", {"backend": "vllm"}, "vLLM is not installed: pip install vllm"),
+        ("vllm", "gsm8k", {"backend": "vllm"}, "vLLM is not installed: run pip install vllm"),
         ("no template", "gsm8k", {"chat_template": True}, "has no chat template: set one, or leave"),
     ],
 )
@@ -435,7 +435,7 @@ def test_files_that_are_missing_or_not_the_benchmarks(files, tmp_path, unused):
         with pytest.raises(error, match=message):
             run_benchmark(unused, byte_tokenizer(), task, files=given)
 
-    refused(FileNotFoundError, r"No test rows of gsm8k at .*: name the file, or a folder with test.jsonl", "gsm8k", tmp_path)
+    refused(FileNotFoundError, r"No test rows of gsm8k at .*: pass the file, or a folder with test.jsonl", "gsm8k", tmp_path)
     refused(FileNotFoundError, "No test rows of mmlu", "mmlu", files / "gsm8k" / "test.jsonl")
     refused(ValueError, r"lacks the columns \['question', 'answer'\]", "gsm8k", files / "mbpp" / "mbpp.jsonl")
     (tmp_path / "test.jsonl").write_text("")
@@ -447,7 +447,7 @@ def test_files_that_are_missing_or_not_the_benchmarks(files, tmp_path, unused):
     refused(ValueError, r"57 subjects.* lacks \['abstract_algebra'\]", "mmlu", tmp_path)
     for name in ("abstract_algebra_test", "cooking_test"):
         (tmp_path / f"{name}.csv").write_text("q,1,2,3,4,A\n")
-    refused(ValueError, r"57 subjects.* has \['cooking'\] besides", "mmlu", tmp_path)
+    refused(ValueError, r"57 subjects.* also has \['cooking'\]", "mmlu", tmp_path)
 
 
 def test_models_and_tokenizers_that_cannot_be_measured(unused, files):
@@ -457,12 +457,12 @@ def test_models_and_tokenizers_that_cannot_be_measured(unused, files):
 
     refused("The model is a dict: expected a causal LM", {}, byte_tokenizer())
     refused("No tokenizer was given", unused, None)
-    refused("puts EOS behind a prompt", unused, byte_tokenizer(eos=True))
+    refused("appends EOS to prompts", unused, byte_tokenizer(eos=True))
     endless = byte_tokenizer()
     endless.eos_token = None
     refused("has no EOS token", unused, endless)
     unused.config.max_position_embeddings = 256
-    refused("The model reads 256 tokens, and gsm8k wants 256 for an answer alone", unused, byte_tokenizer())
+    refused("The model's context has 256 tokens, but gsm8k needs 256 for an answer", unused, byte_tokenizer())
     twice = byte_tokenizer("{{ bos_token }}{{ bos_token }}" + TEMPLATE)
     with pytest.raises(ValueError, match="begin with 2 BOS tokens"):
         run_benchmark(byte_model(), twice, "gsm8k", files=files, chat_template=True)
@@ -529,12 +529,12 @@ def test_command(run_folder, files, capsys, caplog):
         evaluate_run(run, ["gsm8k"], files=files, target=target)
     place.unlink()
     assert main(["evaluate", run, "--task", "gsm8k", *settings[:-2]]) == 2
-    assert "The target 'folder name' of the record is no Hub id" in caplog.text
+    assert "The target 'folder name' of the record is not a Hub id" in caplog.text
 
 
 def test_a_model_by_name(run_folder, files, tmp_path):
     target = str(run_folder / "target")
-    with pytest.raises(ValueError, match=r"is no run folder.*name one by output"):
+    with pytest.raises(ValueError, match=r"is not a run folder: pass output"):
         evaluate_run(target, ["gsm8k"], files=files)
     content = evaluate_run(target, ["gsm8k"], files=files, limit=1, output=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "benchmarks.json").read_text()) == content
@@ -630,7 +630,7 @@ def test_without_the_hub_local_files_are_asked_for(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask", unreachable)
-    with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: name local files instead, by --files"):
+    with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: pass local files with --files"):
         build_task("gsm8k", None, False)
 
 

@@ -1,13 +1,14 @@
-"""Benchmarks by the lm-evaluation-harness: MMLU, GSM8K, HumanEval and MBPP, zero-shot, greedy, with BOS.
+"""Score models on MMLU, GSM8K, HumanEval and MBPP with the lm-evaluation-harness: zero-shot, greedy, with BOS.
 
-Tasks are the harness's, but for what :mod:`hf_semalign.experiments.benchmarks.problems` says. Of its models differs that
+The tasks are the harness's. :mod:`hf_semalign.experiments.benchmarks.problems` lists the exceptions. Two things differ from the
+harness's models:
 
-- answers are made by :mod:`hf_semalign.experiments.generation`, where sequences that have ended leave their batch, and a
-  ``generation_config`` is set aside: some, such as Qwen2.5's, penalise repetition, which is not greedy;
-- a tokenizer's BOS stands before every prompt once, with a chat template as without, and also where the tokenizer puts none
-  there by itself, as vLLM is told too. One that has no BOS gets none; the record says which it is.
+- :mod:`hf_semalign.experiments.generation` generates the answers. It drops ended sequences from the batch and ignores the
+  model's ``generation_config``. Some of these, such as Qwen2.5's, penalise repetition, which is not greedy.
+- Every prompt starts with the tokenizer's BOS exactly once, with or without a chat template, even if the tokenizer does not add
+  it by default. The same holds for vLLM. A tokenizer without BOS adds none. The record states the BOS.
 
-The harness is an extra: ``pip install hf_semalign[eval]``.
+The harness is an optional dependency: ``pip install hf_semalign[eval]``.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ TASKS = tuple(METRICS)
 BACKENDS = ("hf", "vllm")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 RESULTS_NAME = "benchmarks.json"
-CHOICE_ROWS = 16  # rows at a time where choices are compared, which takes the logits of all their tokens
-SETTINGS = {"task", "limit", "chat_template", "backend"}  # of a result; a new one takes the place of one that has the same
+CHOICE_ROWS = 16  # batch size for multiple choice, which needs the logits of all tokens
+SETTINGS = {"task", "limit", "chat_template", "backend"}  # a new result replaces an old one with the same values
 
 
 def run_benchmark(
@@ -73,47 +74,52 @@ def run_benchmark(
     target: str | Path | None = None,
     answers: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on a benchmark.
+    """Score a model on a benchmark.
 
     Args:
-        model: a causal LM, bare or with an adapter, whose mode is restored; the name of a run folder, of an adapter on the Hub,
-            or of a model; or an ``lm_eval.api.model.LM`` of one's own.
-        tokenizer: of a model in memory; by default, and for vLLM always, the one that lies with a model given by name.
-        task: one of :data:`TASKS`.
-        files: local file of the test rows, or a folder that holds it, see
-            :data:`hf_semalign.experiments.benchmarks.problems.PLACES`; by default the rows are the Hub's.
-        limit: first rows only; of MMLU the first of each subject.
-        batch_size: prompts at a time; by default as many as fit into memory, at most 64 on a CPU and 256 on a GPU (of MMLU
-            16). vLLM decides itself.
-        chat_template: whether a prompt is the user's turn in the tokenizer's chat template.
-        backend: ``hf``, or ``vllm``, for a model given by name.
-        target: of an adapter whose record knows only a folder's name: a Hub id or folder.
-        answers: a file of JSON lines that keeps answers as their batches come, so that an interrupted call resumes; with the
-            backend ``hf``. The caller makes sure that another model has another file.
+        model: a causal LM with or without an adapter (its training mode is restored); the name of a run folder, of an adapter
+            on the Hub or of a model; or your own ``lm_eval.api.model.LM``.
+        tokenizer: tokenizer of a model in memory. A model given by name has its own by default, and always with vLLM.
+        task: ``mmlu``, ``gsm8k``, ``humaneval`` or ``mbpp``.
+        files: local file with the test rows, or a folder that contains it, see
+            :data:`hf_semalign.experiments.benchmarks.problems.PLACES`. By default the rows come from the Hub.
+        limit: use only the first rows. For MMLU, the first rows of each subject.
+        batch_size: prompts per batch. By default as many as fit into memory, at most 64 on a CPU and 256 on a GPU (16 for
+            MMLU). vLLM ignores it.
+        chat_template: whether to send each prompt as a user message of the tokenizer's chat template.
+        backend: ``hf``, or ``vllm`` for a model given by name.
+        target: Hub id or folder of an adapter's target, if its record only has the name of a folder.
+        answers: JSON-lines file in which the backend ``hf`` saves each batch of answers, so that an interrupted call resumes.
+            Use one file per model.
 
     Returns:
-        Plain values: ``task``, ``metric``, ``value`` (share in 0 to 1), ``stderr`` (``None`` of a single row), ``rows``,
-        ``subjects`` (of MMLU: value by subject), ``outcomes`` (of the others: 1 or 0 for each test row, so that two models can
-        be compared problem by problem), ``limit``, ``num_fewshot``, ``chat_template``, ``add_bos_token``, ``bos_token`` (what
-        every prompt begins with, or ``None``), ``truncated`` (prompts that lost their beginning, BOS included, because the
-        model reads no more), ``backend``, ``dtype`` (of the weights while the model answered; ``None`` under vLLM),
-        ``harness``, ``task_version`` and ``data`` (Hub id, or name of the file or folder). An LM of one's own sees to its
-        prompts itself: ``add_bos_token``, ``bos_token``, ``truncated`` and ``dtype`` are ``None`` then.
+        A dict of plain values:
+
+        - ``task``, ``metric``, ``value`` (a share from 0 to 1), ``stderr`` (``None`` for a single row) and ``rows``;
+        - ``subjects`` (MMLU only): value by subject;
+        - ``outcomes`` (other tasks): 1 or 0 for each test row, to compare two models problem by problem;
+        - ``limit``, ``num_fewshot``, ``chat_template`` and ``backend``;
+        - ``add_bos_token`` and ``bos_token``: the token that starts every prompt, or ``None``;
+        - ``truncated``: number of prompts that lost their beginning, including BOS, because they exceed the model's context;
+        - ``dtype``: dtype of the weights during generation, ``None`` with vLLM;
+        - ``harness``, ``task_version`` and ``data`` (a Hub id, or the name of the file or folder).
+
+        Your own LM builds its prompts, so ``add_bos_token``, ``bos_token``, ``truncated`` and ``dtype`` are ``None`` for it.
 
     Raises:
-        ValueError: before anything is generated: an unknown task or backend, no harness, no vLLM, no chat template, no opt-in
-            to run programs, malformed or missing rows, a model that reads too few tokens, or a tokenizer without EOS, or one
-            that puts it behind a prompt.
-        FileNotFoundError: no local file, or no such model.
+        ValueError: before anything is generated, if the task or backend is unknown; the harness, vLLM or the chat template is
+            missing; running programs is not allowed; rows are malformed or missing; the model's context is too short; or the
+            tokenizer has no EOS token or appends it to prompts.
+        FileNotFoundError: a local file or the model does not exist.
     """
     path = check_benchmark(task, files=files, limit=limit, batch_size=batch_size, backend=backend)
-    generator = random.getstate()  # the harness draws from it, and a training run may go on after this
+    generator = random.getstate()  # the harness uses it, and training may continue afterwards
     try:
         built = build_task(task, path, chat_template)
         with _opened(model, tokenizer, batch_size, backend, target) as opened:
             if answers is not None:
                 if opened.own or backend != "hf":
-                    raise InputError("Answers are kept with the backend hf alone: leave answers out.")
+                    raise InputError("Only the backend hf saves answers: leave out answers.")
                 opened.lm.answers = Path(answers)
             return _measure(opened, task, built, path, limit, chat_template)
     finally:
@@ -132,34 +138,34 @@ def evaluate_run(
     backend: str = "hf",
     output: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a run folder, an adapter on the Hub, or a model, on benchmarks, and write ``benchmarks.json``.
+    """Score a run folder, an adapter on the Hub or a model on benchmarks, and write ``benchmarks.json``.
 
-    Results of other tasks and settings that stand there already are kept, if they are of the same weights. Until a task has its
-    score its answers are kept beside the file, so that an interrupted call resumes.
+    The file keeps results for other tasks and settings if they are from the same weights. Answers to an unfinished task are
+    saved next to the file, so that an interrupted call resumes.
 
     Args:
-        origin: its name.
-        tasks: some of :data:`TASKS`.
-        target: see :func:`run_benchmark`, as are the next ones.
-        files: local rows.
-        limit: first rows only.
-        batch_size: prompts at a time.
-        chat_template: whether prompts are in the chat template.
+        origin: name of the run folder, adapter or model.
+        tasks: benchmarks, see :func:`run_benchmark`.
+        target: see :func:`run_benchmark`. The same holds for the arguments below.
+        files: local test rows.
+        limit: use only the first rows.
+        batch_size: prompts per batch.
+        chat_template: whether to apply the chat template to prompts.
         backend: ``hf`` or ``vllm``.
-        output: folder for the file; by default the run folder.
+        output: folder for the file, by default the run folder.
 
     Returns:
-        What the file holds: ``model``, ``target``, ``adapter_checksum`` (both ``None`` of a model without an adapter) and
-        ``benchmarks``, a list of what :func:`run_benchmark` returns.
+        The content of the file: ``model``, ``target`` and ``adapter_checksum`` (both ``None`` for a model without an adapter),
+        and ``benchmarks``, a list of what :func:`run_benchmark` returns.
 
     Raises:
-        ValueError: see :func:`run_benchmark`; and no folder to write to.
-        FileNotFoundError: likewise.
+        ValueError: see :func:`run_benchmark`, or ``output`` is missing for something other than a run folder.
+        FileNotFoundError: see :func:`run_benchmark`.
     """
     origin = str(origin)
     adapter = _find_adapter(origin)
     if output is None and (adapter is None or not Path(origin).is_dir()):
-        raise InputError(f"{origin!r} is no run folder, so that there is no place for {RESULTS_NAME}: name one by output.")
+        raise InputError(f"{origin!r} is not a run folder: pass output, the folder for {RESULTS_NAME}.")
     folder = Path(output or origin)
     make_folder("output", folder)
     ready = {}
@@ -194,7 +200,7 @@ def evaluate_run(
 
 
 def benchmarks_table(content: dict[str, Any]) -> Table:
-    """What :func:`evaluate_run` returns, for a terminal."""
+    """The results of :func:`evaluate_run` as a table for the terminal."""
     table = Table(title=f"Benchmarks of {content['model']}")
     for name in ("task", "value", "rows", "chat template", "BOS", "data"):
         table.add_column(name, justify="right" if name in ("value", "rows") else "left")
@@ -208,21 +214,21 @@ def benchmarks_table(content: dict[str, Any]) -> Table:
 def check_benchmark(
     task: str, *, files: str | Path | None = None, limit: int | None = None, batch_size: int | None = None, backend: str = "hf"
 ) -> Path | None:
-    """Refuse what :func:`run_benchmark` cannot do, without rows and model.
+    """Check the arguments of :func:`run_benchmark` without loading rows or a model.
 
     Args:
-        task: see :func:`run_benchmark`, as are the others.
-        files: local rows.
-        limit: first rows only.
-        batch_size: prompts at a time.
+        task: see :func:`run_benchmark`. The same holds for the arguments below.
+        files: local test rows.
+        limit: use only the first rows.
+        batch_size: prompts per batch.
         backend: ``hf`` or ``vllm``.
 
     Returns:
-        The local file, of MMLU the folder, or ``None`` for the Hub's rows.
+        The local file (for MMLU, the folder), or ``None`` if the rows come from the Hub.
 
     Raises:
         ValueError: see :func:`run_benchmark`.
-        FileNotFoundError: no local file.
+        FileNotFoundError: the local file does not exist.
     """
     for what, given, known in (("task", task, TASKS), ("backend", backend, BACKENDS)):
         if given not in known:
@@ -231,24 +237,24 @@ def check_benchmark(
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}: expected 1 or more.")
     if find_spec("lm_eval") is None:
-        raise InputError("The benchmarks need the lm-evaluation-harness: pip install 'hf_semalign[eval]'.")
+        raise InputError("Benchmarks need the lm-evaluation-harness: pip install 'hf_semalign[eval]'.")
     if backend == "vllm" and find_spec("vllm") is None:
-        raise InputError("vLLM is not installed: pip install vllm on a machine that it supports, or use the backend hf.")
+        raise InputError("vLLM is not installed: run pip install vllm on a supported machine, or use the backend hf.")
     path = None if files is None else find_rows(task, Path(files))
     if task in CODE:
-        run_program("")  # no opt-in, or no sandbox here: better now than after all answers are there
+        run_program("")  # report a missing opt-in or sandbox before answers are generated
     return path
 
 
 def rows_digest(task: str, files: Path) -> str:
-    """Digest of a benchmark's local test rows, see :func:`run_benchmark`."""
+    """Digest of a benchmark's local test rows. ``files`` is that of :func:`run_benchmark`."""
     path = find_rows(task, files)
     return digest([[one.name, file_digest(one)] for one in (sorted(path.iterdir()) if path.is_dir() else [path])])
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model as the harness calls it; ``lm`` of one's own sees to its prompts itself."""
+    """A model for the harness. ``own`` marks a user's LM, which builds its prompts."""
 
     lm: Any
     backend: str
@@ -256,21 +262,21 @@ class _Opened:
 
 
 class Kept(TypedDict):
-    """A line of the file that keeps answers."""
+    """A line of the file with saved answers."""
 
     asked: str
     answer: str
 
 
 class _Keeper:
-    """The harness's cache hook, which gets each answer as soon as its batch is done: JSON lines, by a digest of what was asked.
+    """Cache hook of the harness that saves each answer to a JSON-lines file, by a digest of the request.
 
-    Not the harness's own cache, whose file holds pickles: who sends a folder of signals could run a program by it.
+    The harness's own cache is not used, because it reads pickles. A folder from somebody else could run code that way.
     """
 
     def __init__(self, path: Path | None, known: dict[str, str]) -> None:
         self.path = path
-        if path is not None:  # without a line that was cut, where a process was killed
+        if path is not None:  # drops an incomplete last line, left by a killed process
             write_text(path, "".join(self._line(*one) for one in known.items()))
 
     def __enter__(self) -> _Keeper:
@@ -280,10 +286,10 @@ class _Keeper:
     def __exit__(self, *_: Any) -> None:
         if self.file is not None:
             self.file.close()
-            self.file = None  # choices of a later task are not kept
+            self.file = None  # do not save the choices of a later task
 
     def add_partial(self, kind: str, asked: Any, answer: str) -> None:
-        """Keep an answer."""
+        """Save an answer."""
         if self.file is not None:
             self.file.write(self._line(digest(asked), answer))
             self.file.flush()
@@ -294,7 +300,7 @@ class _Keeper:
 
 
 def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int | None) -> Any:
-    """The harness's wrapper of a model, which generates by :func:`hf_semalign.experiments.generation.continue_prompts`."""
+    """Wrap a model for the harness. :func:`hf_semalign.experiments.generation.continue_prompts` generates the answers."""
     from lm_eval.models.huggingface import HFLM
 
     class GreedyLM(HFLM):
@@ -317,13 +323,13 @@ def _harness_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: i
                     made = iter(super().generate_until(missing, disable_tqdm=True) if missing else ())
                 return [known[key] if key in known else next(made) for key in asked]
             finally:
-                self.batch_size_per_gpu = batch_size or CHOICE_ROWS  # for choices, of the next task
+                self.batch_size_per_gpu = batch_size or CHOICE_ROWS  # the next task may be multiple choice
 
         def _model_generate(
             self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any
         ) -> torch.Tensor:
             if settings.get("do_sample") or settings.get("temperature"):
-                raise InputError(f"Answers are greedy here, and the task asks for {settings}.")
+                raise InputError(f"The task asks for sampling ({settings}), but only greedy decoding is supported.")
             new = continue_prompts(
                 model,
                 context,
@@ -354,7 +360,7 @@ def _opened(
         return
     if backend == "vllm":
         if not named or tokenizer is not None:
-            raise InputError("vLLM loads model and tokenizer itself: give the name of a run folder or model, and no tokenizer.")
+            raise InputError("vLLM loads model and tokenizer itself: pass the name of a run folder or model, and no tokenizer.")
         yield _Opened(_open_vllm(str(model), target), backend)
         return
     if named:
@@ -363,11 +369,11 @@ def _opened(
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"The model is a {type(model).__name__}: expected a causal LM, a name, or an lm_eval LM.")
     if tokenizer is None:
-        raise InputError("No tokenizer was given, and none lies with the model: pass its tokenizer.")
+        raise InputError("The model comes without a tokenizer: pass its tokenizer.")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    tokenizer = copy.deepcopy(tokenizer)  # the harness changes it
+    tokenizer = copy.deepcopy(tokenizer)  # the harness modifies it
     if tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
+        raise InputError("The tokenizer has no EOS token to end answers with: set its eos_token.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     with unknown_words_explained():
@@ -380,7 +386,7 @@ def _opened(
 
 
 def _find_adapter(name: str) -> Path | None:
-    """The folder of a transfer; ``None`` for the name of a model."""
+    """The folder of a transfer, or ``None`` if ``name`` is a model."""
     folder = find_folder(name)
     return folder if (folder / RECORD_NAME).is_file() else None
 
@@ -397,7 +403,7 @@ def _load_named(name: str, target: str | Path | None) -> tuple[Any, PreTrainedTo
 
 
 def _tokenizer_place(name: str, adapter: Path | None, target: str | Path | None) -> str:
-    """Where the tokenizer lies: with the adapter, or with its target."""
+    """Where to load the tokenizer from: the adapter if it has one, or else its target."""
     if adapter is None:
         return name
     return str(adapter) if (adapter / "tokenizer_config.json").is_file() else find_target(read_record(adapter), target)
@@ -407,7 +413,7 @@ def _open_vllm(name: str, target: str | Path | None) -> Any:
     from lm_eval.models.vllm_causallms import VLLM
 
     adapter = _find_adapter(name)
-    place = resolve_model(_tokenizer_place(name, adapter, target))  # vLLM knows no embedded models
+    place = resolve_model(_tokenizer_place(name, adapter, target))  # vLLM does not know embedded models
     given = {"tokenizer": place, "add_bos_token": True, "batch_size": "auto"}
     if adapter is None:
         return VLLM(pretrained=resolve_model(name), **given)
@@ -416,7 +422,7 @@ def _open_vllm(name: str, target: str | Path | None) -> Any:
     rank = max(config["r"], *config.get("rank_pattern", {}).values(), 0)
     largest = next((known for known in VLLM_RANKS if known >= rank), None)
     if largest is None:
-        raise InputError(f"vLLM has LoRA of rank {VLLM_RANKS[-1]} at most, and this adapter {rank}: use the backend hf.")
+        raise InputError(f"vLLM supports LoRA ranks up to {VLLM_RANKS[-1]}, not the adapter's rank {rank}: use the backend hf.")
     base = resolve_model(find_target(read_record(adapter), target))
     return VLLM(pretrained=base, lora_local_path=str(adapter), max_lora_rank=largest, **given)
 
@@ -424,7 +430,7 @@ def _open_vllm(name: str, target: str | Path | None) -> Any:
 def _measure(
     opened: _Opened, task: str, built: Any, path: Path | None, limit: int | None, chat_template: bool
 ) -> dict[str, Any]:
-    """Run a task; see :func:`run_benchmark` for what is returned."""
+    """Run a task, and return what :func:`run_benchmark` returns."""
     import lm_eval
 
     kwargs = {} if task == "mmlu" else dict(built.get_config("generation_kwargs"))
@@ -433,9 +439,12 @@ def _measure(
         answer = kwargs.get("max_gen_toks", opened.lm.max_gen_toks) if kwargs else 0
         room = opened.lm.max_length - answer
         if room < 1:
-            raise InputError(f"The model reads {opened.lm.max_length} tokens, and {task} wants {answer} for an answer alone.")
+            raise InputError(
+                f"The model's context has {opened.lm.max_length} tokens, but {task} needs {answer} for an answer: choose a "
+                "model with a longer context."
+            )
         bos = _check_bos(opened.lm, chat_template)
-    # Not simple_evaluate, which besides seeds all generators and lists the installed packages by starting pip.
+    # simple_evaluate would also seed all generators, and run pip to list the installed packages.
     results: Any = lm_eval.evaluate(
         opened.lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
         apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
@@ -474,24 +483,24 @@ def _measure(
         record["truncated"] = sum(len(opened.lm.tok_encode(prompt)) > room for prompt in prompts)
         if record["truncated"]:
             logger.warning(
-                "%s: %d of %d prompts are longer than the %d tokens that the model leaves for them, and lost their beginning.",
+                "%s: %d of %d prompts lost their beginning, because they are longer than the %d tokens left in the context.",
                 task, record["truncated"], len(prompts), room,
             )  # fmt: skip
     return record
 
 
 def _check_bos(lm: Any, chat_template: bool) -> str | None:
-    """The token that prompts begin with, once; ``None`` of a tokenizer that has none."""
+    """Check that prompts start with BOS exactly once. Returns BOS, or ``None`` for a tokenizer without one."""
     tokenizer = lm.tokenizer
     if chat_template and tokenizer.chat_template is None:
         raise InputError("The tokenizer has no chat template: set one, or leave chat_template off.")
     text = lm.apply_chat_template([{"role": "user", "content": "a"}]) if chat_template else "a"
     ids = lm.tok_encode(text)
     if not chat_template and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
-        raise InputError("The tokenizer puts EOS behind a prompt, which then is over: set its add_eos_token to False.")
+        raise InputError("The tokenizer appends EOS to prompts, which ends them: set its add_eos_token to False.")
     count = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
     if count > 1:
-        raise InputError(f"Prompts begin with {count} BOS tokens: take bos_token out of the chat template's text.")
+        raise InputError(f"Prompts begin with {count} BOS tokens: remove bos_token from the text of the chat template.")
     if count == 0 and tokenizer.bos_token is not None:
-        raise InputError(f"The tokenizer does not put its BOS token {tokenizer.bos_token!r} before a prompt: make it do so.")
+        raise InputError(f"The tokenizer does not put its BOS token {tokenizer.bos_token!r} before a prompt: configure it to.")
     return tokenizer.bos_token

@@ -1,6 +1,6 @@
-"""Command line: ``semalign quickstart``, ``semalign train --config recipes/quickstart/semalign.yaml``, and all around a run.
+"""The command line, ``semalign COMMAND``.
 
-Each command is a function that imports what it needs when it runs, so that ``semalign --help`` takes no time.
+Each command is a function that imports its dependencies when it runs, so that ``semalign --help`` is fast.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], None]
 QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
 CODES = (
-    "Exit codes: 0 done; 1 a bug, with its traceback; 2 an error whose message says what to do; 130 Ctrl-C and 143 SIGTERM, in "
-    "training after a checkpoint, from which the same command goes on."
+    "Exit codes: 0 success; 1 a bug, with its traceback; 2 an error whose message says what to do; 130 Ctrl-C; 143 SIGTERM. "
+    "Training saves a checkpoint on Ctrl-C and SIGTERM. Re-run the command to resume."
 )
-BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # of the Hub and transformers, and of datasets
-WIDE = 1000  # columns of what is no terminal: nothing in a pipe is cut or broken
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+WIDE = 1000  # columns if stdout is not a terminal, so that lines in a pipe are not wrapped
 logger = logging.getLogger("hf_semalign")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code, see ``semalign --help``."""
+    """Run a command, and return its exit code (see ``semalign --help``)."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
+    if rest:  # argparse does not accept positionals that are separated by options
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    # What no user can act on: peft's own call, and a kernel that bitsandbytes looks for when it is imported, and that is never
-    # used here (hf_semalign.models.loading.keep_layout).
+    # Hide two warnings that users cannot act on. One is about a call inside peft. The other is about a kernel that bitsandbytes
+    # looks for on import, and that is not used here (hf_semalign.models.loading.keep_layout).
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands, their options, and an example of each."""
+    """Build the parser, with an example for each command."""
     parser = argparse.ArgumentParser(
         prog="semalign",
         description="Distil a large language model into a smaller one of another depth and width.",

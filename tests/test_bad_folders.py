@@ -81,7 +81,7 @@ LOADED = [
     ("weights with nan", with_nan, "LlamaForCausalLM '.*' are not finite: its weights hold nan or inf"),
 ]
 TOKENIZERS = [
-    ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save it beside its"),
+    ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save one next to its"),
     ("no JSON", text("tokenizer.json", "{oops"), "The tokenizer of '.*' is damaged .*: copy or save it again"),
     ("settings no JSON", text("tokenizer_config.json", "{oops"), "The tokenizer of '.*' is damaged"),
     ("no pad token", with_tokenizer(word_tokenizer(WORDS), pad_token=None), "no pad token: .* in a recipe pad_token"),
@@ -127,7 +127,7 @@ CHECKPOINTS = [
 def test_checkpoints(good, refused, no_weights, tmp_path, damage, message):
     shutil.copytree(good / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
     damage(tmp_path / "checkpoint-2")
-    refused(f"The run cannot go on from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
+    refused(f"Cannot resume from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
 
 
 def test_a_checkpoint_of_another_run(good, refused):
@@ -233,7 +233,7 @@ def test_benchmarks_of_another_adapter_are_not_reported(run, caplog):
     content = {"model": "run", "target": "target", "adapter_checksum": "0", "benchmarks": []}
     (run / "benchmarks.json").write_text(json.dumps(content))
     assert main(["report", str(run)]) == 2
-    assert "benchmarks.json is of another adapter: run `semalign evaluate` again" in caplog.text
+    assert "benchmarks.json is from another adapter: run `semalign evaluate` again" in caplog.text
 
 
 def test_a_transfer_whose_target_is_elsewhere(run):
@@ -249,9 +249,9 @@ def test_an_adapter_is_no_model(good, refused, no_weights, run):
     "damage, message",
     [
         ("record of nothing", text("semalign.json", "{}"), "semalign.json lacks"),
-        ("no results", without("results.json"), "has no results.json, which names the task: pass the recipe"),
+        ("no results", without("results.json"), "has no results.json, so its task is unknown: pass the recipe"),
         ("results no JSON", text("results.json", "{oops"), "results.json is damaged"),
-        ("models elsewhere", without(), "The source 'source' was not found: name a folder or Hub id by source="),
+        ("models elsewhere", without(), "The source 'source' was not found: set source="),
     ],
 )
 def test_runs_to_analyse(refused, no_weights, run, damage, message):

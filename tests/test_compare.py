@@ -298,7 +298,7 @@ def test_methods_are_compared_problem_by_problem():
 
 
 def test_methods_whose_runs_would_have_one_folder_are_refused(written):
-    with pytest.raises(ValueError, match=r"methods of .* has 'SemAlign' and 'SemAlign\+', whose runs would have one folder"):
+    with pytest.raises(ValueError, match=r"methods of .* has 'SemAlign' and 'SemAlign\+', which would share the folder"):
         load_comparison(written(), ["methods={SemAlign: {}, SemAlign+: {frontier: single}}"])
 
 
@@ -393,7 +393,7 @@ def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
     [
         ("{align: 3}", "Unknown key 'align' in the data of methods.KD"),
         ("3", "data of methods.KD of the comparison .* is 3: expected names and values"),
-        ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: only answers of the target change"),
+        ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: several rounds need data.answers=target"),
         ("{answers: oracle}", "Unknown key 'oracle' in the answers of methods.KD"),
     ],
 )

@@ -256,7 +256,7 @@ def test_attribution_alone_scores_what_a_run_scores(tmp_path, recipe, monkeypatc
 
 def test_analyses_of_positions_need_one_tokenizer(recipe, caplog):
     assert main(["analyze", "cka", str(recipe)]) == 2
-    assert "the analyses compare position by position, and need one tokenizer" in caplog.text
+    assert "the analyses compare states position by position, so both models need one tokenizer" in caplog.text
 
 
 def test_prompts_that_the_source_is_going_to_answer_are_planned(tmp_path, recipe, capsys):

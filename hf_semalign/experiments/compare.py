@@ -1,9 +1,9 @@
-"""Comparisons: methods x tasks x seeds of one YAML file, run cell by cell, in one table and one figure.
+"""Comparisons: run methods x tasks x seeds from one YAML file, and collect them in one table and one figure.
 
     semalign compare recipes/quickstart/compare.yaml --jobs 2
 
-A cell is a run folder of its own, made by ``semalign train`` in a process of its own, so that its time and memory are its own.
-Cells that are whole are not run again.
+Each cell is one run folder. ``semalign train`` makes it in a separate process, so time and memory are measured per cell.
+Finished cells are not run again.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("equal data", "equal compute")
-RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
+RECIPE_NAME = "recipe.yaml"  # the recipe of a cell, in its folder
 LAST_LINES = 5
 OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
 PLACED = {  # keys of the training section that a method may not change
     "seed": "by seeds, for all methods", "output_dir": "by the comparison's own output_dir",
     "signals_dir": "by the comparison's own output_dir", "max_length": "in the task's recipe, as data.max_length",
 }  # fmt: skip
-PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
+PUBLISHING = ("push_to_hub", "hub_")  # prefixes of training settings that publish a run
 
 
 @dataclass(frozen=True)
 class Reported:
-    """Figures that somebody else has reported, under a protocol of their own.
+    """Scores that others reported under their own protocol.
 
     Attributes:
-        origin: where they stand.
-        rows: by method, and then by task, in percent.
+        origin: the publication.
+        rows: scores in percent, by method and task.
     """
 
     origin: str
@@ -79,11 +79,11 @@ class Reported:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a dry run estimates times for.
+    """The hardware for which a dry run estimates times.
 
     Attributes:
-        name: for readers.
-        tflops: 10^12 floating-point operations a second, sustained and not peak.
+        name: a display name.
+        tflops: sustained (not peak) speed, in 10^12 floating-point operations per second.
     """
 
     name: str
@@ -99,17 +99,17 @@ class Comparison:
     """A comparison.
 
     Attributes:
-        output_dir: gets a folder for each cell, the tables and the figure.
-        tasks: recipe by the task's name; a path from the comparison's own folder.
-        methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
-            that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
-            ``equal compute`` is measured by; a method that costs more than that before it trains has no run there.
-        seeds: of training.
-        budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
-            method do.
-        reported: figures of others, to stand beside.
-        hardware: what a dry run estimates times for.
-        recipes: the recipes of the tasks.
+        output_dir: folder for the cells, the tables and the figure.
+        tasks: path of each task's recipe, relative to the comparison's file.
+        methods: settings of each method, by display name: ``method`` (a key of ``METHODS``; ``semalign`` by default), fields of
+            ``training`` that override the recipe's, and under ``data`` the keys in ``OF_ANSWERS``. The first method sets the
+            compute budget. A method that exceeds it before training starts has no run under ``equal compute``.
+        seeds: training seeds.
+        budgets: ``equal data`` gives every method the recipe's steps. ``equal compute`` gives every method as many steps as
+            the first method's compute pays for.
+        reported: scores that others reported, shown in a separate table.
+        hardware: the hardware for which a dry run estimates times.
+        recipes: the recipes, by task.
     """
 
     output_dir: str
@@ -129,8 +129,8 @@ class Cell:
     Attributes:
         task: name of the task.
         name: name of the method.
-        recipe: what is run; its ``output_dir`` is the cell's folder.
-        budgets: those that it stands under.
+        recipe: the recipe to run. Its ``output_dir`` is the cell's folder.
+        budgets: the budgets that this run belongs to.
     """
 
     task: str
@@ -145,7 +145,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For the log."""
+        """A description for the log."""
         return f"{self.task}, {self.name}, {' and '.join(self.budgets)}, seed {self.recipe.training['seed']}"
 
 
@@ -154,18 +154,18 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
     Args:
         path: a YAML file.
-        overrides: ``key=value``; a key of :class:`Comparison` changes that, any other one every recipe.
+        overrides: ``key=value``. A key of :class:`Comparison` changes the comparison. Any other key changes every recipe.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: keys or values that cannot be used.
+        FileNotFoundError: the comparison or a recipe does not exist.
+        ValueError: a key or a value cannot be used.
     """
     if not Path(path).is_file():
         raise MissingFileError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
     where = f"comparison {path}"
     content = read_yaml(Path(path).read_bytes(), f"The {where}")
     if not isinstance(content, dict):
-        raise InputError(f"The {where} holds a {type(content).__name__}, not keys and values.")
+        raise InputError(f"The {where} is a {type(content).__name__}: expected keys and values.")
     known = [item.name for item in fields(Comparison) if item.name != "recipes"]
     ours = [text for text in overrides if text.partition("=")[0] in known]
     for text in ours:
@@ -194,7 +194,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         for name in map(str, content[section]):
             if (other := folders.setdefault(_slug(name), name)) != name:
                 raise InputError(
-                    f"{section} of the {where} has {other!r} and {name!r}, whose runs would have one folder, {_slug(name)!r}: "
+                    f"{section} of the {where} has {other!r} and {name!r}, which would share the folder {_slug(name)!r}: "
                     "rename one of them, so that they differ in letters or digits."
                 )
     theirs = [text for text in overrides if text not in ours]
@@ -224,14 +224,17 @@ def _section(kind: Any, content: Any, where: str) -> Any:
 
 
 def plans(comparison: Comparison, known: Mapping[str, Material] | None = None) -> dict[tuple[str, str], Plan]:
-    """What each method does on each task under ``equal data``, by task and name.
+    """Plan every method on every task under ``equal data``.
 
     Args:
         comparison: see :func:`load_comparison`.
-        known: what is known of each task.
+        known: what :func:`materials` returns. Pass it to load data and tokenizers only once.
+
+    Returns:
+        The plans by task and method name.
 
     Raises:
-        ValueError: whatever a run would be refused for before weights are loaded.
+        ValueError: a run would be refused before it loads weights.
     """
     known = known or materials(comparison)
     return {
@@ -242,14 +245,18 @@ def plans(comparison: Comparison, known: Mapping[str, Material] | None = None) -
 
 
 def materials(comparison: Comparison) -> dict[str, Material]:
-    """What the plans of all methods on a task have in common, by task."""
+    """The data and models that all methods on a task share, by task."""
     return {task: Material(recipe) for task, recipe in comparison.recipes.items()}
 
 
 def equal_compute(
     comparison: Comparison, planned: Mapping[tuple[str, str], Plan]
 ) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], str]]:
-    """Steps under ``equal compute`` by task and name, and of those that have none there, why."""
+    """Compute the steps under ``equal compute``.
+
+    Returns:
+        The steps by task and method name, and for each method that is left out the reason.
+    """
     steps, left_out = {}, {}
     for (task, name), plan in planned.items() if BUDGETS[1] in comparison.budgets else ():
         budget = sum(planned[task, next(iter(comparison.methods))].cost.values())
@@ -261,14 +268,14 @@ def equal_compute(
 
 
 def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
-    """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
+    """All runs of a comparison. If both budgets give a method the same steps, they share one cell."""
     found = []
     equal, _ = equal_compute(comparison, planned)
     for task, name, seed in _product(comparison):
         plan, recipe = planned[task, name], _changed(comparison, task, name)
         known = {"equal data": plan.steps, "equal compute": equal.get((task, name))}
         steps = {budget: count for budget, count in known.items() if budget in comparison.budgets and count is not None}
-        stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
+        stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is per stage
         steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
         for count in dict.fromkeys(steps.values()):
             budgets = tuple(budget for budget, wanted in steps.items() if wanted == count)
@@ -281,7 +288,7 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
 
 
 def _product(comparison: Comparison) -> Iterator[tuple[str, str, int]]:
-    """Seed by seed, so that whole tables come as early as may be."""
+    """Task, method and seed of every run. Seeds are the outer loop, so that every method has a result early."""
     for seed in comparison.seeds:
         for task in comparison.recipes:
             for name in comparison.methods:
@@ -289,7 +296,7 @@ def _product(comparison: Comparison) -> Iterator[tuple[str, str, int]]:
 
 
 def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
-    """A task's recipe by one of the methods. Its run is not published: under one name, the last of them would be left."""
+    """A task's recipe with the settings of a method. Publishing is turned off, because all runs would use the same name."""
     recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
     method = changes.pop("method", Recipe.method)
     data = replace(recipe.data, **changes.pop("data", {}))
@@ -302,18 +309,18 @@ def _slug(name: str) -> str:
 
 
 def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
-    """Run the cells that are missing, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
+    """Run the missing cells, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
 
     Args:
         comparison: see :func:`load_comparison`.
-        jobs: cells at a time; with more than one, times are those of a shared machine.
+        jobs: number of cells to run in parallel. Parallel cells slow each other down, which shows in the measured times.
 
     Returns:
-        What ``compare.json`` holds.
+        The content of ``compare.json``.
 
     Raises:
-        ValueError: settings that a run would be refused for; cells that were run with other ones.
-        ChildProcessError: cells that failed; those that are whole are in the tables.
+        ValueError: a run would refuse its settings, or a cell was run with other settings before.
+        ChildProcessError: some cells failed. The tables contain the others.
     """
     if jobs < 1:
         raise InputError(f"jobs is {jobs}: expected at least 1.")
@@ -327,8 +334,8 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         missing = [cell for cell in wanted if not _is_whole(cell)]
         for sentence in equal_compute(comparison, planned)[1].values():
             logger.warning("%s", sentence)
-        logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
+        logger.info("%d cells, %d of them finished", len(wanted), len(wanted) - len(missing))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores slow each other down
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         with ThreadPoolExecutor(jobs) as pool:
             done = pool.map(partial(_run, environment=environment), missing)
@@ -338,16 +345,16 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
     if failed:
         raise FailedRunsError(
             f"{len(failed)} of {len(wanted)} cells failed ({'; '.join(cell.label for cell in failed[:3])}): see log.txt in "
-            f"their folders under {folder}. The same command again runs them alone."
+            f"their folders under {folder}, and re-run the command to run only these cells."
         )
     return record
 
 
 def costs_table(comparison: Comparison) -> Group:
-    """The plan of a comparison for the terminal, a table a task: everything but weights was looked at.
+    """The plan of a comparison for the terminal, with one table per task. Weights are not loaded.
 
     Raises:
-        ValueError: whatever a run would be refused for before weights are loaded.
+        ValueError: a run would be refused before it loads weights.
     """
     known, hardware = materials(comparison), comparison.hardware
     planned = plans(comparison, known)
@@ -368,14 +375,14 @@ def costs_table(comparison: Comparison) -> Group:
         row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
         tables[cell.task].add_row(*map(Text, row))
     notes = "".join(f"{sentence}\n" for sentence in equal_compute(comparison, planned)[1].values())
-    notes += "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
+    notes += "forwards: cost in forward passes of the target over one example. memory: an estimate for models and states."
     if hardware:
         notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
     return Group(*tables.values(), Text(notes))
 
 
 def _check(cell: Cell) -> None:
-    """Refuse a folder whose run had other settings."""
+    """Refuse a cell that was run with other settings before."""
     path = cell.folder / RECIPE_NAME
     if path.is_file() and load_recipe(path) != cell.recipe:
         raise InputError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
@@ -393,7 +400,7 @@ def _yaml(recipe: Recipe) -> str:
 
 
 def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
-    """Train and measure a cell; its output goes to ``log.txt`` in its folder."""
+    """Train and measure a cell, and write its output to ``log.txt`` in its folder. Returns whether it succeeded."""
     logger.info("%s", cell.label)
     cell.folder.mkdir(parents=True, exist_ok=True)
     path, log = cell.folder / RECIPE_NAME, cell.folder / "log.txt"
@@ -410,7 +417,7 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
 
 
 def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
-    """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
+    """The results of all cells by task, budget and method, as means and standard deviations over the seeds."""
     read = cache(lambda folder: read_results(folder, read_record(folder)) or {})
     tables: list[dict[str, Any]] = []
     _, left_out = equal_compute(comparison, planned)
@@ -442,7 +449,7 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures of one model on one task: a score in 0 to 1 where there is one, ``kl`` and ``loss``; what it forgot."""
+    """The metrics of one model on one task: ``kl``, ``loss``, and if measured a score from 0 to 1 and forgetting."""
     found: dict[str, float] = {name: metrics[name] for name in ("kl", "loss") if name in metrics}
     if scores := benchmark_scores(metrics):
         found["score"] = sum(one["value"] * one["rows"] for one in scores) / sum(one["rows"] for one in scores)
@@ -458,7 +465,7 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, str], str]:
-    """Of each seed and benchmark, which problems were solved."""
+    """Which problems were solved, by seed and benchmark."""
     return {
         (cell.recipe.training["seed"], one["task"]): one["outcomes"]
         for cell, results in runs
@@ -468,7 +475,7 @@ def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, st
 
 
 def _ahead(ours: Mapping[tuple[int, str], str], reference: Mapping[tuple[int, str], str]) -> dict[str, Any]:
-    """How far a method is ahead of the reference on all benchmarks together, problem by problem, averaged over shared seeds."""
+    """Paired difference between a method and the reference over the problems of all benchmarks, averaged over shared seeds."""
     shared = ours.keys() & reference.keys()
     if not shared:
         return {}

@@ -263,14 +263,14 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hf_semalign.experiments.benchmarks.harness import RESULTS_NAME, benchmarks_table, evaluate_run
+    from hf_semalign.experiments.benchmarks.harness import BENCHMARKS_NAME, benchmarks_table, evaluate_run
 
     names = ("target", "files", "limit", "batch_size", "chat_template", "backend", "output")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     content = evaluate_run(options.origin, options.task, **settings)
     console = _console()
     console.print(benchmarks_table(content))
-    console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
+    console.print(f"All figures: {Path(options.output or options.origin) / BENCHMARKS_NAME}")
 
 
 def _report(options: argparse.Namespace) -> None:

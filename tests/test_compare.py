@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_semalign.cli import main
 from hf_semalign.experiments import compare
-from hf_semalign.experiments.compare import BUDGETS, cells, load_comparison, plans, run_comparison
+from hf_semalign.experiments.compare import EQUAL_COMPUTE, EQUAL_DATA, cells, load_comparison, plans, run_comparison
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import plan_recipe
 from hf_semalign.experiments.tables import latex, markdown
@@ -29,7 +29,7 @@ CONTENT = {
     "tasks": {"symbols": str(QUICKSTART)},
     "methods": {"SemAlign": {}, "Its paper's": {"frontier": "single"}, "KD": {"method": "kd"}, "SFT": {"method": "sft"}},
     "seeds": [1, 2],
-    "budgets": list(BUDGETS),
+    "budgets": [EQUAL_DATA, EQUAL_COMPUTE],
 }
 
 
@@ -64,7 +64,9 @@ def test_cells(written):
     found = cells(comparison, planned)
     assert len({cell.folder for cell in found}) == len(found)
     by_name = {name: [cell for cell in found if cell.name == name] for name in CONTENT["methods"]}
-    assert [cell.budgets for cell in by_name["SemAlign"]] == [tuple(BUDGETS)] * 2  # itself is what compute is equal to
+    assert [cell.budgets for cell in by_name["SemAlign"]] == [
+        (EQUAL_DATA, EQUAL_COMPUTE)
+    ] * 2  # itself is what compute is equal to
     budget = sum(planned["symbols", "SemAlign"].cost.values())
     for name in ("Its paper's", "SFT"):
         equal, more = by_name[name][:2]
@@ -365,14 +367,14 @@ def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_ou
     comparison = load_comparison(path, ["data.align=64", "data.eval=8", "data.extract=4", "training.max_steps=1"])
     planned = plans(comparison)
     assert [(cell.name, cell.budgets) for cell in cells(comparison, planned)] == [
-        ("SFT", BUDGETS), ("Source's answers", ("equal data",)),
+        ("SFT", (EQUAL_DATA, EQUAL_COMPUTE)), ("Source's answers", (EQUAL_DATA,)),
     ]  # fmt: skip
     (sentence,) = compare.equal_compute(comparison, planned)[1].values()
     assert sentence.startswith("Source's answers is left out of equal compute: sft costs ")
     assert main(["compare", str(path), "--dry-run", "data.align=64", "data.eval=8", "training.max_steps=1"]) == 0
     assert "Source's answers is left out of equal compute" in capsys.readouterr().out
     ends = {"kl": 1.0}
-    table = {"task": "symbols", "budget": BUDGETS[1], "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
+    table = {"task": "symbols", "budget": EQUAL_COMPUTE, "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
     record = {"pair": {"source": "a", "target": "b"}, "tables": [table], "reported": None, "reference": "SFT"}
     assert sentence in markdown(record) and sentence in latex(record)
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.benchmarks import harness
-from hf_semalign.experiments.benchmarks.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
+from hf_semalign.experiments.benchmarks.harness import BENCHMARK_METRICS, check_benchmark, evaluate_run, run_benchmark
 from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_chat_program, mbpp_program
 from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
 from hf_semalign.experiments.generation import continue_prompts
@@ -200,7 +200,12 @@ def test_prompts_to_the_letter_and_right_answers_all(task, chat, files):
     entry = run_benchmark(lm, None, task, files=files, chat_template=chat)
     assert lm.prompts[0] == PROMPTS[task, chat]
     assert (entry["value"], entry["stderr"], entry["rows"]) == (1.0, 0.0, SIZES[task])
-    assert (entry["task"], entry["metric"], entry["num_fewshot"], entry["chat_template"]) == (task, METRICS[task], 0, chat)
+    assert (entry["task"], entry["metric"], entry["num_fewshot"], entry["chat_template"]) == (
+        task,
+        BENCHMARK_METRICS[task],
+        0,
+        chat,
+    )
     assert json.loads(json.dumps(entry)) == entry and str(files) not in json.dumps(entry)
     assert ("subjects" in entry) == (task == "mmlu")
 
@@ -577,7 +582,7 @@ def test_vllm(run_folder, files, monkeypatch):
 
 
 def test_tasks():
-    assert TASKS == ("mmlu", "gsm8k", "humaneval", "mbpp")
+    assert tuple(BENCHMARK_METRICS) == ("mmlu", "gsm8k", "humaneval", "mbpp")
 
 
 @linux

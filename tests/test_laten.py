@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines import laten
-from hf_semalign.experiments.baselines.carrier import ROLES, Hypernetworks
+from hf_semalign.experiments.baselines.carrier import NEURON_ROLES, Hypernetworks
 from hf_semalign.experiments.baselines.laten import Draw, LaTenTrainer, one_cycle, transfer_cost
 from hf_semalign.experiments.baselines.neurons import (
     Located,
@@ -425,7 +425,7 @@ def test_only_the_hypernetworks_learn_and_their_gradients_are_those_of_changed_w
         logits = functional_call(bare, weights, (), {"input_ids": ids[None]}).logits[0]
         total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED)
     assert loss == pytest.approx(total.item() / 8, rel=1e-5)
-    squares = sum(deltas[role].square().sum() / deltas[role].numel() for role in ROLES)
+    squares = sum(deltas[role].square().sum() / deltas[role].numel() for role in NEURON_ROLES)
     (total + 8 * 1000 * squares).backward()
     for gradient, p in zip(found, networks.parameters(), strict=True):
         assert gradient.abs().max() > 0
@@ -466,7 +466,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, lively):
     second.train()
     other = make(tmp_path / "c", seed=4)
     other.train()
-    for role in ROLES:
+    for role in NEURON_ROLES:
         assert torch.equal(kept[role], first.deltas[role])
         assert torch.equal(kept[role], second.deltas[role])
         assert not torch.equal(kept[role], other.deltas[role])

@@ -30,8 +30,8 @@ from hf_semalign.splits import OF_TEMPLATE, Record, before_answer, check_text, f
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
-ROWS_ON_CPU = 32  # prompts per batch if memory allows; sampled answers depend on it
-ROWS = 256  # the same on a GPU
+ANSWERS_ON_CPU = 32  # prompts per batch if memory allows; sampled answers depend on it
+ANSWERS_ON_GPU = 256  # the same on a GPU
 Entry = dict[str, Any]
 
 
@@ -134,7 +134,7 @@ def _write(
 ) -> dict[int, Entry]:
     """Answer every batch with a missing entry, longest prompts first, and append the entries to the file."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    most = ROWS_ON_CPU if model.device.type == "cpu" else ROWS
+    most = ANSWERS_ON_CPU if model.device.type == "cpu" else ANSWERS_ON_GPU
     size = min(most, rows_that_fit(model, sampling.max_new_tokens))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     missing = [rows for rows in batches if not known.keys() >= set(rows)]

@@ -53,7 +53,7 @@ from hf_semalign.hub.reading import read_record, read_results
 from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
-BUDGETS = ("equal data", "equal compute")
+EQUAL_DATA, EQUAL_COMPUTE = "equal data", "equal compute"  # budgets
 RECIPE_NAME = "recipe.yaml"  # the recipe of a cell, in its folder
 LAST_LINES = 5
 OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
@@ -116,7 +116,7 @@ class Comparison:
     tasks: dict[str, str]
     methods: dict[str, dict[str, Any]]
     seeds: list[int]
-    budgets: list[str] = field(default_factory=lambda: [BUDGETS[0]])
+    budgets: list[str] = field(default_factory=lambda: [EQUAL_DATA])
     reported: Reported | None = None
     hardware: Hardware | None = None
     recipes: dict[str, Recipe] = field(default_factory=dict)
@@ -175,7 +175,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     check_kinds(content, Comparison, f"the {where}")
     if empty := [name for name in ("tasks", "methods", "seeds", "budgets") if not content.get(name, True)]:
         raise InputError(f"{empty[0]} of the {where} is {content[empty[0]]!r}: expected at least one.")
-    check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
+    check_names(content.get("budgets", ()), (EQUAL_DATA, EQUAL_COMPUTE), f"budgets of the {where}")
     for seed in content["seeds"]:
         if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
             raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
@@ -258,7 +258,7 @@ def equal_compute(
         The steps by task and method name, and for each method that is left out the reason.
     """
     steps, left_out = {}, {}
-    for (task, name), plan in planned.items() if BUDGETS[1] in comparison.budgets else ():
+    for (task, name), plan in planned.items() if EQUAL_COMPUTE in comparison.budgets else ():
         budget = sum(planned[task, next(iter(comparison.methods))].cost.values())
         try:
             steps[task, name] = plan.steps_for(budget) if METHODS[plan.method].takes_steps else plan.steps
@@ -273,7 +273,7 @@ def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> li
     equal, _ = equal_compute(comparison, planned)
     for task, name, seed in _product(comparison):
         plan, recipe = planned[task, name], _changed(comparison, task, name)
-        known = {"equal data": plan.steps, "equal compute": equal.get((task, name))}
+        known = {EQUAL_DATA: plan.steps, EQUAL_COMPUTE: equal.get((task, name))}
         steps = {budget: count for budget, count in known.items() if budget in comparison.budgets and count is not None}
         stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is per stage
         steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
@@ -366,7 +366,7 @@ def costs_table(comparison: Comparison) -> Group:
             table.add_column(heading, justify="right", no_wrap=True)
     hours = 0.0
     for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
-        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe, known[cell.task])
+        plan = planned[cell.task, cell.name] if EQUAL_DATA in cell.budgets else plan_recipe(cell.recipe, known[cell.task])
         seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
         hours += len(comparison.seeds) * seconds / 3600
         budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
@@ -436,7 +436,7 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
                     rows.append({"name": name, **_row(found, ends), **ahead})
             target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
             table = {"task": task, "budget": budget, "target": target, "source": source, "methods": rows}
-            if budget == BUDGETS[1]:
+            if budget == EQUAL_COMPUTE:
                 table["left_out"] = [sentence for (place, _), sentence in left_out.items() if place == task]
             tables.append(table)
     return {

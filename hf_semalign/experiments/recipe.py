@@ -33,7 +33,7 @@ from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
 IN_ROUNDS = ("semalign", "kd", "sft")  # methods that can continue from an adapter
-LISTED = 20  # most names that an error lists; SemAlignConfig has many more
+NAMES_LISTED = 20  # most names that an error lists; SemAlignConfig has many more
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            listed = "see its documentation" if len(known) > LISTED else f"known: {sorted(known)}"
+            listed = "see its documentation" if len(known) > NAMES_LISTED else f"known: {sorted(known)}"
             hint = f"did you mean {near[0]!r}?" if near else f"{listed}."
             raise InputError(f"Unknown key {name!r} in the {where}: {hint}")
 

@@ -20,7 +20,7 @@ from hf_semalign.errors import InputError
 from hf_semalign.experiments.tables import markdown
 from hf_semalign.files import RECORD_NAME, make_folder, read_json, write_text
 from hf_semalign.hub.card import escaped, pipe_table, render_card
-from hf_semalign.hub.reading import Benchmarks, Comparison, read_record, read_results
+from hf_semalign.hub.reading import BenchmarksFile, ComparisonFile, read_record, read_results
 
 FOLDED = ("Data", "Settings", "Versions", "Citation")  # collapsed sections
 ANALYSES = {
@@ -103,7 +103,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def _of_comparison(folder: Path) -> str:
-    text = markdown(read_json(folder / "compare.json", Comparison))
+    text = markdown(read_json(folder / "compare.json", ComparisonFile))
     return render_page(text, {"All methods": _picture(folder / "compare.png")}, f"Comparison {folder.name}.")
 
 
@@ -112,7 +112,7 @@ def _of_run(folder: Path) -> str:
     results = read_results(folder, record) or {**NO_RESULTS, "steps": max(record.get("stages", [0]))}
     text = render_card(record, {**results, "figures": []}).partition("\n---\n")[2]
     if (path := folder / "benchmarks.json").is_file():
-        scored = read_json(path, Benchmarks)
+        scored = read_json(path, BenchmarksFile)
         if scored["adapter_checksum"] != record["adapter_checksum"]:
             raise InputError(f"{path} is from another adapter: run `semalign evaluate` again, or delete the file.")
         text += f"\n## Benchmarks\n\n{_benchmarks(scored['benchmarks'])}\n"

@@ -20,7 +20,7 @@ from hf_semalign.splits import normalise_prompt
 
 LETTERS = "ABCD"
 GRAM = 13  # words, as in the GPT-3 paper and the lm-evaluation-harness
-LISTED = 5
+WORST_LISTED = 5
 Row = dict[str, Any]
 
 
@@ -223,5 +223,5 @@ def overlap(items: Sequence[Item], tests: Sequence[Item]) -> Overlap:
         if found := Counter(seen[gram] for gram in own if gram in seen):
             most = min(found, key=lambda number: (-found[number], number))
             shared.append((item.task_id, tests[most].task_id, found.total() / len(own)))
-    worst = sorted(shared, key=lambda entry: -entry[2])[:LISTED]
+    worst = sorted(shared, key=lambda entry: -entry[2])[:WORST_LISTED]
     return Overlap(len(items), len(tests), list(same_questions(items, tests).items()), len(shared) / len(items), worst)

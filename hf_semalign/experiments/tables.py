@@ -12,7 +12,7 @@ PERCENT, PLAIN = 100.0, 1.0
 SCORE_OF = "score:"  # prefix of the keys with the score of one of several benchmarks
 FIXED = ("steps", "cost", "adapter_mb")  # equal for all seeds
 #: Key, heading, factor and decimals of each column. Columns without any value are left out.
-COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+TABLE_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("score", "score %", PERCENT, 1),
     ("ahead", "ahead of {reference} (points, 95 %)", PERCENT, 1),
     ("kl", "KL", PLAIN, 3),
@@ -33,15 +33,15 @@ NOTES = (
     "on held-out answers. Gap closed: the share of the distance from the target before training to the source, in score and in "
     "KL. Cost: see hf_semalign/experiments/plan.py. Seconds and peak memory are for the whole run, including evaluation."
 )
-FORGETTING = (
+FORGETTING_NOTE = (
     " Forgetting is measured on tasks that were not transferred: KL from the target before training, and the change in answer "
     "token accuracy."
 )
-PAIRED = (
+PAIRED_NOTE = (
     " Ahead of {reference}: the mean paired difference over the problems of all benchmarks, with its bootstrap interval "
     "(hf_semalign/experiments/paired.py). If the interval contains zero, these problems do not tell the two methods apart."
 )
-EQUAL_COMPUTE = " Under equal compute, each method takes as many steps as the compute of {reference} pays for."
+COMPUTE_NOTE = " Under equal compute, each method takes as many steps as the compute of {reference} pays for."
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -65,11 +65,11 @@ def notes(record: dict[str, Any]) -> str:
     """Explain the columns below the tables."""
     keys = {key for one in record["tables"] for row in one["methods"] for key in row}
     score = "share of held-out rows answered correctly" if "score" in keys else "none here"
-    said = NOTES.format(score=score) + FORGETTING * ("forgotten_kl" in keys)
+    said = NOTES.format(score=score) + FORGETTING_NOTE * ("forgotten_kl" in keys)
     if "ahead" in keys:
-        said += PAIRED.format(reference=escaped(record["reference"]))
+        said += PAIRED_NOTE.format(reference=escaped(record["reference"]))
     if any(one["budget"] == "equal compute" for one in record["tables"]):
-        said += EQUAL_COMPUTE.format(reference=escaped(record["reference"]))
+        said += COMPUTE_NOTE.format(reference=escaped(record["reference"]))
     return said
 
 
@@ -105,7 +105,7 @@ def _cells(one: dict[str, Any], reference: str, escape: Callable[[Any], str], pl
     """The cells of a table as text. Its rows are the heading, the target before training, the methods and the source."""
     tasks = dict.fromkeys(key for row in one["methods"] for key in row if key.startswith(SCORE_OF))
     by_task = [(key, f"{key.removeprefix(SCORE_OF)} %", PERCENT, 1) for key in tasks]
-    columns = [column for column in (*by_task, *COLUMNS) if any(column[0] in row for row in one["methods"])]
+    columns = [column for column in (*by_task, *TABLE_COLUMNS) if any(column[0] in row for row in one["methods"])]
     rows = [["Method", *(escape(heading.format(reference=reference)) for _, heading, _, _ in columns)]]
     for row, name in [
         (one["target"], "Target before"),

@@ -25,7 +25,6 @@ from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.rows import (
     GSM8K,
     LETTERS,
-    LISTED,
     MBPP,
     MMLU,
     PAIRS,
@@ -256,7 +255,7 @@ def _compare(task: str, items: list[Item], tests: list[Item]) -> Overlap | None:
     if not tests:
         return None
     found = overlap(items, tests)
-    worst = ", ".join(f"{row} = {test} ({share:.0%})" for row, test, share in found.worst[:LISTED])
+    worst = ", ".join(f"{row} = {test} ({share:.0%})" for row, test, share in found.worst)
     logger.info(
         "Task %r: %.1f%% of %d rows have 13 consecutive words in common with one of %d test rows%s.",
         task, 100 * found.share, found.rows, found.test_rows, f"; largest overlaps (row = test row): {worst}" if worst else "",

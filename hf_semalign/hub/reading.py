@@ -65,7 +65,7 @@ class Versions(TypedDict):
     hf_semalign: str
 
 
-class Record(TypedDict):
+class RecordFile(TypedDict):
     """The keys of ``semalign.json`` that this package reads."""
 
     method: Literal["semalign", "kd", "sft", "seeking", "laten"]
@@ -110,7 +110,7 @@ class Score(TypedDict):
     outcomes: NotRequired[str]
 
 
-class Benchmarks(TypedDict):
+class BenchmarksFile(TypedDict):
     """The keys of ``benchmarks.json`` that this package reads."""
 
     model: str
@@ -119,44 +119,44 @@ class Benchmarks(TypedDict):
     benchmarks: list[Score]
 
 
-class Pair(TypedDict):
+class ModelNames(TypedDict):
     """Names of the models."""
 
     source: str
     target: str
 
 
-class Row(TypedDict):
+class MethodRow(TypedDict):
     """A method in a table of a comparison. Its metrics have various names."""
 
     name: str
 
 
-class Table(TypedDict):
+class TaskTable(TypedDict):
     """A task under a budget."""
 
     task: str
     budget: str
     target: dict[str, Any]
     source: dict[str, Any]
-    methods: list[Row]
+    methods: list[MethodRow]
     left_out: NotRequired[list[str]]
 
 
-class Reported(TypedDict):
+class ReportedScores(TypedDict):
     """Scores that others reported."""
 
     origin: str
     rows: dict[str, dict[str, float]]
 
 
-class Comparison(TypedDict):
+class ComparisonFile(TypedDict):
     """The keys of ``compare.json`` that this package reads."""
 
-    pair: Pair
+    pair: ModelNames
     reference: str
-    tables: list[Table]
-    reported: Reported | None
+    tables: list[TaskTable]
+    reported: ReportedScores | None
 
 
 class Forgetting(TypedDict):
@@ -178,7 +178,7 @@ class Metrics(TypedDict, total=False):
     forgetting: dict[str, Forgetting]
 
 
-class Results(TypedDict):
+class ResultsFile(TypedDict):
     """The keys of ``results.json`` that this package reads."""
 
     task: str
@@ -207,7 +207,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
             raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: re-run its command to finish the run.")
         raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    record = read_json(path, Record)
+    record = read_json(path, RecordFile)
     LayerPairing.from_dict(record["pairing"], f"the pairing of {path}")
     return record
 
@@ -221,7 +221,7 @@ def read_results(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     path = folder / RESULTS_NAME
     if not path.is_file():
         return None
-    results = read_json(path, Results)
+    results = read_json(path, ResultsFile)
     checksum = record["adapter_checksum"]
     if record["method"] not in results["metrics"] or results.get("adapter_checksum", checksum) != checksum:
         raise InputError(f"{path} is from another adapter than {RECORD_NAME}: delete it, or run the recipe again.")

@@ -20,7 +20,7 @@ from hf_semalign.models.anatomy import dissect
 DEVIATION = 1e-5  # standard deviation of the hypernetworks' initial weights
 BY_COLUMNS = ("down", "output")  # a neuron is a column of these, and a row of up and value
 OF_FFN = ("up", "down")
-ROLES = ("up", "down", "value", "output")
+NEURON_ROLES = ("up", "down", "value", "output")
 
 
 class Hypernetworks(nn.Module):
@@ -35,7 +35,7 @@ class Hypernetworks(nn.Module):
                     nn.ReLU(),
                     nn.Linear(source_width, target_width, bias=False),
                 )
-                for role in ROLES
+                for role in NEURON_ROLES
             }
         )
         for parameter in self.parameters():
@@ -74,7 +74,7 @@ def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
 def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, torch.Tensor]:
     """The weights of located neurons by role, ``[L, n, D]`` in float32."""
     found = {}
-    for role in ROLES:
+    for role in NEURON_ROLES:
         where = sites(parts, located, role)
         weights = []
         for k, indices in zip(where.layers, where.indices, strict=True):
@@ -99,7 +99,7 @@ class Carrier:
         """Reset the target to its original function."""
         with torch.no_grad():
             for part in self._parts:
-                for role in ROLES:
+                for role in NEURON_ROLES:
                     for factor in self._factors(part, role):
                         factor.zero_()
 

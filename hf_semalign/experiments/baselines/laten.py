@@ -104,7 +104,7 @@ def one_cycle(step: int, steps: int, *, warmup: float = 0.1, start: float = 1 / 
 
 
 @dataclass(frozen=True)
-class Run:
+class PreAlignment:
     """Result of pre-alignment at one learning rate: Delta of the injected example, training history, and held-out loss."""
 
     deltas: dict[str, torch.Tensor]
@@ -353,14 +353,14 @@ class LaTenTrainer(TransferTrainer):
         parts = neuron_parts(dissect(source))[1]
         held_out = rows.select(self._draw.held_out)
         before = self._answer_loss(held_out)
-        runs: dict[float, Run] = {}
+        runs: dict[float, PreAlignment] = {}
         for rate in LEARNING_RATES:
             with timed(f"pre-alignment at {rate}", self.seconds):
                 networks, history = self._pre_align(rate, carrier, parts, examples[:-1], sources, targets)
                 with torch.no_grad():
                     deltas = networks(knowledge_of(parts, sources[-1]))
                 carrier.write(targets[-1], deltas)
-                runs[rate] = Run(deltas, history, self._answer_loss(held_out))
+                runs[rate] = PreAlignment(deltas, history, self._answer_loss(held_out))
             if not math.isfinite(runs[rate].held_out_loss):
                 raise NotFiniteError(f"LaTen's answer loss at learning rate {rate} is not finite. Nothing was injected.")
         best = min(runs, key=lambda rate: runs[rate].held_out_loss)
@@ -442,7 +442,7 @@ class LaTenTrainer(TransferTrainer):
         with self.accelerator.autocast():
             return answer_loss(self._adapted, self._batches(rows))
 
-    def _results(self, best: float, runs: Mapping[float, Run], before: float) -> dict[str, Any]:
+    def _results(self, best: float, runs: Mapping[float, PreAlignment], before: float) -> dict[str, Any]:
         """The facts of a finished run for the record: choices, the losses behind them, and cost."""
         source, target = self.located
         steps, batch, depth = len(self._draw.order), DRAWN + 1, self.frontier.num_layers

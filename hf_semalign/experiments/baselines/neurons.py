@@ -30,7 +30,7 @@ from hf_semalign.models.anatomy import (
 from hf_semalign.models.hooks import capture
 from hf_semalign.splits import IGNORED, Record
 
-CHUNK = 2**24  # most logits in memory at a time
+LOGITS_AT_ONCE = 2**24  # most logits in memory at a time
 TRAILING = string.whitespace + '.")],'  # characters that LaTen's code strips from the end of an answer
 
 
@@ -191,7 +191,7 @@ def addition_scores(readout: Readout, before: torch.Tensor, added: torch.Tensor,
 
 
 def neuron_scores(
-    readout: Readout, before: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, label: int, chunk: int = CHUNK
+    readout: Readout, before: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, label: int, chunk: int = LOGITS_AT_ONCE
 ) -> torch.Tensor:
     """``log p(t | before + m_j w_j) - log p(t | before)`` of each neuron.
 

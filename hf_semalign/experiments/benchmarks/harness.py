@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_semalign.cache.source import weights_identity
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.answers import read_entries
-from hf_semalign.experiments.benchmarks.problems import CODE, METRICS, build_task, find_rows, quiet
+from hf_semalign.experiments.benchmarks.problems import BENCHMARK_METRICS, CODE, build_task, find_rows, quiet
 from hf_semalign.experiments.benchmarks.sandbox import run_program
 from hf_semalign.experiments.generation import (
     computing_in,
@@ -47,18 +47,17 @@ from hf_semalign.experiments.generation import (
 )
 from hf_semalign.files import RECORD_NAME, digest, file_digest, make_folder, read_json, write_text
 from hf_semalign.hub.push import find_folder, find_target, load_transfer
-from hf_semalign.hub.reading import Benchmarks, check_adapter, read_adapter_config, read_record
+from hf_semalign.hub.reading import BenchmarksFile, check_adapter, read_adapter_config, read_record
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import find_tokenizer, load_weights, unknown_words_explained
 from hf_semalign.models.names import public_name, resolve_model
 
 logger = logging.getLogger(__name__)
-TASKS = tuple(METRICS)
 BACKENDS = ("hf", "vllm")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-RESULTS_NAME = "benchmarks.json"
+BENCHMARKS_NAME = "benchmarks.json"
 CHOICE_ROWS = 16  # batch size for multiple choice, which needs the logits of all tokens
-SETTINGS = {"task", "limit", "chat_template", "backend"}  # a new result replaces an old one with the same values
+RESULT_KEY = {"task", "limit", "chat_template", "backend"}  # a new result replaces an old one with the same values
 
 
 def run_benchmark(
@@ -165,7 +164,7 @@ def evaluate_run(
     origin = str(origin)
     adapter = _find_adapter(origin)
     if output is None and (adapter is None or not Path(origin).is_dir()):
-        raise InputError(f"{origin!r} is not a run folder: pass output, the folder for {RESULTS_NAME}.")
+        raise InputError(f"{origin!r} is not a run folder: pass output, the folder for {BENCHMARKS_NAME}.")
     folder = Path(output or origin)
     make_folder("output", folder)
     ready = {}
@@ -179,8 +178,8 @@ def evaluate_run(
         "adapter_checksum": record.get("adapter_checksum"),
         "benchmarks": [],
     }
-    place = folder / RESULTS_NAME
-    earlier = read_json(place, Benchmarks) if place.is_file() else content
+    place = folder / BENCHMARKS_NAME
+    earlier = read_json(place, BenchmarksFile) if place.is_file() else content
     if all(earlier[key] == value for key, value in content.items() if key != "benchmarks"):
         content["benchmarks"] = earlier["benchmarks"]
     with _opened(origin, None, batch_size, backend, target) as opened:
@@ -192,7 +191,7 @@ def evaluate_run(
             if backend == "hf":
                 opened.lm.answers = answers
             new = _measure(opened, task, built, path, limit, chat_template)
-            kept = [old for old in content["benchmarks"] if any(old[key] != new[key] for key in SETTINGS)]
+            kept = [old for old in content["benchmarks"] if any(old[key] != new[key] for key in RESULT_KEY)]
             content["benchmarks"] = [*kept, new]
             write_text(place, json.dumps(content, indent=2) + "\n")
             answers.unlink(missing_ok=True)
@@ -230,7 +229,7 @@ def check_benchmark(
         ValueError: see :func:`run_benchmark`.
         FileNotFoundError: the local file does not exist.
     """
-    for what, given, known in (("task", task, TASKS), ("backend", backend, BACKENDS)):
+    for what, given, known in (("task", task, BENCHMARK_METRICS), ("backend", backend, BACKENDS)):
         if given not in known:
             raise InputError(f"Unknown {what} {given!r}: expected one of {', '.join(known)}.")
     for name, number in (("limit", limit), ("batch_size", batch_size)):
@@ -449,14 +448,14 @@ def _measure(
         opened.lm, lm_eval.tasks.TaskManager(include_defaults=False).load([built]), limit=limit, log_samples=True,
         apply_chat_template=chat_template, confirm_run_unsafe_code=task in CODE,
     )  # fmt: skip
-    metric, kind = METRICS[task].split(",")
+    metric, kind = BENCHMARK_METRICS[task].split(",")
     name = "mmlu" if task == "mmlu" else built.task_name
     parts = {part.task_name: part for part in ([built] if task != "mmlu" else built.get_all_tasks())}
     error = results["results"][name][f"{metric}_stderr,{kind}"]
     record = {
         "task": task,
-        "metric": METRICS[task],
-        "value": float(results["results"][name][METRICS[task]]),
+        "metric": BENCHMARK_METRICS[task],
+        "value": float(results["results"][name][BENCHMARK_METRICS[task]]),
         "stderr": float(error) if isinstance(error, float) and math.isfinite(error) else None,
         "rows": sum(results["n-samples"][part]["effective"] for part in parts),
         "limit": limit,
@@ -476,7 +475,7 @@ def _measure(
         record["outcomes"] = "".join(str(int(row[metric])) for row in rows)
     else:
         record["subjects"] = {
-            part.removeprefix("mmlu_"): float(results["results"][part][METRICS[task]]) for part in sorted(parts)
+            part.removeprefix("mmlu_"): float(results["results"][part][BENCHMARK_METRICS[task]]) for part in sorted(parts)
         }
     if room is not None:
         prompts = [row["arguments"][0][0] for part in parts for row in results["samples"][part] if row["filter"] == kind]

@@ -30,7 +30,7 @@ from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.benchmarks.sandbox import run_program
 from hf_semalign.experiments.rows import TESTS, Row
 
-METRICS = {
+BENCHMARK_METRICS = {
     "mmlu": "acc,none",
     "gsm8k": "exact_match,flexible-extract",
     "humaneval": "pass@1,create_test",
@@ -74,7 +74,7 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
     """Build the harness's task, or for MMLU its group of tasks.
 
     Args:
-        task: a key of ``METRICS``.
+        task: a key of ``BENCHMARK_METRICS``.
         path: local rows, see :func:`find_rows`. ``None`` reads the rows from the Hub.
         chat_template: whether prompts will use a chat template.
 
@@ -149,7 +149,7 @@ def _own_config(task: str, chat_template: bool) -> dict[str, Any]:
     if task == "humaneval":
         assemble, name = (humaneval_chat_program, "humaneval_chat") if chat_template else (humaneval_program, task)
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    metric, kind = METRICS[task].split(",")
+    metric, kind = BENCHMARK_METRICS[task].split(",")
 
     def judge(answers: Sequence[list[str]], rows: Sequence[Row]) -> list[list[bool]]:
         return [

@@ -244,7 +244,8 @@ def _signals(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from hf_semalign.experiments.compare import costs_table, load_comparison, run_comparison
+    from hf_semalign.experiments.compare import run_comparison
+    from hf_semalign.experiments.comparison import costs_table, load_comparison
     from hf_semalign.experiments.tables import markdown
 
     console, known = _console(), load_comparison(options.comparison, options.overrides)

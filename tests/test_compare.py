@@ -16,9 +16,20 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_semalign.cli import main
 from hf_semalign.experiments import compare
-from hf_semalign.experiments.compare import EQUAL_COMPUTE, EQUAL_DATA, cells, load_comparison, plans, run_comparison
+from hf_semalign.experiments.compare import run_comparison
+from hf_semalign.experiments.comparison import (
+    EQUAL_COMPUTE,
+    EQUAL_DATA,
+    OF_ANSWERS,
+    cells,
+    costs_table,
+    equal_compute,
+    load_comparison,
+    plans,
+)
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import plan_recipe
+from hf_semalign.experiments.recipe import DataSettings
 from hf_semalign.experiments.tables import latex, markdown
 from hf_semalign.models import loading
 
@@ -317,7 +328,7 @@ def test_a_cell_that_is_there_is_known_again_by_its_settings(written):
     cell = checked()
     cell.folder.mkdir(parents=True)
     content = yaml.safe_load(compare._yaml(cell.recipe))
-    content["data"] = {name: value for name, value in content["data"].items() if name not in compare.OF_ANSWERS}
+    content["data"] = {name: value for name, value in content["data"].items() if name not in OF_ANSWERS}
     (cell.folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     checked()
     with pytest.raises(ValueError, match="was run with other settings"):
@@ -369,7 +380,7 @@ def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_ou
     assert [(cell.name, cell.budgets) for cell in cells(comparison, planned)] == [
         ("SFT", (EQUAL_DATA, EQUAL_COMPUTE)), ("Source's answers", (EQUAL_DATA,)),
     ]  # fmt: skip
-    (sentence,) = compare.equal_compute(comparison, planned)[1].values()
+    (sentence,) = equal_compute(comparison, planned)[1].values()
     assert sentence.startswith("Source's answers is left out of equal compute: sft costs ")
     assert main(["compare", str(path), "--dry-run", "data.align=64", "data.eval=8", "training.max_steps=1"]) == 0
     assert "Source's answers is left out of equal compute" in capsys.readouterr().out
@@ -381,12 +392,12 @@ def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_ou
 
 def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
     loaded, drawn = [], []
-    find, load = loading.AutoTokenizer.from_pretrained, compare.DataSettings.load
+    find, load = loading.AutoTokenizer.from_pretrained, DataSettings.load
     monkeypatch.setattr(
         loading.AutoTokenizer, "from_pretrained", lambda *name, **how: (loaded.append(name), find(*name, **how))[1]
     )
-    monkeypatch.setattr(compare.DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
-    compare.costs_table(load_comparison(written(), SMALL))
+    monkeypatch.setattr(DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
+    costs_table(load_comparison(written(), SMALL))
     assert len(loaded) == 2 and len(drawn) == 1  # the target's and the source's, for four methods under two budgets
 
 

@@ -28,7 +28,7 @@ ORDER = (
     "experiments.baselines.kd", "experiments.baselines.sft", "experiments.baselines.seeking", "experiments.baselines.carrier",
     "experiments.baselines.laten",
     "experiments.methods", "experiments.recipe", "experiments.plan", "experiments.rounds", "experiments.run",
-    "experiments.compare", "experiments.studies", "experiments.report",
+    "experiments.comparison", "experiments.compare", "experiments.studies", "experiments.report",
     "cli",
 )  # fmt: skip
 PACKAGE = Path(hf_semalign.__file__).parent

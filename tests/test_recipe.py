@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_semalign import load_transfer
 from hf_semalign.cache.source import Source
 from hf_semalign.cli import main
-from hf_semalign.experiments.compare import load_comparison
+from hf_semalign.experiments.comparison import load_comparison
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.recipe import load_recipe, load_run

@@ -149,6 +149,27 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         content[key] = read_yaml(value, f"The override {text!r}")
     check_names(content, known, where)
     check_kinds(content, Comparison, f"the {where}")
+    _check_content(content, where)
+    theirs = [text for text in overrides if text not in ours]
+    recipes = {}
+    for task, file in content["tasks"].items():
+        recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
+        for name, changes in content["methods"].items():
+            data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
+            check_kinds(asdict(data), DataSettings, f"data of {place}")
+            check_answers(data, changes.get("method", Recipe.method), (), place)
+    return Comparison(
+        **{
+            **content,
+            "reported": _section(Reported, content.get("reported"), f"reported of the {where}"),
+            "hardware": _section(Hardware, content.get("hardware"), f"hardware of the {where}"),
+            "recipes": recipes,
+        }
+    )
+
+
+def _check_content(content: dict[str, Any], where: str) -> None:
+    """Check the values of a comparison, except its recipes."""
     if empty := [name for name in ("tasks", "methods", "seeds", "budgets") if not content.get(name, True)]:
         raise InputError(f"{empty[0]} of the {where} is {content[empty[0]]!r}: expected at least one.")
     check_names(content.get("budgets", ()), (EQUAL_DATA, EQUAL_COMPUTE), f"budgets of the {where}")
@@ -173,22 +194,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
                     f"{section} of the {where} has {other!r} and {name!r}, which would share the folder {_slug(name)!r}: "
                     "rename one of them, so that they differ in letters or digits."
                 )
-    theirs = [text for text in overrides if text not in ours]
-    recipes = {}
-    for task, file in content["tasks"].items():
-        recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
-        for name, changes in content["methods"].items():
-            data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
-            check_kinds(asdict(data), DataSettings, f"data of {place}")
-            check_answers(data, changes.get("method", Recipe.method), (), place)
-    return Comparison(
-        **{
-            **content,
-            "reported": _section(Reported, content.get("reported"), f"reported of the {where}"),
-            "hardware": _section(Hardware, content.get("hardware"), f"hardware of the {where}"),
-            "recipes": recipes,
-        }
-    )
 
 
 def _section(kind: Any, content: Any, where: str) -> Any:

@@ -73,31 +73,21 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    def of_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the recipe")
-        _add_overrides(command, "changes to the recipe, such as training.seed=2")
-        return command
-
-    quickstart = add(
+    _add_overrides(add(
         "quickstart", _quickstart, "distil between the two embedded models, in two minutes",
         "Run the embedded recipe on two small models that ship with the package, to an adapter, card, figures and results.",
         "semalign quickstart training.seed=2 output_dir=runs/seed-2",
-    )  # fmt: skip
-    _add_overrides(quickstart, "changes to the recipe, such as training.seed=2")
-    train = of_recipe(add(
+    ))  # fmt: skip
+    _add_train(add(
         "train", _train, "run a recipe", "Run a recipe to an adapter, card, figures and results. Re-run the command to resume.",
         "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
     ))  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
-    train.add_argument(
-        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
-    )
-    of_recipe(add(
+    _add_recipe(add(
         "attribute", _attribute, "show which source layers matter for a recipe's task, and pair the layers",
         "Score the source's layers on the extract split, and cache the scores in training.signals_dir for later runs.",
         "semalign attribute --config recipes/quickstart/semalign.yaml training.pairing=attribution",
     ))  # fmt: skip
-    of_recipe(add(
+    _add_recipe(add(
         "signals", _signals, "precompute the source's hidden states for a recipe",
         "Run the source over a recipe's data and cache its hidden states. Training, here or elsewhere, then never loads it.",
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
@@ -117,32 +107,41 @@ def make_parser() -> argparse.ArgumentParser:
         "Score a run folder, an adapter on the Hub or a model with lm-eval: zero-shot, greedy, with BOS.",
         "semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
     ))  # fmt: skip
-    report = add(
+    _add_report(add(
         "report", _report, "write a run as one HTML page",
         "Write one page with the results, figures, pairs, settings and cost of a run. It needs no network.",
         "semalign report runs/quickstart --output quickstart.html",
-    )  # fmt: skip
-    report.add_argument("folder", metavar="RUN", help="a run folder")
-    report.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
+    ))  # fmt: skip
     _add_push(add(
         "push", _push, "publish a run folder",
         "Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. Unchanged files are "
         "not sent again. The token is HF_TOKEN, or the one from `hf auth login`.",
         "semalign push runs/quickstart owner/name --private",
     ))  # fmt: skip
-    inspect = add(
+    _add_inspect(add(
         "inspect", _inspect, "show what an adapter is",
-        "Show which pair of models an adapter comes from, its layers, size and checksums. Only metadata of a repository are "
+        "Show which pair of models an adapter comes from, its layers, size and checksums. Only the metadata of a repository is "
         "read. The exit code is 2 if a checksum differs from the recorded one.",
         "semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
-    )  # fmt: skip
-    inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
-    inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
+    ))  # fmt: skip
     return parser
 
 
-def _add_overrides(command: argparse.ArgumentParser, what: str) -> None:
+def _add_overrides(command: argparse.ArgumentParser, what: str = "changes to the recipe, such as training.seed=2") -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the recipe")
+    _add_overrides(command)
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
+    command.add_argument(
+        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
+    )
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -176,6 +175,11 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
+
+
 def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
@@ -185,6 +189,11 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", metavar="BRANCH", help="branch (default: main); created if it does not exist")
     command.add_argument("--tag", help="tag of the commit; by default made from the version of this package and the files")
     command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, if the record only has a name")
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
+    command.add_argument("--revision", help="tag, branch or commit of a Hub id")
 
 
 def _console() -> Console:

@@ -16,7 +16,7 @@ from hf_semalign.experiments import answers
 from hf_semalign.experiments.answers import Sampling, answered, question, write_answers
 from hf_semalign.experiments.recipe import load_recipe, load_run
 from hf_semalign.experiments.run import run_recipe
-from hf_semalign.hub.push import read_record
+from hf_semalign.hub.reading import read_record
 from hf_semalign.splits import encode, prompt_ids
 from hf_semalign.trainer import SemAlignTrainer
 

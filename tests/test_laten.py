@@ -28,7 +28,7 @@ from hf_semalign.experiments.baselines.neurons import (
     trace,
 )
 from hf_semalign.experiments.evaluation import answer_loss
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.models.anatomy import Size, base_model, dissect
 from hf_semalign.splits import IGNORED
 

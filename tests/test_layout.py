@@ -19,7 +19,7 @@ ORDER = (
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",
     "training.stages", "training.checkpoints", "training.engines", "training.two_tokenizers",
     "training.preparation", "training.layerwise",
-    "hub.card", "hub.record", "hub.reading", "hub.push", "hub.inspection",
+    "hub.card", "hub.record", "hub.reading", "hub.loading", "hub.push", "hub.inspection",
     "transfer", "trainer",
     "experiments.symbols", "experiments.rows", "experiments.tasks", "experiments.generation", "experiments.answers",
     "experiments.evaluation", "experiments.analysis", "experiments.figures", "experiments.tables", "experiments.paired",

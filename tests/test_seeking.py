@@ -14,7 +14,7 @@ from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
 from hf_semalign.experiments.baselines.seeking import SeekingTrainer, extraction_cost, fold
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.models.anatomy import dissect
 

@@ -20,7 +20,7 @@ from hf_semalign.experiments.analysis import layer_cka, recomposition_cosines
 from hf_semalign.experiments.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.experiments.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.files import make_folder
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.hub.reading import read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers

@@ -46,7 +46,7 @@ from hf_semalign.experiments.generation import (
     rows_that_fit,
 )
 from hf_semalign.files import RECORD_NAME, digest, file_digest, make_folder, read_json, write_text
-from hf_semalign.hub.push import find_folder, find_target, load_transfer
+from hf_semalign.hub.loading import find_folder, find_target, load_transfer
 from hf_semalign.hub.reading import BenchmarksFile, check_adapter, read_adapter_config, read_record
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import find_tokenizer, load_weights, unknown_words_explained

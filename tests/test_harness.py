@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.benchmarks import harness
+from hf_semalign.experiments.benchmarks import models as wrapped
 from hf_semalign.experiments.benchmarks.harness import BENCHMARK_METRICS, check_benchmark, evaluate_run, run_benchmark
 from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_chat_program, mbpp_program
 from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
@@ -378,7 +379,7 @@ def test_choices_are_compared_in_small_batches_after_a_task_with_answers(files, 
     byte_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(HFLM, "_model_call", lambda self, ids, **given: sizes.append(len(ids)) or call(self, ids, **given))
     evaluate_run(str(tmp_path / "model"), ["gsm8k", "mmlu"], files=files, output=tmp_path / "out")
-    assert sizes and max(sizes) <= harness.CHOICE_ROWS < len(SUBJECTS)
+    assert sizes and max(sizes) <= wrapped.CHOICE_ROWS < len(SUBJECTS)
 
 
 def test_prompts_that_do_not_fit_are_counted(files, caplog):
@@ -650,14 +651,14 @@ def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(file
         return continue_prompts(*args, **settings)
 
     settings = {"files": files, "batch_size": 1, "answers": tmp_path / "gsm8k.answers"}
-    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=2))
+    monkeypatch.setattr(wrapped, "continue_prompts", partial(interrupted, stop=2))
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(model, tokenizer, "gsm8k", **settings)
     (kept,) = [json.loads(line) for line in settings["answers"].read_text().splitlines()]  # plain text, no pickle
     assert kept.keys() == {"asked", "answer"}
     with settings["answers"].open("a") as file:
         file.write('{"asked": "cut')  # where a process was killed
-    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
+    monkeypatch.setattr(wrapped, "continue_prompts", partial(interrupted, stop=0))
     assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
     assert calls == [2, 2, 0]  # one of two rows was there
 
@@ -671,7 +672,7 @@ def test_an_interrupted_evaluation_keeps_its_answers_beside_the_results(run_fold
             raise KeyboardInterrupt
         return continue_prompts(*args, **settings)
 
-    monkeypatch.setattr(harness, "continue_prompts", interrupted)
+    monkeypatch.setattr(wrapped, "continue_prompts", interrupted)
     evaluate = partial(evaluate_run, run_folder / "run", ["gsm8k"], files=files, batch_size=1, target=run_folder / "target")
     with pytest.raises(KeyboardInterrupt):
         evaluate(output=tmp_path)

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from yaml import YAMLError
@@ -117,11 +117,7 @@ def push_transfer(
         if branch not in {ref.name for ref in refs.branches}:
             api.create_branch(repo_id, branch=branch)
         head = api.model_info(repo_id, revision=branch, files_metadata=True)
-    there = {file.rfilename: file for file in head.siblings or () if _is_published(file.rfilename)}
-    known = {name: path for name, path in files.items() if name in there}
-    same = _same_files(api, repo_id, str(head.sha), known, there)
-    changed = [file for file in files if file not in same]
-    stale = sorted(there.keys() - files.keys())  # for example the chat template of an earlier tokenizer
+    changed, stale = _changes(api, repo_id, head, files)
     tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(name)
     if tag is not None and tagged and (changed or stale or tagged != head.sha):
         raise InputError(f"{repo_id} already has a tag {tag!r}, of commit {tagged[:8]}: choose another tag.")
@@ -324,6 +320,14 @@ def card_fault(path: Path) -> str | None:
 
 def _is_published(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
+
+
+def _changes(api: HfApi, repo_id: str, head: ModelInfo, files: dict[str, Path]) -> tuple[list[str], list[str]]:
+    """Names of the files to send, and of published files to delete, such as the chat template of an earlier tokenizer."""
+    there = {file.rfilename: file for file in head.siblings or () if _is_published(file.rfilename)}
+    known = {name: path for name, path in files.items() if name in there}
+    same = _same_files(api, repo_id, str(head.sha), known, there)
+    return [file for file in files if file not in same], sorted(there.keys() - files.keys())
 
 
 def _same_files(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], there: dict[str, RepoSibling]) -> set[str]:

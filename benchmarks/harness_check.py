@@ -12,7 +12,7 @@ import time
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from hf_semalign.experiments.benchmarks.harness import TASKS, run_benchmark
+from hf_semalign.experiments.benchmarks.harness import BENCHMARK_METRICS, run_benchmark
 from hf_semalign.models.loading import find_tokenizer, load_weights
 from hf_semalign.models.names import resolve_model
 
@@ -63,7 +63,7 @@ def main():
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=list(BENCHMARK_METRICS), choices=list(BENCHMARK_METRICS))
     parser.add_argument("--chat-template", action="store_true", help="HumanEval in the form for chats")
     parser.add_argument("--model", help="name of a model that answers some rows as well")
     parser.add_argument("--tokenizer", help="by default the one that lies with it")

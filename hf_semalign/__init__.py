@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_semalign.cache.signals import SourceSignals
     from hf_semalign.config import SemAlignConfig
-    from hf_semalign.hub.push import load_transfer, push_transfer
+    from hf_semalign.hub.loading import load_transfer
+    from hf_semalign.hub.push import push_transfer
     from hf_semalign.method.attribution import LayerScores, attribute_layers
     from hf_semalign.method.frontier import FrontierSchedule
     from hf_semalign.method.losses import fisher_loss, output_kl, relation_loss, steering_loss
@@ -43,7 +44,8 @@ _MODULES = {
     "method.attribution": ("LayerScores", "attribute_layers"),
     "config": ("SemAlignConfig",),
     "method.frontier": ("FrontierSchedule",),
-    "hub.push": ("load_transfer", "push_transfer"),
+    "hub.loading": ("load_transfer",),
+    "hub.push": ("push_transfer",),
     "method.losses": ("fisher_loss", "output_kl", "relation_loss", "steering_loss"),
     "method.pairing": ("LayerPairing", "pair_layers"),
     "method.semantic_map": ("SemanticMap", "semantic_bases"),

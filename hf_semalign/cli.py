@@ -1,6 +1,6 @@
-"""Command line: ``semalign quickstart``, ``semalign train --config recipes/quickstart/semalign.yaml``, and all around a run.
+"""The command line, ``semalign COMMAND``.
 
-Each command is a function that imports what it needs when it runs, so that ``semalign --help`` takes no time.
+Each command is a function that imports its dependencies when it runs, so that ``semalign --help`` is fast.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], None]
 QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
 CODES = (
-    "Exit codes: 0 done; 1 a bug, with its traceback; 2 an error whose message says what to do; 130 Ctrl-C and 143 SIGTERM, in "
-    "training after a checkpoint, from which the same command goes on."
+    "Exit codes: 0 success; 1 a bug, with its traceback; 2 an error whose message says what to do; 130 Ctrl-C; 143 SIGTERM. "
+    "Training saves a checkpoint on Ctrl-C and SIGTERM. Re-run the command to resume."
 )
-BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # of the Hub and transformers, and of datasets
-WIDE = 1000  # columns of what is no terminal: nothing in a pipe is cut or broken
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+WIDE = 1000  # columns if stdout is not a terminal, so that lines in a pipe are not wrapped
 logger = logging.getLogger("hf_semalign")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code, see ``semalign --help``."""
+    """Run a command, and return its exit code (see ``semalign --help``)."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest:  # argparse takes positionals in one piece alone, and an option may stand between them
+    if rest:  # argparse does not accept positionals that are separated by options
         options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    # What no user can act on: peft's own call, and a kernel that bitsandbytes looks for when it is imported, and that is never
-    # used here (hf_semalign.models.loading.keep_layout).
+    # Hide two warnings that users cannot act on. One is about a call inside peft. The other is about a kernel that bitsandbytes
+    # looks for on import, and that is not used here (hf_semalign.models.loading.keep_layout).
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands, their options, and an example of each."""
+    """Build the parser, with an example for each command."""
     parser = argparse.ArgumentParser(
         prog="semalign",
         description="Distil a large language model into a smaller one of another depth and width.",
@@ -73,31 +73,21 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    def of_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the recipe")
-        _add_overrides(command, "changes to the recipe, such as training.seed=2")
-        return command
-
-    quickstart = add(
+    _add_overrides(add(
         "quickstart", _quickstart, "distil between the two embedded models, in two minutes",
         "Run the embedded recipe on two small models that ship with the package, to an adapter, card, figures and results.",
         "semalign quickstart training.seed=2 output_dir=runs/seed-2",
-    )  # fmt: skip
-    _add_overrides(quickstart, "changes to the recipe, such as training.seed=2")
-    train = of_recipe(add(
+    ))  # fmt: skip
+    _add_train(add(
         "train", _train, "run a recipe", "Run a recipe to an adapter, card, figures and results. Re-run the command to resume.",
         "semalign train --config recipes/quickstart/semalign.yaml training.seed=2",
     ))  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
-    train.add_argument(
-        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
-    )
-    of_recipe(add(
+    _add_recipe(add(
         "attribute", _attribute, "show which source layers matter for a recipe's task, and pair the layers",
         "Score the source's layers on the extract split, and cache the scores in training.signals_dir for later runs.",
         "semalign attribute --config recipes/quickstart/semalign.yaml training.pairing=attribution",
     ))  # fmt: skip
-    of_recipe(add(
+    _add_recipe(add(
         "signals", _signals, "precompute the source's hidden states for a recipe",
         "Run the source over a recipe's data and cache its hidden states. Training, here or elsewhere, then never loads it.",
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
@@ -117,32 +107,41 @@ def make_parser() -> argparse.ArgumentParser:
         "Score a run folder, an adapter on the Hub or a model with lm-eval: zero-shot, greedy, with BOS.",
         "semalign evaluate runs/smollm2-360m-to-135m/gsm8k --task gsm8k --task mmlu",
     ))  # fmt: skip
-    report = add(
+    _add_report(add(
         "report", _report, "write a run as one HTML page",
         "Write one page with the results, figures, pairs, settings and cost of a run. It needs no network.",
         "semalign report runs/quickstart --output quickstart.html",
-    )  # fmt: skip
-    report.add_argument("folder", metavar="RUN", help="a run folder")
-    report.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
+    ))  # fmt: skip
     _add_push(add(
         "push", _push, "publish a run folder",
         "Publish a run folder on the Hub in one commit, download it again, compare, and tag the commit. Unchanged files are "
         "not sent again. The token is HF_TOKEN, or the one from `hf auth login`.",
         "semalign push runs/quickstart owner/name --private",
     ))  # fmt: skip
-    inspect = add(
+    _add_inspect(add(
         "inspect", _inspect, "show what an adapter is",
-        "Show which pair of models an adapter comes from, its layers, size and checksums. Only metadata of a repository are "
+        "Show which pair of models an adapter comes from, its layers, size and checksums. Only the metadata of a repository is "
         "read. The exit code is 2 if a checksum differs from the recorded one.",
         "semalign inspect owner/name --revision v0.1.0-1a2b3c4d",
-    )  # fmt: skip
-    inspect.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
-    inspect.add_argument("--revision", help="tag, branch or commit of a Hub id")
+    ))  # fmt: skip
     return parser
 
 
-def _add_overrides(command: argparse.ArgumentParser, what: str) -> None:
+def _add_overrides(command: argparse.ArgumentParser, what: str = "changes to the recipe, such as training.seed=2") -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, metavar="FILE", help="YAML file of the recipe")
+    _add_overrides(command)
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
+    command.add_argument(
+        "--push-to-hub", action="store_true", help="publish the run folder at the end, as training.push_to_hub=true does"
+    )
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -176,6 +175,11 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="DIR", help="folder for benchmarks.json; by default the run folder")
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("--output", metavar="FILE", help="the page; by default report.html in the run folder")
+
+
 def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or name for a repository of your own")
@@ -185,6 +189,11 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", metavar="BRANCH", help="branch (default: main); created if it does not exist")
     command.add_argument("--tag", help="tag of the commit; by default made from the version of this package and the files")
     command.add_argument("--target", metavar="MODEL", help="folder or Hub id of the target, if the record only has a name")
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("origin", metavar="REPO_OR_FOLDER", help="a Hub id, or a run folder")
+    command.add_argument("--revision", help="tag, branch or commit of a Hub id")
 
 
 def _console() -> Console:
@@ -244,7 +253,8 @@ def _signals(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from hf_semalign.experiments.compare import costs_table, load_comparison, run_comparison
+    from hf_semalign.experiments.compare import run_comparison
+    from hf_semalign.experiments.comparison import costs_table, load_comparison
     from hf_semalign.experiments.tables import markdown
 
     console, known = _console(), load_comparison(options.comparison, options.overrides)
@@ -263,14 +273,14 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hf_semalign.experiments.benchmarks.harness import RESULTS_NAME, benchmarks_table, evaluate_run
+    from hf_semalign.experiments.benchmarks.harness import BENCHMARKS_NAME, benchmarks_table, evaluate_run
 
     names = ("target", "files", "limit", "batch_size", "chat_template", "backend", "output")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     content = evaluate_run(options.origin, options.task, **settings)
     console = _console()
     console.print(benchmarks_table(content))
-    console.print(f"All figures: {Path(options.output or options.origin) / RESULTS_NAME}")
+    console.print(f"All figures: {Path(options.output or options.origin) / BENCHMARKS_NAME}")
 
 
 def _report(options: argparse.Namespace) -> None:

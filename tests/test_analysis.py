@@ -300,7 +300,7 @@ def test_a_run_is_analysed_with_its_adapter(run, tmp_path, caplog):
     named = [f"source={run / 'big'}", "--output", str(tmp_path)]
     assert main(["analyze", "cka", str(run / "run"), *named]) == 0
     assert main(["analyze", "cka", str(QUICKSTART), *SMALL, "--output", str(tmp_path / "before")]) == 0
-    assert "not the one of the run" not in caplog.text
+    assert "The eval split differs from the run's" not in caplog.text
     after, before = (json.loads((folder / "cka.json").read_text()) for folder in (tmp_path, tmp_path / "before"))
     assert (after["trained"], before["trained"]) == (True, False)
     assert after["eval"] == before["eval"]
@@ -311,24 +311,24 @@ def test_a_run_is_analysed_with_its_adapter(run, tmp_path, caplog):
 def test_other_data_than_the_run_saw_are_noticed(run, tmp_path, caplog):
     named = [f"source={run / 'big'}", "data.seed=7", "--output", str(tmp_path)]
     assert main(["analyze", "vectors", str(run / "run"), *named]) == 0
-    assert "The eval split is not the one of the run" in caplog.text
+    assert "The eval split differs from the run's" in caplog.text
 
 
 def test_a_model_that_the_record_cannot_name(run, caplog):
     assert main(["analyze", "cka", str(run / "run")]) == 2
-    assert "The source 'big' was not found: name a folder or Hub id by source=" in caplog.text
+    assert "The source 'big' was not found: set source=" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cka", "pairing"])
 def test_a_model_that_is_not_there(tmp_path, name, caplog):
     assert main(["analyze", name, str(QUICKSTART), f"target={tmp_path / 'gone'}"]) == 2
-    assert "gone' was not found: name a folder or Hub id by target=" in caplog.text
+    assert "gone' was not found: set target=" in caplog.text
 
 
 def test_a_run_without_results_needs_its_recipe(run, tmp_path, caplog):
     shutil.copy(run / "run" / "semalign.json", tmp_path)
     assert main(["analyze", "vectors", str(tmp_path)]) == 2
-    assert "has no results.json, which names the task: pass the recipe" in caplog.text
+    assert "has no results.json, so its task is unknown: pass the recipe" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hf_semalign.experiments import answers
 from hf_semalign.experiments.answers import Sampling, answered, question, write_answers
 from hf_semalign.experiments.recipe import load_recipe, load_run
 from hf_semalign.experiments.run import run_recipe
-from hf_semalign.hub.push import read_record
+from hf_semalign.hub.reading import read_record
 from hf_semalign.splits import encode
 from hf_semalign.tokenization import prompt_ids
 from hf_semalign.trainer import SemAlignTrainer
@@ -61,7 +61,9 @@ def test_prompts_of_every_form_are_answered_in_their_form(tmp_path):
     assert all(turn == turns[0] and turn[0]["role"] == "assistant" for turn in turns)
     assert isinstance(entries[3]["completion"], str)
     assert entries[0]["prompt_tokens"] == len(prompt_ids({"prompt": TURNS[:1]}, CHAT)) == 5  # <user> w1 w2 </s> <assistant>
-    with pytest.raises(ValueError, match=r"Row 0 has the columns \['input_ids'\]: for an answer .* needs prompt or messages"):
+    with pytest.raises(
+        ValueError, match=r"Row 0 has the columns \['input_ids'\]: a model can only answer a row with prompt or messages"
+    ):
         written(tmp_path / "more.jsonl", [{"input_ids": [1, 2]}])
 
 
@@ -97,7 +99,10 @@ def test_answers_that_teach_no_end_are_counted_and_left_out(caplog):
     )
     assert rows == [{"prompt": "w1", "completion": "w3"}] * 2
     assert counts == {"rows": 7, "cut": 2, "empty": 2, "unusable": 1, "retokenised": 1}
-    assert "5 of 7 written answers are left out: 2 did not end within the limit, 2 are empty, 1 are refused" in caplog.text
+    assert (
+        "Left out 5 of 7 written answers: 2 did not end within the limit, 2 are empty, and the chat template refuses 1"
+        in caplog.text
+    )
     with pytest.raises(ValueError, match=r"None of 1 answers can be used: 1 did not end .* Raise data.max_new_tokens"):
         answered([entry(ended=False)], max_length=10)
 
@@ -132,12 +137,12 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
 @table(
     "line, message",
     [
-        ("no JSON", "garbage", r"Line 2 of .*kept.jsonl is damaged \(Expecting value.*take the file away"),
+        ("no JSON", "garbage", r"Line 2 of .*kept.jsonl is damaged \(Expecting value.*delete the file"),
         ("no text", b"\xff", "Line 2 of .* is damaged"),
         ("a list", "[1]", r"is damaged \(it is \[1\]: expected names and values"),
         ("of another file", {"asked": "a", "answer": "b"}, r"is damaged \(it lacks \['row', 'prompt'"),
         ("tokens of words", {"tokens": "many"}, r"is damaged \(tokens of it is 'many': expected a whole number"),
-        ("other prompts", {"prompt": "w50"}, "has the answers to other prompts, as in row 1: name another file"),
+        ("other prompts", {"prompt": "w50"}, "has answers to other prompts, for example in row 1: choose another file"),
     ],
 )
 def test_a_file_that_holds_something_else(tmp_path, line, message):
@@ -257,11 +262,15 @@ def test_in_rounds_the_target_answers_as_it_has_become(recipe, tmp_path, monkeyp
         ("no writer", "Unknown key 'oracle' in the answers of", ["data.answers=oracle"]),
         ("no rounds", "data.rounds .* is 0: expected a finite number of at least 1", ["data.rounds=0"]),
         ("colder than greedy", "data.temperature .* is -1: expected a finite number of at least 0", ["data.temperature=-1"]),
-        ("rounds of the source", "data.rounds .* is 2: only answers of the target change", ["data.rounds=2"]),
-        ("rounds of Seeking", "in rounds train semalign, kd, sft", ["data.rounds=2", "data.answers=target", "method=seeking"]),
-        ("too few steps", "data.rounds is 9, of 3 steps in all", ["data.rounds=9", "data.answers=target"]),
-        ("never held whole", "source_memory must be 'resident'", ["training.source_memory=stream"]),
-        ("answers wanted", r"Row 0 of .* has \['prompt'\]: expected prompt and completion", ["data.answers=dataset"]),
+        ("rounds of the source", "data.rounds .* is 2: several rounds need data.answers=target", ["data.rounds=2"]),
+        (
+            "rounds of Seeking",
+            "only semalign, kd, sft train in several rounds",
+            ["data.rounds=2", "data.answers=target", "method=seeking"],
+        ),
+        ("too few steps", "data.rounds is 9 for 3 steps", ["data.rounds=9", "data.answers=target"]),
+        ("never held whole", "set source_memory to 'resident'", ["training.source_memory=stream"]),
+        ("answers wanted", r"Row 0 of .* has columns \['prompt'\]: expected prompt and completion", ["data.answers=dataset"]),
     ],
 )
 def test_what_cannot_be_written_is_refused(refused, recipe, no_weights, message, changes):

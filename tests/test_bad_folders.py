@@ -81,7 +81,7 @@ LOADED = [
     ("weights with nan", with_nan, "LlamaForCausalLM '.*' are not finite: its weights contain nan or inf"),
 ]
 TOKENIZERS = [
-    ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save it beside its"),
+    ("none", without("tokenizer.json", "tokenizer_config.json"), "The target '.*' has no tokenizer: save one next to its"),
     ("no JSON", text("tokenizer.json", "{oops"), "The tokenizer of '.*' is damaged .*: copy or save it again"),
     ("settings no JSON", text("tokenizer_config.json", "{oops"), "The tokenizer of '.*' is damaged"),
     ("no pad token", with_tokenizer(word_tokenizer(WORDS), pad_token=None), "no pad token: set .* pad_token in a recipe"),
@@ -127,7 +127,7 @@ CHECKPOINTS = [
 def test_checkpoints(good, refused, no_weights, tmp_path, damage, message):
     shutil.copytree(good / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
     damage(tmp_path / "checkpoint-2")
-    refused(f"The run cannot go on from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
+    refused(f"Cannot resume from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
 
 
 def test_a_checkpoint_of_another_run(good, refused):
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_run(good, refused):
 
 
 ADAPTERS = [
-    ("no folder", shutil.rmtree, FileNotFoundError, "is no run folder, and was not found on the Hub"),
+    ("no folder", shutil.rmtree, FileNotFoundError, "is not a run folder, and was not found on the Hub"),
     ("no record", without("semalign.json"), FileNotFoundError, "has no semalign.json: it is not a run folder"),
     ("record no JSON", text("semalign.json", "{oops"), ValueError, "semalign.json is damaged .*: copy it again"),
     ("record of nothing", text("semalign.json", "{}"), ValueError, r"semalign.json lacks \['method', 'source', 'target'"),
@@ -163,8 +163,8 @@ def test_adapters(good, run, no_weights, damage, error, message):
 @table(
     "make, message",
     [
-        ("deeper", lambda: tiny_llama(4, 16), "8 weights are in one of them alone, such as base_model.model.model.layers.3."),
-        ("shallower", lambda: tiny_llama(2, 16), "8 weights are in one of them alone"),
+        ("deeper", lambda: tiny_llama(4, 16), "8 weights are in only one of them, such as base_model.model.model.layers.3."),
+        ("shallower", lambda: tiny_llama(2, 16), "8 weights are in only one of them"),
         ("wider", lambda: tiny_llama(3, 24), "size mismatch"),
         (
             "of another family",
@@ -198,8 +198,8 @@ RUNS = [
     ("results cut short", cut("results.json"), "results.json is damaged"),
     ("results a list", text("results.json", "[]"), r"results.json is \[\]: expected names and values"),
     ("results of nothing", text("results.json", "{}"), r"results.json lacks \['task', 'dataset', 'metrics'"),
-    ("results of another run", changed("results.json", adapter_checksum="0"), "results.json is of another adapter than sem"),
-    ("results of another method", changed("results.json", metrics={"kd": {}}), "results.json is of another adapter than sem"),
+    ("results of another run", changed("results.json", adapter_checksum="0"), "results.json is from another adapter than sem"),
+    ("results of another method", changed("results.json", metrics={"kd": {}}), "results.json is from another adapter than sem"),
     (
         "a figure of words",
         changed("results.json", metrics={"kd": {"kl": "low"}}),
@@ -219,7 +219,7 @@ def test_runs_of_another_form(run, no_weights, caplog, command, damage, message)
 def test_figures_of_a_card_that_are_not_there_are_missed_by_a_push_alone(run, caplog):
     (run / "figures" / "comparison.png").unlink()
     assert main(["push", str(run), "me/run"]) == 2
-    assert "README.md shows ['figures/comparison.png'], which are not there" in caplog.text
+    assert "README.md shows ['figures/comparison.png'], but the folder lacks them" in caplog.text
     assert main(["report", str(run)]) == 0
 
 
@@ -233,11 +233,11 @@ def test_benchmarks_of_another_adapter_are_not_reported(run, caplog):
     content = {"model": "run", "target": "target", "adapter_checksum": "0", "benchmarks": []}
     (run / "benchmarks.json").write_text(json.dumps(content))
     assert main(["report", str(run)]) == 2
-    assert "benchmarks.json is of another adapter: run `semalign evaluate` again" in caplog.text
+    assert "benchmarks.json is from another adapter: run `semalign evaluate` again" in caplog.text
 
 
 def test_a_transfer_whose_target_is_elsewhere(run):
-    with pytest.raises(ValueError, match=r"The model 'target' cannot be read: .* pass the folder of its target as target"):
+    with pytest.raises(ValueError, match=r"The model 'target' cannot be read: .* pass the target's folder as target"):
         load_transfer(run)
 
 
@@ -249,9 +249,9 @@ def test_an_adapter_is_no_model(good, refused, no_weights, run):
     "damage, message",
     [
         ("record of nothing", text("semalign.json", "{}"), "semalign.json lacks"),
-        ("no results", without("results.json"), "has no results.json, which names the task: pass the recipe"),
+        ("no results", without("results.json"), "has no results.json, so its task is unknown: pass the recipe"),
         ("results no JSON", text("results.json", "{oops"), "results.json is damaged"),
-        ("models elsewhere", without(), "The source 'source' was not found: name a folder or Hub id by source="),
+        ("models elsewhere", without(), "The source 'source' was not found: set source="),
     ],
 )
 def test_runs_to_analyse(refused, no_weights, run, damage, message):

@@ -515,7 +515,7 @@ def test_batches(use, batches, message):
 
 def test_batches_that_are_gone_through_once(monkeypatch):
     monkeypatch.setattr(analysis, "MOMENTS", 1)  # a group for each source layer
-    with pytest.raises(InputError, match="batches is an iterator, and has to be gone through more than once"):
+    with pytest.raises(InputError, match="batches is an iterator, but the analysis iterates over it more than once"):
         layer_cka(SMALL, SMALL, iter([BATCH]), SemanticMap.from_models(SMALL, SMALL))
     with pytest.raises(InputError, match="batches is a dict: expected an iterable of batches"):
         attribute_layers(SMALL, BATCH)

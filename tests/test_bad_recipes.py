@@ -28,10 +28,10 @@ RECIPES = [
     (
         "a hub out of reach",
         "{task: gsm8k, extract: 2, align: 8, eval: 2}",
-        "Couldn't reach .*: name local files by data.files",
+        "Couldn't reach .*: set data.files to local files",
     ),
     ("a source that is a number", "source=5", "source of the recipe .* is 5: expected text"),
-    ("an empty output_dir", "output_dir=' '", "output_dir of the recipe .* is ' ': expected text"),
+    ("an empty output_dir", "output_dir=' '", "output_dir of the recipe .* is ' ': expected a name or path"),
     ("no output_dir", "output_dir=", r"the recipe .* lacks \['output_dir'\]"),
     ("an embedded model that is none", "source=embedded:other", "use embedded:source or embedded:target"),
     ("a pad token that is none", "pad_token=<fill>", "pad_token '<fill>' is not in the tokenizer"),
@@ -42,7 +42,7 @@ RECIPES = [
     ("a key of no config", "training.accelerator_config={foo: 1}", "training section .*foo"),
     ("best of no metric", "training.save_strategy=best", "metric_for_best_model"),
     ("an unknown setting", "training.align=many", "Unknown key 'align' in the training section .*: see its documentation"),
-    ("an override that is no YAML", "training.seed=[", r"The override 'training.seed=\[' is not YAML"),
+    ("an override that is no YAML", "training.seed=[", r"The override 'training.seed=\[' is not valid YAML"),
     ("parts that are no keys", "training.source_parts=abc", "The parts 'abc' are not a mapping: expected module paths"),
     ("layers that are a norm", "training.target_parts={layers: model.norm}", "are a LlamaRMSNorm: expected a ModuleList in"),
     ("layers that are one", "training.source_parts={layers: model.layers.0}", "are a LlamaDecoderLayer: expected a ModuleLis"),
@@ -94,11 +94,11 @@ def test_recipes(refused, no_weights, change, message):
 @table(
     "content, message",
     [
-        ("no YAML", "source: [", "recipe.yaml is not YAML: while parsing a flow node"),
-        ("no text", b"\xff\x00\x80", "recipe.yaml is not YAML"),
-        ("nothing", "", "recipe.yaml holds a NoneType, not keys and values"),
-        ("a key that stands twice", "source: a\nsource: b", "the key 'source' stands twice"),
-        ("a list", "- source", "recipe.yaml holds a list, not keys and values"),
+        ("no YAML", "source: [", "recipe.yaml is not valid YAML: while parsing a flow node"),
+        ("no text", b"\xff\x00\x80", "recipe.yaml is not valid YAML"),
+        ("nothing", "", "recipe.yaml is a NoneType: expected keys and values"),
+        ("a key that stands twice", "source: a\nsource: b", "duplicate key 'source'"),
+        ("a list", "- source", "recipe.yaml is a list: expected keys and values"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "signals", "cka"])
@@ -114,8 +114,8 @@ FOLDERS = [
     ("signals_dir a file", "train", "training.signals_dir={}", "signals_dir .* is not writable"),
     ("signals_dir of signals", "signals", "training.signals_dir={}", "signals_dir .* is not writable"),
     ("output of an analysis", "cka", "--output={}", "output .* is not writable"),
-    ("a source to analyse", "pairing", "source={}/model", "The source '.*' was not found: name a folder or Hub id by source="),
-    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "cannot go on from .*: the folder does not exi"),
+    ("a source to analyse", "pairing", "source={}/model", "The source '.*' was not found: set source="),
+    ("no checkpoint", "train", "training.resume_from_checkpoint={}/step-2", "Cannot resume from .*: the folder does not exist"),
 ]
 
 
@@ -129,10 +129,20 @@ def test_folders(refused, no_weights, tmp_path, command, change, message):
 ENDS = "lists of messages with role and content. Correct or remove this row"
 DATA = [
     ("empty", "a.jsonl", [], "a.jsonl has no rows: every split needs at least one"),
-    ("no JSON", "a.jsonl", ["hello"], "a.jsonl, line 1: expected one JSON object a line, got 'hello'"),
-    ("a broken line", "a.jsonl", [*TEXTS[:5], "{'prompt':", *TEXTS[5:24]], "a.jsonl, line 6: expected one JSON object a line"),
-    ("a list", "a.jsonl", ["[1]"], r"a.jsonl, line 1: expected one JSON object a line, got '\[1\]'"),
-    ("a field missing", "a.jsonl", [TEXTS[0], {"prompt": "w1"}], r"Row 1 of .*a.jsonl has \['prompt'\]: expected prompt and"),
+    ("no JSON", "a.jsonl", ["hello"], "a.jsonl, line 1: expected one JSON object per line, got 'hello'"),
+    (
+        "a broken line",
+        "a.jsonl",
+        [*TEXTS[:5], "{'prompt':", *TEXTS[5:24]],
+        "a.jsonl, line 6: expected one JSON object per line",
+    ),
+    ("a list", "a.jsonl", ["[1]"], r"a.jsonl, line 1: expected one JSON object per line, got '\[1\]'"),
+    (
+        "a field missing",
+        "a.jsonl",
+        [TEXTS[0], {"prompt": "w1"}],
+        r"Row 1 of .*a.jsonl has columns \['prompt'\]: expected prompt and",
+    ),
     ("a number as prompt", "a.jsonl", [{"prompt": 5, "completion": "w1"}], f"Row 0 of .*a.jsonl has .'prompt': 5, .*{ENDS}"),
     ("no answer", "a.jsonl", [{"prompt": "w5", "completion": None}], f"Row 0 of .*'completion': None.: expected .*{ENDS}"),
     ("no messages", "a.jsonl", [{"messages": []}], f"Row 0 of .*'messages': .*: expected .*{ENDS}"),
@@ -141,8 +151,8 @@ DATA = [
     ("CSV without columns", "a.csv", [], "a.csv has no rows"),
     ("CSV with a comma too many", "a.csv", ["prompt,completion", "w1,w2,w3"], "Row 0 of .*a.csv has more or fewer cells"),
     ("no Parquet", "a.parquet", ["hello"], "a.parquet cannot be read as parquet: "),
-    ("another ending", "a.txt", ["hello"], "a.txt ends in '.txt': expected .jsonl, .json, .csv, .parquet"),
-    ("not there", "a.jsonl", None, "a.jsonl does not exist; correct the path of the 'align' files"),
+    ("another ending", "a.txt", ["hello"], "a.txt ends in '.txt': expected .jsonl, .json, .csv or .parquet"),
+    ("not there", "a.jsonl", None, "a.jsonl does not exist. Correct the path in data.files.align"),
     ("rows of the eval split", "a.jsonl", TEXTS[:32], "Overlapping splits: 8 prompts are in more than one of"),
 ]
 

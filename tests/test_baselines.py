@@ -20,7 +20,7 @@ from hf_semalign.experiments.evaluation import answer_loss, drift, final_states
 from hf_semalign.experiments.recipe import load_recipe
 from hf_semalign.experiments.run import HeldOut, run_recipe
 from hf_semalign.hub.card import METHOD_NAMES
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.models.anatomy import dissect
 from hf_semalign.models.loading import load_weights
 from hf_semalign.models.names import resolve_model

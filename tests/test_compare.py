@@ -16,9 +16,20 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_semalign.cli import main
 from hf_semalign.experiments import compare
-from hf_semalign.experiments.compare import BUDGETS, cells, load_comparison, plans, run_comparison
+from hf_semalign.experiments.compare import run_comparison
+from hf_semalign.experiments.comparison import (
+    EQUAL_COMPUTE,
+    EQUAL_DATA,
+    OF_ANSWERS,
+    cells,
+    costs_table,
+    equal_compute,
+    load_comparison,
+    plans,
+)
 from hf_semalign.experiments.paired import paired_difference
 from hf_semalign.experiments.plan import plan_recipe
+from hf_semalign.experiments.recipe import DataSettings
 from hf_semalign.experiments.tables import latex, markdown
 from hf_semalign.models import loading
 
@@ -29,7 +40,7 @@ CONTENT = {
     "tasks": {"symbols": str(QUICKSTART)},
     "methods": {"SemAlign": {}, "Its paper's": {"frontier": "single"}, "KD": {"method": "kd"}, "SFT": {"method": "sft"}},
     "seeds": [1, 2],
-    "budgets": list(BUDGETS),
+    "budgets": [EQUAL_DATA, EQUAL_COMPUTE],
 }
 
 
@@ -64,7 +75,9 @@ def test_cells(written):
     found = cells(comparison, planned)
     assert len({cell.folder for cell in found}) == len(found)
     by_name = {name: [cell for cell in found if cell.name == name] for name in CONTENT["methods"]}
-    assert [cell.budgets for cell in by_name["SemAlign"]] == [tuple(BUDGETS)] * 2  # itself is what compute is equal to
+    assert [cell.budgets for cell in by_name["SemAlign"]] == [
+        (EQUAL_DATA, EQUAL_COMPUTE)
+    ] * 2  # itself is what compute is equal to
     budget = sum(planned["symbols", "SemAlign"].cost.values())
     for name in ("Its paper's", "SFT"):
         equal, more = by_name[name][:2]
@@ -298,7 +311,7 @@ def test_methods_are_compared_problem_by_problem():
 
 
 def test_methods_whose_runs_would_have_one_folder_are_refused(written):
-    with pytest.raises(ValueError, match=r"methods of .* has 'SemAlign' and 'SemAlign\+', whose runs would have one folder"):
+    with pytest.raises(ValueError, match=r"methods of .* has 'SemAlign' and 'SemAlign\+', which would share the folder"):
         load_comparison(written(), ["methods={SemAlign: {}, SemAlign+: {frontier: single}}"])
 
 
@@ -315,7 +328,7 @@ def test_a_cell_that_is_there_is_known_again_by_its_settings(written):
     cell = checked()
     cell.folder.mkdir(parents=True)
     content = yaml.safe_load(compare._yaml(cell.recipe))
-    content["data"] = {name: value for name, value in content["data"].items() if name not in compare.OF_ANSWERS}
+    content["data"] = {name: value for name, value in content["data"].items() if name not in OF_ANSWERS}
     (cell.folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     checked()
     with pytest.raises(ValueError, match="was run with other settings"):
@@ -365,26 +378,26 @@ def test_a_method_that_costs_more_than_equal_compute_before_it_trains_is_left_ou
     comparison = load_comparison(path, ["data.align=64", "data.eval=8", "data.extract=4", "training.max_steps=1"])
     planned = plans(comparison)
     assert [(cell.name, cell.budgets) for cell in cells(comparison, planned)] == [
-        ("SFT", BUDGETS), ("Source's answers", ("equal data",)),
+        ("SFT", (EQUAL_DATA, EQUAL_COMPUTE)), ("Source's answers", (EQUAL_DATA,)),
     ]  # fmt: skip
-    (sentence,) = compare.equal_compute(comparison, planned)[1].values()
+    (sentence,) = equal_compute(comparison, planned)[1].values()
     assert sentence.startswith("Source's answers is left out of equal compute: sft costs ")
     assert main(["compare", str(path), "--dry-run", "data.align=64", "data.eval=8", "training.max_steps=1"]) == 0
     assert "Source's answers is left out of equal compute" in capsys.readouterr().out
     ends = {"kl": 1.0}
-    table = {"task": "symbols", "budget": BUDGETS[1], "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
+    table = {"task": "symbols", "budget": EQUAL_COMPUTE, "target": ends, "source": ends, "methods": [], "left_out": [sentence]}
     record = {"pair": {"source": "a", "target": "b"}, "tables": [table], "reported": None, "reference": "SFT"}
     assert sentence in markdown(record) and sentence in latex(record)
 
 
 def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
     loaded, drawn = [], []
-    find, load = loading.AutoTokenizer.from_pretrained, compare.DataSettings.load
+    find, load = loading.AutoTokenizer.from_pretrained, DataSettings.load
     monkeypatch.setattr(
         loading.AutoTokenizer, "from_pretrained", lambda *name, **how: (loaded.append(name), find(*name, **how))[1]
     )
-    monkeypatch.setattr(compare.DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
-    compare.costs_table(load_comparison(written(), SMALL))
+    monkeypatch.setattr(DataSettings, "load", lambda self: (drawn.append(self), load(self))[1])
+    costs_table(load_comparison(written(), SMALL))
     assert len(loaded) == 2 and len(drawn) == 1  # the target's and the source's, for four methods under two budgets
 
 
@@ -393,7 +406,7 @@ def test_what_is_known_of_a_task_is_read_once(written, monkeypatch):
     [
         ("{align: 3}", "Unknown key 'align' in the data of methods.KD"),
         ("3", "data of methods.KD of the comparison .* is 3: expected names and values"),
-        ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: only answers of the target change"),
+        ("{rounds: 2}", "data.rounds of methods.KD of the comparison .* is 2: several rounds need data.answers=target"),
         ("{answers: oracle}", "Unknown key 'oracle' in the answers of methods.KD"),
     ],
 )

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 
 from hf_semalign.cli import main, make_parser
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.experiments.compare import load_comparison
+from hf_semalign.experiments.comparison import load_comparison
 from hf_semalign.experiments.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_semalign.cli import main
 from hf_semalign.errors import InputError
 from hf_semalign.experiments.benchmarks import harness
-from hf_semalign.experiments.benchmarks.harness import METRICS, TASKS, check_benchmark, evaluate_run, run_benchmark
+from hf_semalign.experiments.benchmarks import models as wrapped
+from hf_semalign.experiments.benchmarks.harness import BENCHMARK_METRICS, check_benchmark, evaluate_run, run_benchmark
 from hf_semalign.experiments.benchmarks.problems import build_task, humaneval_chat_program, mbpp_program
 from hf_semalign.experiments.benchmarks.sandbox import OPT_IN
 from hf_semalign.experiments.generation import continue_prompts
@@ -200,7 +201,12 @@ def test_prompts_to_the_letter_and_right_answers_all(task, chat, files):
     entry = run_benchmark(lm, None, task, files=files, chat_template=chat)
     assert lm.prompts[0] == PROMPTS[task, chat]
     assert (entry["value"], entry["stderr"], entry["rows"]) == (1.0, 0.0, SIZES[task])
-    assert (entry["task"], entry["metric"], entry["num_fewshot"], entry["chat_template"]) == (task, METRICS[task], 0, chat)
+    assert (entry["task"], entry["metric"], entry["num_fewshot"], entry["chat_template"]) == (
+        task,
+        BENCHMARK_METRICS[task],
+        0,
+        chat,
+    )
     assert json.loads(json.dumps(entry)) == entry and str(files) not in json.dumps(entry)
     assert ("subjects" in entry) == (task == "mmlu")
 
@@ -373,13 +379,13 @@ def test_choices_are_compared_in_small_batches_after_a_task_with_answers(files, 
     byte_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(HFLM, "_model_call", lambda self, ids, **given: sizes.append(len(ids)) or call(self, ids, **given))
     evaluate_run(str(tmp_path / "model"), ["gsm8k", "mmlu"], files=files, output=tmp_path / "out")
-    assert sizes and max(sizes) <= harness.CHOICE_ROWS < len(SUBJECTS)
+    assert sizes and max(sizes) <= wrapped.CHOICE_ROWS < len(SUBJECTS)
 
 
 def test_prompts_that_do_not_fit_are_counted(files, caplog):
     entry = run_benchmark(byte_model(max_position_embeddings=310), byte_tokenizer(), "gsm8k", files=files)
     assert entry["truncated"] == 1
-    assert "gsm8k: 1 of 2 prompts are longer than the 54 tokens" in caplog.text
+    assert "gsm8k: 1 of 2 prompts lost their beginning, because they are longer than the 54 tokens" in caplog.text
 
 
 @linux
@@ -407,7 +413,7 @@ def unused():
         ("backend", "gsm8k", {"backend": "tgi"}, "Unknown backend 'tgi': expected one of hf, vllm"),
         ("limit", "gsm8k", {"limit": 0}, "limit is 0: expected 1 or more"),
         ("batch", "gsm8k", {"batch_size": -1}, "batch_size is -1: expected 1 or more"),
-        ("vllm", "gsm8k", {"backend": "vllm"}, "vLLM is not installed: pip install vllm"),
+        ("vllm", "gsm8k", {"backend": "vllm"}, "vLLM is not installed: run pip install vllm"),
         ("no template", "gsm8k", {"chat_template": True}, "has no chat template: set one, or leave"),
     ],
 )
@@ -435,7 +441,7 @@ def test_files_that_are_missing_or_not_the_benchmarks(files, tmp_path, unused):
         with pytest.raises(error, match=message):
             run_benchmark(unused, byte_tokenizer(), task, files=given)
 
-    refused(FileNotFoundError, r"No test rows of gsm8k at .*: name the file, or a folder with test.jsonl", "gsm8k", tmp_path)
+    refused(FileNotFoundError, r"No test rows of gsm8k at .*: pass the file, or a folder with test.jsonl", "gsm8k", tmp_path)
     refused(FileNotFoundError, "No test rows of mmlu", "mmlu", files / "gsm8k" / "test.jsonl")
     refused(ValueError, r"lacks the columns \['question', 'answer'\]", "gsm8k", files / "mbpp" / "mbpp.jsonl")
     (tmp_path / "test.jsonl").write_text("")
@@ -447,7 +453,7 @@ def test_files_that_are_missing_or_not_the_benchmarks(files, tmp_path, unused):
     refused(ValueError, r"57 subjects.* lacks \['abstract_algebra'\]", "mmlu", tmp_path)
     for name in ("abstract_algebra_test", "cooking_test"):
         (tmp_path / f"{name}.csv").write_text("q,1,2,3,4,A\n")
-    refused(ValueError, r"57 subjects.* has \['cooking'\] besides", "mmlu", tmp_path)
+    refused(ValueError, r"57 subjects.* also has \['cooking'\]", "mmlu", tmp_path)
 
 
 def test_models_and_tokenizers_that_cannot_be_measured(unused, files):
@@ -457,12 +463,12 @@ def test_models_and_tokenizers_that_cannot_be_measured(unused, files):
 
     refused("The model is a dict: expected a causal LM", {}, byte_tokenizer())
     refused("No tokenizer was given", unused, None)
-    refused("puts EOS behind a prompt", unused, byte_tokenizer(eos=True))
+    refused("appends EOS to prompts", unused, byte_tokenizer(eos=True))
     endless = byte_tokenizer()
     endless.eos_token = None
     refused("has no EOS token", unused, endless)
     unused.config.max_position_embeddings = 256
-    refused("The model reads 256 tokens, and gsm8k wants 256 for an answer alone", unused, byte_tokenizer())
+    refused("The model's context has 256 tokens, but gsm8k needs 256 for an answer", unused, byte_tokenizer())
     twice = byte_tokenizer("{{ bos_token }}{{ bos_token }}" + TEMPLATE)
     with pytest.raises(ValueError, match="begin with 2 BOS tokens"):
         run_benchmark(byte_model(), twice, "gsm8k", files=files, chat_template=True)
@@ -529,12 +535,12 @@ def test_command(run_folder, files, capsys, caplog):
         evaluate_run(run, ["gsm8k"], files=files, target=target)
     place.unlink()
     assert main(["evaluate", run, "--task", "gsm8k", *settings[:-2]]) == 2
-    assert "The target 'folder name' of the record is no Hub id" in caplog.text
+    assert "The target 'folder name' of the record is not a Hub id" in caplog.text
 
 
 def test_a_model_by_name(run_folder, files, tmp_path):
     target = str(run_folder / "target")
-    with pytest.raises(ValueError, match=r"is no run folder.*name one by output"):
+    with pytest.raises(ValueError, match=r"is not a run folder: pass output"):
         evaluate_run(target, ["gsm8k"], files=files)
     content = evaluate_run(target, ["gsm8k"], files=files, limit=1, output=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "benchmarks.json").read_text()) == content
@@ -577,7 +583,7 @@ def test_vllm(run_folder, files, monkeypatch):
 
 
 def test_tasks():
-    assert TASKS == ("mmlu", "gsm8k", "humaneval", "mbpp")
+    assert tuple(BENCHMARK_METRICS) == ("mmlu", "gsm8k", "humaneval", "mbpp")
 
 
 @linux
@@ -630,7 +636,7 @@ def test_without_the_hub_local_files_are_asked_for(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask", unreachable)
-    with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: name local files instead, by --files"):
+    with pytest.raises(InputError, match=r"gsm8k cannot be read .*Couldn't reach.*: pass local files with --files"):
         build_task("gsm8k", None, False)
 
 
@@ -645,14 +651,14 @@ def test_an_interrupted_benchmark_goes_on_with_the_answers_that_are_missing(file
         return continue_prompts(*args, **settings)
 
     settings = {"files": files, "batch_size": 1, "answers": tmp_path / "gsm8k.answers"}
-    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=2))
+    monkeypatch.setattr(wrapped, "continue_prompts", partial(interrupted, stop=2))
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(model, tokenizer, "gsm8k", **settings)
     (kept,) = [json.loads(line) for line in settings["answers"].read_text().splitlines()]  # plain text, no pickle
     assert kept.keys() == {"asked", "answer"}
     with settings["answers"].open("a") as file:
         file.write('{"asked": "cut')  # where a process was killed
-    monkeypatch.setattr(harness, "continue_prompts", partial(interrupted, stop=0))
+    monkeypatch.setattr(wrapped, "continue_prompts", partial(interrupted, stop=0))
     assert run_benchmark(model, tokenizer, "gsm8k", **settings) == whole
     assert calls == [2, 2, 0]  # one of two rows was there
 
@@ -666,7 +672,7 @@ def test_an_interrupted_evaluation_keeps_its_answers_beside_the_results(run_fold
             raise KeyboardInterrupt
         return continue_prompts(*args, **settings)
 
-    monkeypatch.setattr(harness, "continue_prompts", interrupted)
+    monkeypatch.setattr(wrapped, "continue_prompts", interrupted)
     evaluate = partial(evaluate_run, run_folder / "run", ["gsm8k"], files=files, batch_size=1, target=run_folder / "target")
     with pytest.raises(KeyboardInterrupt):
         evaluate(output=tmp_path)

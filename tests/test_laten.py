@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines import laten
-from hf_semalign.experiments.baselines.carrier import ROLES, Hypernetworks
+from hf_semalign.experiments.baselines.carrier import NEURON_ROLES, Hypernetworks
 from hf_semalign.experiments.baselines.laten import Draw, LaTenTrainer, one_cycle, transfer_cost
 from hf_semalign.experiments.baselines.neurons import (
     Located,
@@ -28,7 +28,7 @@ from hf_semalign.experiments.baselines.neurons import (
     trace,
 )
 from hf_semalign.experiments.evaluation import answer_loss
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.models.anatomy import Size, base_model, dissect
 from hf_semalign.tokenization import IGNORED
 
@@ -226,10 +226,10 @@ def test_a_value_row_moves_the_neurons_that_name_it_and_no_other(family):
         ("Gemma3", "a layer does not add attention and FFN to its input"),
         ("Granite", "a layer does not add attention and FFN to its input"),
         ("Cohere", "the logits are not those of head and norm"),
-        ("GPT2", "The neurons of GPT2LMHeadModel are not known: expected layers with one each of v_proj, o_proj"),
-        ("Phi3", "The neurons of Phi3ForCausalLM are not known"),
-        ("Mixtral", "The neurons of MixtralForCausalLM are not known"),
-        ("Mamba", "The neurons of MambaForCausalLM are not known"),
+        ("GPT2", "The neurons of GPT2LMHeadModel are unknown: expected one module per layer of each name in v_proj, o_proj"),
+        ("Phi3", "The neurons of Phi3ForCausalLM are unknown"),
+        ("Mixtral", "The neurons of MixtralForCausalLM are unknown"),
+        ("Mamba", "The neurons of MambaForCausalLM are unknown"),
     ],
 )
 def test_other_families_are_refused(family, message):
@@ -259,7 +259,7 @@ def test_the_label_is_the_last_token_that_says_something():
     assert position("answer", "42", "4.", ".") == 2  # not only punctuation
     assert position("answer", "42", "}", "</s>") == 2  # none that LaTen's code takes off
     assert position("answer", "answer", "42", ".", prompt=2) == 2
-    with pytest.raises(ValueError, match=r"has no token but special ones and punctuation.*take this row out"):
+    with pytest.raises(ValueError, match=r"has only special tokens and punctuation.*remove this row"):
         position("answer", "42", ".", "</s>", prompt=2)
     row = [7, 8, 9, 2]
     assert answer_label({"input_ids": row, "labels": [IGNORED, 8, 9, 2]}, None, {2}) == 2
@@ -425,7 +425,7 @@ def test_only_the_hypernetworks_learn_and_their_gradients_are_those_of_changed_w
         logits = functional_call(bare, weights, (), {"input_ids": ids[None]}).logits[0]
         total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED)
     assert loss == pytest.approx(total.item() / 8, rel=1e-5)
-    squares = sum(deltas[role].square().sum() / deltas[role].numel() for role in ROLES)
+    squares = sum(deltas[role].square().sum() / deltas[role].numel() for role in NEURON_ROLES)
     (total + 8 * 1000 * squares).backward()
     for gradient, p in zip(found, networks.parameters(), strict=True):
         assert gradient.abs().max() > 0
@@ -466,7 +466,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, lively):
     second.train()
     other = make(tmp_path / "c", seed=4)
     other.train()
-    for role in ROLES:
+    for role in NEURON_ROLES:
         assert torch.equal(kept[role], first.deltas[role])
         assert torch.equal(kept[role], second.deltas[role])
         assert not torch.equal(kept[role], other.deltas[role])
@@ -501,7 +501,9 @@ def test_what_rows_are_used_for():
     assert plan != Draw.draw(1000, 20, seed=2)
     small = Draw.draw(19, 3, seed=1)
     assert {small.injected, *small.held_out} == {15, 16, 17, 18}
-    with pytest.raises(ValueError, match=r"The align split has 18 rows: LaTen needs 15 to draw from.*at least 19"):
+    with pytest.raises(
+        ValueError, match=r"The align split has 18 rows: LaTen needs at least 19, for pre-alignment \(15 or more\)"
+    ):
         Draw.draw(18, 3, seed=1)
 
 
@@ -606,7 +608,7 @@ def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, lively, monkey
     before = answer_loss(trainer.model, batch)
     with monkeypatch.context() as broken:
         broken.setattr(laten, "penalty", lambda deltas: next(iter(deltas.values())).sum() * math.nan)
-        with pytest.raises(FloatingPointError, match=r"Not finite at step 1 of LaTen.*Nothing was injected"):
+        with pytest.raises(FloatingPointError, match=r"LaTen's loss is not finite at step 1:.*Nothing was injected"):
             trainer.train()
     assert answer_loss(trainer.model, batch) == before
     trainer.train()
@@ -619,32 +621,32 @@ def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, lively, monkey
 @table(
     "changes, message",
     [
-        ("fp16", {"fp16": True}, "LaTen does not work with fp16"),
-        ("streaming", {"source_memory": "stream"}, "LaTen does not work with source_memory='stream'"),
+        ("fp16", {"fp16": True}, "LaTen does not support fp16"),
+        ("streaming", {"source_memory": "stream"}, "LaTen does not support source_memory='stream'"),
         ("few align rows", {"train": ROWS[:18]}, "The align split has 18 rows"),
         ("a stream", {"train": iter(ROWS[:30])}, "is a list_iterator: expected a Dataset or a list"),
         (
             "a shallow source",
             {"source": tiny_llama(2, 32, pad_token_id=0), "pairing": "proportional"},
-            "The source has 2 layers for 3 of the target",
+            "The source has 2 layers and the target 3",
         ),
         (
             "a narrow target",
             {"target": tiny_llama(3, 8, pad_token_id=0)},
-            "A tenth of the target's 8 channels or FFN neurons is none",
+            "The target has 8 channels: LaTen transfers a tenth of them",
         ),
         (
             "a narrow source",
             {"target": tiny_llama(3, 24, pad_token_id=0, intermediate_size=700)},
-            "The source has 32 attention and 64 FFN neurons a layer: LaTen transfers 2 and 70",
+            "The source has 32 attention and 64 FFN neurons per layer: LaTen needs 2 and 70",
         ),
-        ("another family", {"source": build("GPT2", layers=5, vocab=97)}, "The neurons of GPT2LMHeadModel are not known"),
+        ("another family", {"source": build("GPT2", layers=5, vocab=97)}, "The neurons of GPT2LMHeadModel are unknown"),
         (
             "another norm",
             {"source": lifelike(build("Gemma", layers=5, vocab=97))},
             "Neurons of GemmaForCausalLM cannot be scored",
         ),
-        ("no label", {"extract": [{"input_ids": [5, 6, 0], "labels": [IGNORED, IGNORED, 0]}]}, "has no token but special ones"),
+        ("no label", {"extract": [{"input_ids": [5, 6, 0], "labels": [IGNORED, IGNORED, 0]}]}, "has only special tokens"),
         ("other settings", {"frontier": "single"}, "LaTenTrainer requires"),
     ],
 )
@@ -655,10 +657,10 @@ def test_what_cannot_work_is_refused(changes, message, tmp_path):
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SemAlignConfig, "world_size", property(lambda args: 2))
-    with pytest.raises(ValueError, match="LaTen does not work with several processes: run it in one process"):
+    with pytest.raises(ValueError, match="LaTen does not support several processes: run it in one process"):
         make(tmp_path)
 
 
 def test_a_checkpoint_by_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="LaTen writes no checkpoints to go on from"):
+    with pytest.raises(ValueError, match="LaTen has no checkpoints and cannot resume from"):
         make(tmp_path).train(resume_from_checkpoint="checkpoint-3")

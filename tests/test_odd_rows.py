@@ -195,7 +195,7 @@ def test_one_file_is_drawn_from_for_all_splits(tmp_path):
     unanswered = [{"messages": [{"role": "user", "content": f"w{i}"}]} for i in range(12)]
     assert len({prompt_of(row) for row in unanswered}) == 12
     (tmp_path / "asked.jsonl").write_text(json_lines(unanswered))
-    with pytest.raises(ValueError, match=r"Row 0 of .*asked.jsonl has no turn of the assistant"):
+    with pytest.raises(ValueError, match=r"Row 0 of .*asked.jsonl has no assistant message"):
         load_task("records", **counts, files={"train": str(tmp_path / "asked.jsonl")}, prompts_only=True)
-    with pytest.raises(ValueError, match="has 12 rows of different prompts, but 13 were asked for"):
+    with pytest.raises(ValueError, match="has 12 distinct prompts, but 13 were requested"):
         load_task("records", **{**counts, "eval": 5}, files=files)

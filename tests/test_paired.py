@@ -39,5 +39,5 @@ def test_order_of_the_models_turns_the_sign():
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1], [1, 0])])
 def test_other_problems_are_refused(ours, theirs):
-    with pytest.raises(ValueError, match="expected those of the same problems"):
+    with pytest.raises(ValueError, match="expected the same problems"):
         paired_difference(ours, theirs)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_semalign import load_transfer
 from hf_semalign.cache.source import Source
 from hf_semalign.cli import main
-from hf_semalign.experiments.compare import load_comparison
+from hf_semalign.experiments.comparison import load_comparison
 from hf_semalign.experiments.evaluation import exact_match
 from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.recipe import load_recipe, load_run
@@ -62,11 +62,11 @@ def test_overrides_reach_their_section():
         ("data.extracts=3", "Unknown key 'extracts' in the data section .*did you mean 'extract'"),
         ("training.relation_wieght=1", "did you mean 'relation_weight'"),
         ("baselines=[kdd]", "did you mean 'kd'"),
-        ("training.seed", "not of the form key=value"),
+        ("training.seed", "expected key=value"),
         ("data=7", "data of the recipe .* is 7: expected names and values"),
-        ("training.seed.value=7", "'training.seed' is no section"),
-        ("training.max_length=7", "Set data.max_length, not training.max_length"),
-        ("training.output_dir=x", "Set output_dir, not training.output_dir"),
+        ("training.seed.value=7", "the recipe has no section 'training.seed'"),
+        ("training.max_length=7", "Set data.max_length instead of training.max_length"),
+        ("training.output_dir=x", "Set output_dir instead of training.output_dir"),
         ("data.task=symbolz", "did you mean 'symbols'"),
     ],
 )
@@ -82,7 +82,7 @@ def test_numbers_without_a_dot_are_numbers():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a list", "not keys and values"),
+        ("- a list", "expected keys and values"),
         ("source: a\ntarget: b\noutput_dir: c", r"lacks \['data'\]"),
         ("source: a\ntarget: b\noutput_dir: c\ndata: {task: symbols, extract: 1, align: 1}", r"lacks \['eval'\]"),
     ],

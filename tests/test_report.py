@@ -93,7 +93,7 @@ def test_a_run_without_results_says_so(good, tmp_path):
     run.mkdir()
     (run / "semalign.json").write_bytes((good / "run" / "semalign.json").read_bytes())
     found = assert_self_contained(report(run, tmp_path))
-    assert "There are no results here: it was not evaluated, or has not finished." in found.text
+    assert "There are no results: the run was not evaluated, or has not finished." in found.text
     assert "Results" not in found.text
 
 

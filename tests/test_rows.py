@@ -58,7 +58,7 @@ def test_shares_are_those_of_comparing_all_pairs():
 
 
 def test_nothing_to_compare_is_refused():
-    with pytest.raises(ValueError, match="There are 1 rows and 0 test rows"):
+    with pytest.raises(ValueError, match="Got 1 rows and 0 test rows"):
         overlap([item(1, "a")], [])
 
 

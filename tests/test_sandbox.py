@@ -153,7 +153,7 @@ def test_nothing_runs_without_consent(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     for value in ("", "0", "true"):
         monkeypatch.setenv(OPT_IN, value)
-        with pytest.raises(ValueError, match=r"programs that a model has written.*HF_ALLOW_CODE_EVAL=1"):
+        with pytest.raises(ValueError, match=r"programs written by a model.*HF_ALLOW_CODE_EVAL=1"):
             run_program("pass")
     monkeypatch.delenv(OPT_IN)
     with pytest.raises(ValueError, match="HF_ALLOW_CODE_EVAL=1"):
@@ -165,7 +165,7 @@ def test_nothing_runs_without_consent(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="expected seconds and whole megabytes above 0"):
             run_program("pass", **limits)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ValueError, match="Linux only, not on darwin"):
+    with pytest.raises(ValueError, match="only run on Linux, not on darwin"):
         run_program("pass")
 
 
@@ -193,10 +193,10 @@ def test_a_system_without_namespaces_is_named_or_refused():
     if subprocess.run([*command[:3], "true"], check=False).returncode:
         pytest.skip("no user namespaces here")
     told = subprocess.run(command, capture_output=True, text=True, check=False)
-    refused = "processes can be neither limited nor put into a namespace" in told.stderr  # root without rights
+    refused = "the system allows neither a limit on processes nor a process namespace" in told.stderr  # root without rights
     named = "unprotected=('network', 'processes', 'files', 'user')" in told.stdout and "BlockingIOError" in told.stdout
     assert refused != named
-    assert named == ("closed off from: network, processes, files, user" in told.stderr)
+    assert named == ("isolated from: network, processes, files, user" in told.stderr)
 
 
 # No pass that was not earned

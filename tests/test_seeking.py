@@ -14,7 +14,7 @@ from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.experiments.baselines.extraction import Needs, best_window, extract, low_rank, sensitivities
 from hf_semalign.experiments.baselines.seeking import SeekingTrainer, extraction_cost, fold
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.models.anatomy import dissect
 
@@ -86,7 +86,7 @@ def test_sensitivities_of_half_precision_are_added_up_in_float32():
     assert (sums[0]["mlp.up_proj"] != sums[0]["mlp.up_proj"].bfloat16()).any()
 
 
-@pytest.mark.parametrize(("batches", "message"), [(batches_of(ROWS, 2), "one example a batch"), ([], "split is empty")])
+@pytest.mark.parametrize(("batches", "message"), [(batches_of(ROWS, 2), "one example per batch"), ([], "split is empty")])
 def test_sensitivities_need_one_example_at_a_time(batches, message):
     with pytest.raises(ValueError, match=message):
         sensitivities(build("Llama"), batches, [[]] * 3)
@@ -220,7 +220,7 @@ def test_a_run_that_is_resumed_in_its_middle_is_the_same_and_never_loads_the_sou
     whole = make(tmp_path, **places, **shared, run="whole")
     whole.train()
     monkeypatch.setattr(Source, "_need_weights", lambda self: pytest.fail("the source was loaded"))
-    with pytest.raises(ValueError, match="is a checkpoint of Seeking, for a base that only its run has"):
+    with pytest.raises(ValueError, match="is a checkpoint of Seeking, which only its run can use"):
         load_transfer(tmp_path / "whole/checkpoint-4")
     saved = load_file(tmp_path / "whole/checkpoint-4/adapter_model.safetensors")
     assert {len(matrix) for name, matrix in saved.items() if "lora_A" in name} == {4}  # and not 8, as it is published
@@ -329,16 +329,16 @@ def test_without_an_extract_split_rows_of_the_align_split_are_taken(tmp_path):
             lambda: tiny_llama(5, 24, intermediate_size=30),
             lambda: tiny_llama(3, 16),
             {},
-            r"mlp.up_proj of the target LlamaForCausalLM needs a up projection of \(32, 16\) or larger in the source "
-            r"LlamaForCausalLM, whose layer 0 has .*up mlp.up_proj \(30, 24\)",
+            r"mlp.up_proj of the target LlamaForCausalLM needs a projection with the role up and the shape \(32, 16\) or "
+            r"larger in the source LlamaForCausalLM, but its layer 0 has .*up mlp.up_proj \(30, 24\)",
         ),
         (
             lambda: build("GPTNeoX", 4, 32),
             lambda: tiny_llama(3, 16, vocab=50),
             {"lora_targets": ["gate_proj"]},
-            r"needs a gate projection of \(32, 16\) or larger in the source GPTNeoXForCausalLM",
+            r"needs a projection with the role gate and the shape \(32, 16\) or larger in the source GPTNeoXForCausalLM",
         ),
-        (lambda: tiny_llama(5, 24, vocab=50), lambda: build("Bloom"), {}, r"\['self_attention.query_key_value'\].* not known"),
+        (lambda: tiny_llama(5, 24, vocab=50), lambda: build("Bloom"), {}, r"\['self_attention.query_key_value'\].* is unknown"),
         (lambda: tiny_llama(5, 24), lambda: tiny_llama(3, 16), {"source_memory": "stream"}, "source_memory must be 'resident'"),
     ],
 )
@@ -353,12 +353,12 @@ def test_what_cannot_be_supplied_is_refused_before_any_work(tmp_path, monkeypatc
 def test_quantised_models_are_refused(tmp_path, which):
     models = {"source": PAIRS["Llama"][0](), "target": PAIRS["Llama"][1]()}
     models[which].config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(ValueError, match="is quantised: Seeking needs plain weights"):
+    with pytest.raises(ValueError, match="is quantised: Seeking needs a source and a target that are not quantised"):
         make(tmp_path, **models)
 
 
 def test_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr("hf_semalign.training.preparation.check_engine", lambda args: None)  # which refuses FSDP on CPUs
-    with pytest.raises(ValueError, match="never tried under FSDP"):
+    with pytest.raises(ValueError, match="untested under FSDP"):
         make(tmp_path)

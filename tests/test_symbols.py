@@ -78,7 +78,7 @@ def test_embedded_names_stand_wherever_a_model_is_named(tmp_path):
     assert licence_of("embedded:target") == {"license": "apache-2.0"}
     assert Source("embedded:source").identity == Source(PAIR_FOLDER / "source").identity
     (tmp_path / "test.jsonl").write_text('{"question": "How many?", "answer": "#### 5"}')
-    with pytest.raises(InputError, match="The model reads 64 tokens"):  # so it was found, with its tokenizer
+    with pytest.raises(InputError, match="The model's context has 64 tokens"):  # so it was found, with its tokenizer
         evaluate_run("embedded:target", ["gsm8k"], files=tmp_path, output=tmp_path)
 
 

@@ -174,7 +174,7 @@ def test_repeated_prompts_stand_in_one_split_only(tmp_path):
     data = load_task("gsm8k", extract=1, align=1, eval=1, files=paths)
     prompts = {prompt_of(record).rpartition("question: ")[2] for record in data.extract + data.align + data.eval}
     assert prompts == {"one egg?", "how many are half of 0 eggs?", "how many are half of 1 eggs?"}
-    with pytest.raises(ValueError, match="'gsm8k' has 3 rows for extract, align and eval, but 4 were asked for"):
+    with pytest.raises(ValueError, match="'gsm8k' has 3 rows for extract, align and eval, but 4 were requested"):
         load_task("gsm8k", extract=1, align=2, eval=1, files=paths)
 
 
@@ -200,8 +200,8 @@ def test_rows_that_ask_what_a_test_row_asks_are_left_out(task, files, caplog):
     data = load_task(task, extract=1, align=usable - 1, eval=1, files=files[task])
     with pytest.raises(ValueError, match=f"has {usable + (task != 'mbpp')} rows"):
         load_task(task, extract=1, align=usable, eval=1, files=files[task])
-    assert f"Task '{task}': 1 rows of {'dev+validation' if task == 'mmlu' else 'train'} ask what a test row asks" in caplog.text
-    assert f"are left out: {name}." in caplog.text
+    split = "dev+validation" if task == "mmlu" else "train"
+    assert f"Task '{task}': left out 1 rows of {split} that ask the same as a test row: {name}." in caplog.text
     assert data.overlap.exact == [] and data.overlap.rows == usable + 1
     assert data.overlap.test_rows == {"gsm8k": 10, "mmlu": 10, "mbpp": 6, "humaneval": 3}[task]
 
@@ -212,7 +212,7 @@ def test_without_test_rows_it_is_said_that_nothing_was_compared(task, files, tmp
     if task == "mbpp":
         given = {"train": json_lines(tmp_path / "no_test.jsonl", map(mbpp_row, [*range(511, 520), *range(598, 612)]))}
     assert load_task(task, **COUNTS, files=given).overlap is None
-    assert f"Task '{task}' is not compared with the benchmark's test rows: name their file as files.test" in caplog.text
+    assert f"Task '{task}' is not compared with the benchmark's test rows: set data.files.test" in caplog.text
 
 
 def test_symbols_that_differ_by_case_alone_are_kept_apart(monkeypatch):
@@ -325,10 +325,10 @@ def test_counts_below_one(split):
         (
             "gsm8k",
             {"test": "x"},
-            r"got files for \['test'\]; the roles that it reads are exactly train, and test if",
+            r"got files for \['test'\]: expected exactly train, and optionally test",
         ),
-        ("humaneval", {"train": "x", "eval": "x"}, r"\['eval', 'train'\]; .* exactly train, and test if you have it\."),
-        ("records", None, r"got files for \[\]; .* exactly extract, align, eval"),
+        ("humaneval", {"train": "x", "eval": "x"}, r"\['eval', 'train'\]: expected exactly train, and optionally test\."),
+        ("records", None, r"got files for \[\]: expected exactly extract, align, eval"),
         ("symbols", {"train": "x"}, "none, so leave files out"),
     ],
 )
@@ -338,14 +338,14 @@ def test_roles_of_files(task, files, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"Task 'humaneval': .*nowhere.jsonl does not exist; correct .*'train'"):
+    with pytest.raises(FileNotFoundError, match=r"Task 'humaneval': .*nowhere.jsonl does not exist. Correct .*files\.train"):
         load_task("humaneval", **COUNTS, files={"train": str(tmp_path / "nowhere.jsonl")})
 
 
 def test_too_few_rows(files):
-    with pytest.raises(ValueError, match=r"has 10 rows for extract, align and eval, but 11 were asked for.*lower the counts"):
+    with pytest.raises(ValueError, match=r"has 10 rows for extract, align and eval, but 11 were requested.*lower the counts"):
         load_task("gsm8k", extract=1, align=9, eval=1, files=files["gsm8k"])
-    with pytest.raises(ValueError, match="has 12 rows for extract, align and eval, but 13 were asked for"):
+    with pytest.raises(ValueError, match="has 12 rows for extract, align and eval, but 13 were requested"):
         load_task("humaneval", extract=1, align=2, eval=10, files=files["humaneval"])
 
 
@@ -353,7 +353,7 @@ def test_too_few_rows(files):
     ("task", "row", "message"),
     [
         ("gsm8k", {"question": "Q"}, r"Row 0 of .* lacks the columns \['answer'\]: it has \['question'\]. Rename"),
-        ("gsm8k", {"question": "Q", "answer": "7"}, "ends in a line '#### N', got '7'"),
+        ("gsm8k", {"question": "Q", "answer": "7"}, "ends with a line '#### N', got '7'"),
         ("mbpp", {**mbpp_row(601), "code": "def add(:"}, "Expected Python code and tests"),
         ("mbpp", {**mbpp_row(601), "code": "def sub(a):\n  return a"}, r"functions \['sub'\], but they call \['add'"),
     ],
@@ -367,7 +367,7 @@ def test_malformed_rows(task, row, message, tmp_path):
 @pytest.mark.parametrize("line", ["{'a': 1}", "5", "[1, 2]"])
 def test_malformed_json_lines(line, tmp_path):
     (tmp_path / "rows.jsonl").write_text('\n{"instruction": "a", "output": "b"}\n' + line)
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: expected one JSON object a line, got"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: expected one JSON object per line, got"):
         load_task("humaneval", **COUNTS, files={"train": str(tmp_path / "rows.jsonl")})
 
 
@@ -385,9 +385,9 @@ def test_malformed_mmlu_folders(tmp_path, files):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"text": "a", "label": 1}', r"Row 0 of .* has \['label', 'text'\]: expected prompt and"),
+        ("rows.jsonl", '{"text": "a", "label": 1}', r"Row 0 of .* has columns \['label', 'text'\]: expected prompt and"),
         ("rows.jsonl", "", "has no rows"),
-        ("rows.txt", "a", r"ends in '.txt': expected .jsonl, .json, .csv, .parquet"),
+        ("rows.txt", "a", r"ends in '.txt': expected .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_malformed_records(name, content, message, tmp_path):
@@ -436,7 +436,7 @@ def test_some_skills_of_the_symbols():
 
 @pytest.mark.parametrize("skills", ["sort", [], ["sort", "sing"]])
 def test_skills_that_do_not_exist(skills):
-    with pytest.raises(ValueError, match="only symbols has any, and they are a list"):
+    with pytest.raises(ValueError, match="only symbols has skills, and expects a list"):
         load_task("symbols", extract=1, align=1, eval=1, skills=skills)
 
 
@@ -444,7 +444,7 @@ def test_a_held_out_task_reads_its_eval_split_alone(tmp_path):
     rows = [{"prompt": f"w{i}", "completion": " x"} for i in range(5)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert load_held_out("records", eval=3, files={"eval": str(tmp_path / "rows.jsonl")}) == rows[:3]
-    with pytest.raises(ValueError, match="the roles that it reads are exactly eval"):
+    with pytest.raises(ValueError, match="expected exactly eval"):
         load_held_out("records", eval=3)
 
 
@@ -452,7 +452,7 @@ def test_a_held_out_benchmark_has_no_test_rows(tmp_path):
     train, test = (json_lines(tmp_path / name, map(gsm8k_row, rows)) for name, rows in (("a", range(10)), ("b", range(4))))
     rows = load_held_out("gsm8k", eval=6, files={"train": train, "test": test})
     assert {turns(record)[0].rpartition("half of ")[2] for record in rows} == {f"{number} eggs?" for number in range(4, 10)}
-    with pytest.raises(ValueError, match="has 6 rows for eval, but 7 were asked for"):
+    with pytest.raises(ValueError, match="has 6 rows for eval, but 7 were requested"):
         load_held_out("gsm8k", eval=7, files={"train": train, "test": test})
     mbpp = json_lines(tmp_path / "mbpp.jsonl", map(mbpp_row, (10, 11, 511, 601)))
     assert prompt_of(load_held_out("mbpp", eval=1, files={"train": mbpp})[0]).count("to add 511.")

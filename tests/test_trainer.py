@@ -681,7 +681,7 @@ def test_pushing_leaves_a_readme_of_ones_own_alone(tmp_path):
     """What is pushed, and how: tests/test_hub.py."""
     trainer = make_trainer(tmp_path)
     (tmp_path / "run" / "README.md").write_text("my own notes")
-    with pytest.raises(ValueError, match=r"README\.md is not the card of a run: .*move it away"):
+    with pytest.raises(ValueError, match=r"README\.md is not the card of a run: .*Move it away"):
         trainer.push_to_hub()
     assert (tmp_path / "run" / "README.md").read_text() == "my own notes"
 

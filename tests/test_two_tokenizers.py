@@ -196,7 +196,7 @@ def test_models_that_cannot_be_aligned_are_refused(tmp_path):
     source = saved(tmp_path / "source", byte_level(), 3, 24, seed=2)
     with pytest.raises(ValueError, match=r"tokens spell the same bytes in both tokenizers, of .* the map needs 2048"):
         make(tmp_path, (target, source))
-    with pytest.raises(ValueError, match="LaTen does not work with two tokenizers"):
+    with pytest.raises(ValueError, match="LaTen does not support two tokenizers"):
         make(tmp_path, pair(tmp_path / "b"), trainer=LaTenTrainer, **LaTenTrainer.settings)
 
 
@@ -257,7 +257,7 @@ def test_attribution_alone_scores_what_a_run_scores(tmp_path, recipe, monkeypatc
 
 def test_analyses_of_positions_need_one_tokenizer(recipe, caplog):
     assert main(["analyze", "cka", str(recipe)]) == 2
-    assert "the analyses compare position by position, and need one tokenizer" in caplog.text
+    assert "the analyses compare states position by position, so both models need one tokenizer" in caplog.text
 
 
 def test_prompts_that_the_source_is_going_to_answer_are_planned(tmp_path, recipe, capsys):

@@ -28,6 +28,7 @@ from hf_semalign.experiments.figures import draw_comparison
 from hf_semalign.experiments.recipe import load_recipe, load_run, load_tokenizer
 from hf_semalign.experiments.run import results_table
 from hf_semalign.experiments.tasks import load_task
+from hf_semalign.hub import loading
 from hf_semalign.hub import push as hub
 from hf_semalign.models.loading import find_tokenizer, load_model, skeleton
 from hf_semalign.models.names import PAIR_FOLDER, public_name, resolve_model
@@ -240,7 +241,7 @@ def test_embedded_names_are_not_paths(name):
 def test_a_record_names_no_path(run_folder, target):
     record = json.loads((run_folder / "semalign.json").read_text())
     (run_folder / "semalign.json").write_text(json.dumps(record | {"target": target}))
-    with pytest.raises(ValueError, match=r"No embedded model|is no Hub id"):
+    with pytest.raises(ValueError, match=r"No embedded model|is not a Hub id"):
         load_transfer(run_folder)
 
 
@@ -252,7 +253,7 @@ def test_of_a_repository_only_known_files_are_read(run_folder, tmp_path, monkeyp
         asked.append((repo_id, allow_patterns))
         return str(run_folder)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(loading, "snapshot_download", download)
     _, record = load_transfer("me/adapter", target=str(tmp_path / "base"))
     assert record == json.loads((run_folder / "semalign.json").read_text())
     assert asked == [("me/adapter", ["adapter_model.safetensors", "adapter_config.json", "semalign.json"])]

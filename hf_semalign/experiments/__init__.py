@@ -1,1 +1,1 @@
-"""Recipes, baselines, benchmarks, comparisons and analyses; only the command line imports this room."""
+"""Recipes, baselines, benchmarks, comparisons and analyses. Only the command line imports this package."""

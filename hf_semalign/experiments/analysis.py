@@ -1,7 +1,7 @@
-"""The analyses of the paper: the vector nature of hidden states (figure 2) and the alikeness of layers (figure 4).
+"""The paper's analyses: the vector nature of hidden states (figure 2) and the similarity of layers (figure 4).
 
-Both are means over the valid positions of some batches, accumulated in float64: neither the states of a whole split nor a
-matrix over its positions is ever held, and the batch size changes nothing.
+Both are means over the valid positions of some batches, accumulated in float64. Memory does not grow with the split, and the
+batch size does not change the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_semalign.splits import tensors_of, valid_positions
 
 Batch = Mapping[str, torch.Tensor]
 RANDOM_STATES = 4096
-MOMENTS = 4e9  # bytes of moments at a time, or those of one source layer where they are more
+MOMENTS = 4e9  # bytes of moments at a time; one source layer may need more
 
 
 @torch.no_grad()
@@ -30,10 +30,10 @@ def layer_states(model: CausalLM, batch: Batch, layers: slice = slice(None)) -> 
     Args:
         model: a causal LM in evaluation mode.
         batch: ``input_ids, attention_mask, labels`` ``[B, T]``.
-        layers: which ones; by default all.
+        layers: which layers; all by default.
 
     Raises:
-        ValueError: a batch of another form.
+        ValueError: the batch does not have these tensors and shapes.
     """
     anatomy = dissect(model)
     ids, mask, labels = tensors_of(batch, embedding_rows(base_model(model)), anatomy.device)
@@ -47,12 +47,12 @@ def layer_states(model: CausalLM, batch: Batch, layers: slice = slice(None)) -> 
 
 
 def vocabulary_bases(model: CausalLM) -> dict[str, torch.Tensor]:
-    """The bases that are compared, ``[V, D]`` float64 each; row ``i`` is the basis of token ``i``.
+    """The bases to compare, each ``[V, D]`` float64. Row ``i`` is the basis of token ``i``.
 
     - ``output``: semantic bases of the LM head, ``pinv(W^T)`` (equation 1).
-    - ``head``: rows of the LM head ``W`` itself, whose duals the former are.
-    - ``input``: rows of the embedding matrix; the same as ``head`` where embeddings are tied.
-    - ``random``: Gaussian directions, each of the length of its token's output-side basis.
+    - ``head``: rows of the LM head ``W``. The ``output`` bases are their duals.
+    - ``input``: rows of the embedding matrix. They equal ``head`` if embeddings are tied.
+    - ``random``: Gaussian directions, each as long as its token's ``output`` basis.
     """
     head = dissect(model).head_weight().double()
     output = semantic_bases(head)
@@ -62,11 +62,11 @@ def vocabulary_bases(model: CausalLM) -> dict[str, torch.Tensor]:
 
 
 def recomposition(bases: torch.Tensor, kind: str) -> torch.Tensor:
-    """``R`` ``[D, D]``: ``R h`` is ``h`` decomposed over bases ``B`` ``[V, D]`` and put together again, ``B^T a``.
+    """Matrix ``R`` ``[D, D]`` that decomposes ``h`` over bases ``B`` ``[V, D]`` and recomposes it: ``R h = B^T a``.
 
-    - ``readout``: ``a = pinv(B^T) h``; the identity wherever ``B`` has full rank, whatever it is.
+    - ``readout``: ``a = pinv(B^T) h``. ``R`` is the identity for any ``B`` of full rank.
     - ``projection``: ``a = B h``.
-    - ``cosine``: ``a_i = <h, b_i> / |b_i|``, equation 2 but for the factor ``1 / |h|``, which turns no vector.
+    - ``cosine``: ``a_i = <h, b_i> / |b_i|``. This is equation 2 without the factor ``1 / |h|``, which changes no direction.
     """
     if kind == "readout":
         return bases.T @ semantic_bases(bases)
@@ -74,19 +74,20 @@ def recomposition(bases: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Cosine between each layer's output and what decomposition and recomposition make of it (the paper's figure 2).
+    """Cosine between each layer's output and its recomposition (the paper's figure 2).
 
     Args:
         model: a causal LM in evaluation mode.
         batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
 
     Returns:
-        ``positions``: how many were valid; ``tied``: whether one matrix is embeddings and head; ``cosines``: by kind of
-        decomposition (:func:`recomposition`) and by bases (:func:`vocabulary_bases`), ``layers``, the mean over positions
-        for every layer, and ``random_states``, the same for isotropic vectors in the place of states.
+        ``positions`` is the number of valid positions, and ``tied`` is true if embeddings and head share one matrix.
+        ``cosines`` maps a kind of decomposition (:func:`recomposition`) and the name of the bases
+        (:func:`vocabulary_bases`) to two values: ``layers`` is the mean over positions for every layer, and
+        ``random_states`` is the same for isotropic vectors instead of states.
 
     Raises:
-        ValueError: batches of another form, or without a valid position.
+        ValueError: the batches do not have these tensors and shapes, or have no valid position.
     """
     bases = vocabulary_bases(model)
     maps = [recomposition(vectors, kind) for kind in KINDS for vectors in bases.values()]
@@ -108,41 +109,41 @@ def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str
 
 
 def _gaussian(rows: int, width: int, *, seed: int) -> torch.Tensor:
-    """Isotropic vectors ``[rows, width]`` float64; states need another seed than bases, or they would be the same vectors."""
+    """Isotropic vectors ``[rows, width]`` float64. Use different seeds for states and bases, or they are the same vectors."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _cosines(states: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Cosine of states ``[..., N, D]`` before and after each of ``K`` maps ``[D, D]``: ``[K, ..., N]``."""
+    """Cosine of states ``[..., N, D]`` before and after each of ``K`` maps ``[D, D]``, as ``[K, ..., N]``."""
     return torch.stack([F.cosine_similarity(states, states @ matrix.T, dim=-1) for matrix in maps])
 
 
-# Figure 4: alikeness of layers
+# Figure 4: similarity of layers
 
 
 class LinearCKA:
-    """Debiased linear CKA between every layer of two lists, from sums over positions.
+    """Debiased linear CKA between all layers of two models, computed from sums over positions.
 
     With Gram matrices ``K``, ``L`` over ``n`` positions, their diagonals set to zero, ``HSIC_1`` (Song et al. 2012, equation 5;
     Nguyen et al. 2021, equation 3) is::
 
         [tr(K L) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'K L1) / (n - 2)] / (n (n - 3))
 
-    and CKA is ``HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))``. With a linear kernel all of it lies in sums over positions.
-    For ``a = |x|^2``, ``b = |y|^2``, ``C = sum x y'``, ``s = sum x`` and ``t = sum y``::
+    and CKA is ``HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))``. With a linear kernel, sums over positions are enough. For
+    ``a = |x|^2``, ``b = |y|^2``, ``C = sum x y'``, ``s = sum x`` and ``t = sum y``::
 
         tr(K L) = |C|^2 - sum ab        1'K1 = |s|^2 - sum a        1'K L1 = s'C t - s' sum b x - t' sum a y + sum ab
 
-    which are the entries of one matrix, ``sum (x, a, 1) (y, b, 1)'``, for each pair of layers. Independent features get 0 on
-    average, so that single values may be negative; equal ones get 1. Orthogonal maps, shifts and one factor on all features
-    change nothing; any other linear map may.
+    These are the entries of one matrix per pair of layers, ``sum (x, a, 1) (y, b, 1)'``. The CKA of independent features is 0
+    on average, so single values may be negative. The CKA of equal features is 1. Orthogonal maps, shifts and a common factor on
+    all features do not change it. Other linear maps may.
     """
 
     def __init__(self) -> None:
         self._moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def update(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Take in features of some positions: ``[A, N, D]`` and ``[B, N, E]`` float64."""
+        """Add the features of ``N`` positions: ``[A, N, D]`` and ``[B, N, E]`` float64."""
         left, right = _with_norms(left), _with_norms(right)
         (a, _, d), (b, _, e) = left.shape, right.shape
         if self._moments is None:
@@ -156,12 +157,12 @@ class LinearCKA:
         """CKA of all pairs, ``[A, B]``.
 
         Raises:
-            ValueError: fewer than four positions, of which there is no unbiased estimate.
+            ValueError: there are fewer than four positions, so no unbiased estimate exists.
         """
         if self._moments is None or self._moments[1][0, -1, -1] < 4:
             raise InputError("The debiased CKA needs at least four valid positions: give more rows, or longer answers.")
         cross, left, right = self._moments
-        rows = torch.stack([hsic(pairs.transpose(0, 1)) for pairs in cross])  # one source layer's temporaries at a time
+        rows = torch.stack([hsic(pairs.transpose(0, 1)) for pairs in cross])  # one source layer at a time saves memory
         return rows / (hsic(left)[:, None] * hsic(right)).sqrt()
 
 
@@ -184,30 +185,30 @@ def _with_norms(features: torch.Tensor) -> torch.Tensor:
 
 
 def layer_cka(source: CausalLM, target: CausalLM, batches: Iterable[Batch], semantic_map: SemanticMap) -> dict[str, Any]:
-    """CKA between every source layer's and every target layer's outputs (the paper's figure 4).
+    """CKA between the outputs of every source layer and every target layer (the paper's figure 4).
 
-    Memory: 8 bytes x source layers x target layers x target width x (source width + 2 target widths), at most ``MOMENTS`` at
-    a time; for more, the models run again for each group of source layers.
+    It takes 8 bytes x source layers x target layers x target width x (source width + 2 target widths) of memory. Above
+    ``MOMENTS`` bytes, it works on groups of source layers, and the models run once per group.
 
     Args:
         source: the source model, in evaluation mode.
-        target: the target model, likewise, on the same device.
-        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``; gone through once a group.
+        target: the target model, in evaluation mode, on the same device.
+        batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``, iterated once per group.
         semantic_map: the map, in float64.
 
     Returns:
-        ``unaligned`` and ``aligned``, with source states as they are and mapped, and ``random_map``, with a Gaussian matrix of
-        the map's shape in its place: lists ``[L_src][L_tgt]``. ``positions``: how many were valid.
+        Three lists ``[L_src][L_tgt]``: ``unaligned`` uses the source states as they are, ``aligned`` maps them, and
+        ``random_map`` maps them with a Gaussian matrix of the map's shape. ``positions`` is the number of valid positions.
 
     Raises:
-        ValueError: batches of another form, or that can be gone through only once and not in one group; fewer than four valid
-            positions.
+        ValueError: the batches do not have these tensors and shapes, have fewer than four valid positions, or are an iterator
+            although several groups are needed.
     """
     depth, width = len(dissect(source).layers), len(dissect(target).layers)
     rows, columns = semantic_map.matrix.shape
     group = max(1, int(MOMENTS / (8 * width * rows * (columns + 2 * rows))))
     if group < depth and isinstance(batches, Iterator):
-        raise InputError("batches is an iterator, and has to be gone through more than once: make a list of it.")
+        raise InputError("batches is an iterator, but the analysis iterates over it more than once: pass a list.")
     control = _gaussian(rows, columns, seed=0).to(semantic_map.matrix)
     values: dict[str, list[list[float]]] = {"unaligned": [], "aligned": [], "random_map": []}
     positions = 0

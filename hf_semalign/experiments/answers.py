@@ -1,4 +1,4 @@
-"""Answers that a model writes: prompts to rows that the target trains on, kept as JSON lines while they come."""
+"""Answers that a model writes to prompts, for the target to train on. They are saved as JSON lines batch by batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from hf_semalign.tokenization import OF_TEMPLATE, Record, before_answer, check_t
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
-ROWS_ON_CPU = 32  # prompts at a time, where memory allows it: what is drawn depends on it
-ROWS = 256  # the same on a GPU
+ANSWERS_ON_CPU = 32  # prompts per batch if memory allows; sampled answers depend on it
+ANSWERS_ON_GPU = 256  # the same on a GPU
 Entry = dict[str, Any]
 
 
 class Answer(TypedDict):
-    """A line of the file that :func:`write_answers` keeps."""
+    """A line of the file that :func:`write_answers` writes."""
 
     row: int
     prompt: str | list[dict[str, Any]]
@@ -52,9 +52,9 @@ class Sampling:
     """How answers are written.
 
     Attributes:
-        max_new_tokens: longest answer, its end token included.
-        temperature: 0 is greedy.
-        seed: of the draws.
+        max_new_tokens: length limit of an answer, including its end token.
+        temperature: 0 decodes greedily.
+        seed: random seed of the sampling.
     """
 
     max_new_tokens: int = 512
@@ -63,15 +63,16 @@ class Sampling:
 
 
 def question(record: Record, where: str = "A row") -> dict[str, Any]:
-    """A row with its ``prompt`` alone, its own or its messages up to the last answer, which it need not have; and what the
-    chat template gets besides.
+    """Reduce a row to its ``prompt`` and the extra arguments of the chat template.
+
+    For a row with ``messages``, the prompt is every message before the last answer. The row need not have an answer.
 
     Raises:
-        ValueError: a row of token ids, or of something else than text.
+        ValueError: the row holds token ids, or something other than text.
     """
     form = form_of(record)
     if form == "ids":
-        raise InputError(f"{where} has the columns {sorted(record)}: for an answer to be written it needs prompt or messages.")
+        raise InputError(f"{where} has the columns {sorted(record)}: a model can only answer a row with prompt or messages.")
     check_text({name: value for name, value in record.items() if value is not None}, where)
     prompt = record["prompt"] if form == "prompt" else before_answer(record["messages"])
     given = {name: record[name] for name in OF_TEMPLATE if record.get(name) is not None}
@@ -87,36 +88,35 @@ def write_answers(
     *,
     progress: bool = True,
 ) -> list[Entry]:
-    """Have a model answer the prompts of some rows.
+    """Let a model answer the prompts of some rows.
 
-    Answers are appended to a file as soon as their batch is done. What stands there is not written again, so that an
-    interrupted call resumes. The caller makes sure that another model or other rows have another file.
+    Each batch of answers is appended to a file. An interrupted call resumes from that file. Use one file per model and set of
+    rows.
 
     Args:
-        records: rows with ``prompt`` or ``messages``; their own answers are not looked at.
-        tokenizer: the model's.
-        model: gives the model; called if an answer is missing.
-        path: a JSON-lines file, whose lines are rows to train on: ``row``, ``prompt``, ``completion``; ``prompt_tokens`` and
-            ``tokens``, how many they are, the end token included; ``ended``, false where it met ``max_new_tokens``;
-            ``same_tokens``, whether the tokenizer reads the text as the tokens that were written; ``seed``.
-        sampling: how to write.
+        records: rows with ``prompt`` or ``messages``. Existing answers are ignored.
+        tokenizer: the model's tokenizer.
+        model: returns the model. It is called only if an answer is missing.
+        path: a JSON-lines file. Each line is a row to train on, with ``row``, ``prompt`` and ``completion``; the lengths
+            ``prompt_tokens`` and ``tokens`` (including the end token); ``ended``, false if the answer hit
+            ``max_new_tokens``; ``same_tokens``, true if the text is tokenised to the tokens that were generated; and ``seed``.
+        sampling: how to generate.
         progress: show a progress bar.
 
     Returns:
-        The entries of the file, one for each row, in the order of the rows.
+        The entries of the file, one per row, in the order of the rows.
 
     Raises:
-        ValueError: a row without a prompt in text, a tokenizer without EOS, or a file that is damaged or has the answers to
-            other prompts.
+        ValueError: a row has no text prompt, the tokenizer has no EOS token, or the file is damaged or answers other prompts.
     """
     path = Path(path)
     if tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer has no EOS token, which answers end with: set its eos_token.")
+        raise InputError("The tokenizer has no EOS token to end answers with: set its eos_token.")
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
     known = {entry["row"]: entry for entry in read_entries(path, Answer)}
     if other := [row for row, one in enumerate(questions) if row in known and known[row]["prompt"] != one["prompt"]]:
-        raise InputError(f"{path} has the answers to other prompts, as in row {other[0]}: name another file.")
+        raise InputError(f"{path} has answers to other prompts, for example in row {other[0]}: choose another file.")
     if any(row not in known for row in range(len(prompts))):
         known |= _write(known, questions, prompts, tokenizer, model(), path, sampling, progress)
     return [known[row] for row in range(len(prompts))]
@@ -132,15 +132,15 @@ def _write(
     sampling: Sampling,
     progress: bool,
 ) -> dict[int, Entry]:
-    """The entries of all batches that lack one, added to the file; the longest prompts come first."""
+    """Answer every batch with a missing entry, longest prompts first, and append the entries to the file."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    most = ROWS_ON_CPU if model.device.type == "cpu" else ROWS
+    most = ANSWERS_ON_CPU if model.device.type == "cpu" else ANSWERS_ON_GPU
     size = min(most, rows_that_fit(model, sampling.max_new_tokens))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     missing = [rows for rows in batches if not known.keys() >= set(rows)]
     again = {row for rows in missing for row in rows}
     write_text(path, _lines(entry for row, entry in known.items() if row not in again))
-    logger.info("%d of %d answers are written to %s", len(again), len(prompts), path)
+    logger.info("Writing %d of %d answers to %s", len(again), len(prompts), path)
     ends = end_tokens(model, tokenizer)
     made: dict[int, Entry] = {}
     with (
@@ -151,7 +151,7 @@ def _write(
         tqdm(total=len(again), desc="answers", disable=not progress) as bar,
     ):
         for rows in missing:
-            seed = sampling.seed + rows[0]  # its own for each batch, so that an interrupted call draws as one that was not
+            seed = sampling.seed + rows[0]  # one seed per batch, so that a resumed call draws the same answers
             torch.manual_seed(seed)
             ids = [torch.tensor(prompts[row], device=model.device) for row in rows]
             masks = [torch.ones_like(one) for one in ids]
@@ -176,7 +176,7 @@ def _write(
 
 
 def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Entry:
-    """What the file says of an answer; its tokens may be followed by padding."""
+    """The file's entry for an answer. Padding after its tokens is ignored."""
     length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     text, ended = _text(prompt, tokens[:length], tokenizer), length < len(tokens)
     in_chat = not isinstance(asked["prompt"], str)
@@ -185,7 +185,7 @@ def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int]
     counts = {"prompt_tokens": len(prompt), "tokens": length + ended, "ended": ended}
     try:
         same = tokenize(row, tokenizer, "An answer")[0][: len(written)] == written
-    except Exception as error:  # whatever a chat template refuses: such an answer is left out, and the others are kept
+    except Exception as error:  # a chat template may raise anything; only this answer is left out
         return {**row, **counts, "same_tokens": False, "fault": f"{type(error).__name__}: {error}"}
     return {**row, **counts, "same_tokens": same}
 
@@ -195,20 +195,20 @@ def _lines(entries: Iterable[Entry]) -> str:
 
 
 def _text(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """An answer as it follows its prompt: decoded alone, many tokenizers would drop the space that it begins with."""
+    """The text of an answer after its prompt. Many tokenizers drop the leading space when they decode the answer alone."""
     before, both, alone = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt, *answer], answer))
     return both[len(before) :] if both.startswith(before) else alone
 
 
 def read_entries(path: Path, hint: Any) -> list[Entry]:
-    """The entries of a file, which may end in the middle of one, where a process was killed.
+    """Read the entries of a JSON-lines file. An incomplete last line, left by a killed process, is ignored.
 
     Args:
-        path: the file, which need not be there.
-        hint: what an entry holds, see :func:`hf_semalign.kinds.check_kinds`.
+        path: the file. A missing file has no entries.
+        hint: type of an entry, see :func:`hf_semalign.kinds.check_kinds`.
 
     Raises:
-        ValueError: a line that is something else.
+        ValueError: a line is damaged or of another type.
     """
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
@@ -217,17 +217,19 @@ def read_entries(path: Path, hint: Any) -> list[Entry]:
             check_kinds(entries[-1], hint, "it")
         except ValueError as error:
             raise InputError(
-                f"Line {number} of {path} is damaged ({error}): take the file away, and what it held is written anew."
+                f"Line {number} of {path} is damaged ({error}): delete the file to write its content again."
             ) from error
     return entries
 
 
 def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The rows to train on, and how many answers were not used for what reason.
+    """Select the rows to train on, and count the answers that are left out.
 
-    An answer is left out when it did not end, or is longer with its prompt than ``max_length`` (``cut``): nothing would teach
-    the target to end there. So is an ``empty`` one, and one that is ``unusable``, because the chat template refuses it.
-    ``retokenised`` counts answers that are used, but whose text the tokenizer cuts into other tokens than the model wrote.
+    - ``cut``: the answer did not end, or is longer than ``max_length`` together with its prompt. It would not teach the target
+      to stop.
+    - ``empty``: the answer has no text.
+    - ``unusable``: the chat template raises an error.
+    - ``retokenised``: the answer is used, but its text is tokenised to other tokens than the model generated.
 
     Raises:
         ValueError: no answer is left.
@@ -248,14 +250,14 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
             counts["retokenised"] += not entry["same_tokens"]
             rows.append({name: entry[name] for name in ("prompt", "completion", *OF_TEMPLATE) if name in entry})
     reasons = (
-        f"{counts['cut']} did not end within the limit, {counts['empty']} are empty, {counts['unusable']} are refused by the "
-        f"chat template{fault}"
+        f"{counts['cut']} did not end within the limit, {counts['empty']} are empty, and the chat template refuses "
+        f"{counts['unusable']}{fault}"
     )
     if not rows:
         raise InputError(
             f"None of {len(entries)} answers can be used: {reasons}. Raise data.max_new_tokens and data.max_length (now "
-            f"{max_length}), or look whether the model knows how to answer such prompts."
+            f"{max_length}), or check that the model can answer such prompts."
         )
     if left := len(entries) - len(rows):
-        logger.warning("%d of %d written answers are left out: %s.", left, len(entries), reasons)
+        logger.warning("Left out %d of %d written answers: %s.", left, len(entries), reasons)
     return rows, counts

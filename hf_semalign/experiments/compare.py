@@ -1,9 +1,9 @@
-"""Comparisons: methods x tasks x seeds of one YAML file, run cell by cell, in one table and one figure.
+"""Run a comparison cell by cell, and collect the results in one table and one figure.
 
     semalign compare recipes/quickstart/compare.yaml --jobs 2
 
-A cell is a run folder of its own, made by ``semalign train`` in a process of its own, so that its time and memory are its own.
-Cells that are whole are not run again.
+Each cell is one run folder. ``semalign train`` makes it in a separate process, so time and memory are measured per cell.
+Finished cells are not run again.
 """
 
 from __future__ import annotations
@@ -12,308 +12,47 @@ import json
 import logging
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.ticker import EngFormatter
-from rich.box import SIMPLE
-from rich.console import Group
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 
-from hf_semalign.config import MOST_SEED, SemAlignConfig
-from hf_semalign.errors import FailedRunsError, InputError, MissingFileError
+from hf_semalign.errors import FailedRunsError, InputError
+from hf_semalign.experiments.comparison import EQUAL_COMPUTE, Cell, Comparison, cells, equal_compute, plans
 from hf_semalign.experiments.figures import draw_gaps
-from hf_semalign.experiments.methods import METHODS
 from hf_semalign.experiments.paired import paired_difference
-from hf_semalign.experiments.plan import Material, Plan, plan_recipe
-from hf_semalign.experiments.recipe import (
-    DataSettings,
-    Recipe,
-    check_answers,
-    check_names,
-    load_recipe,
-    read_settings,
-    read_yaml,
-)
+from hf_semalign.experiments.plan import Plan
+from hf_semalign.experiments.recipe import Recipe, load_recipe
 from hf_semalign.experiments.tables import latex, markdown
 from hf_semalign.files import claimed, make_folder
 from hf_semalign.hub.card import benchmark_scores
 from hf_semalign.hub.reading import read_record, read_results
-from hf_semalign.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
-BUDGETS = ("equal data", "equal compute")
-RECIPE_NAME = "recipe.yaml"  # in a cell's folder: what it was run with
+RECIPE_NAME = "recipe.yaml"  # the recipe of a cell, in its folder
 LAST_LINES = 5
-OF_ANSWERS = ("answers", "rounds", "max_new_tokens", "temperature")  # keys of the data section that a method may change
-PLACED = {  # keys of the training section that a method may not change
-    "seed": "by seeds, for all methods", "output_dir": "by the comparison's own output_dir",
-    "signals_dir": "by the comparison's own output_dir", "max_length": "in the task's recipe, as data.max_length",
-}  # fmt: skip
-PUBLISHING = ("push_to_hub", "hub_")  # settings of the training section by how they begin
-
-
-@dataclass(frozen=True)
-class Reported:
-    """Figures that somebody else has reported, under a protocol of their own.
-
-    Attributes:
-        origin: where they stand.
-        rows: by method, and then by task, in percent.
-    """
-
-    origin: str
-    rows: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a dry run estimates times for.
-
-    Attributes:
-        name: for readers.
-        tflops: 10^12 floating-point operations a second, sustained and not peak.
-    """
-
-    name: str
-    tflops: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tflops < math.inf:
-            raise InputError(f"tflops of hardware is {self.tflops}: expected a number above 0.")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison.
-
-    Attributes:
-        output_dir: gets a folder for each cell, the tables and the figure.
-        tasks: recipe by the task's name; a path from the comparison's own folder.
-        methods: by a name for readers, ``method`` (a key of ``METHODS``; ``semalign`` by default) and fields of ``training``
-            that differ from the recipe's, and under ``data`` who writes the answers (``OF_ANSWERS``). The first one is what
-            ``equal compute`` is measured by; a method that costs more than that before it trains has no run there.
-        seeds: of training.
-        budgets: ``equal data``, the recipe's steps for all; ``equal compute``, as many steps as cost what those of the first
-            method do.
-        reported: figures of others, to stand beside.
-        hardware: what a dry run estimates times for.
-        recipes: the recipes of the tasks.
-    """
-
-    output_dir: str
-    tasks: dict[str, str]
-    methods: dict[str, dict[str, Any]]
-    seeds: list[int]
-    budgets: list[str] = field(default_factory=lambda: [BUDGETS[0]])
-    reported: Reported | None = None
-    hardware: Hardware | None = None
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        task: name of the task.
-        name: name of the method.
-        recipe: what is run; its ``output_dir`` is the cell's folder.
-        budgets: those that it stands under.
-    """
-
-    task: str
-    name: str
-    recipe: Recipe
-    budgets: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.recipe.output_dir)
-
-    @property
-    def label(self) -> str:
-        """For the log."""
-        return f"{self.task}, {self.name}, {' and '.join(self.budgets)}, seed {self.recipe.training['seed']}"
-
-
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
-    """Read a comparison and its recipes, and check every key.
-
-    Args:
-        path: a YAML file.
-        overrides: ``key=value``; a key of :class:`Comparison` changes that, any other one every recipe.
-
-    Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: keys or values that cannot be used.
-    """
-    if not Path(path).is_file():
-        raise MissingFileError(f"No comparison {str(path)!r}: pass a YAML file, such as recipes/quickstart/compare.yaml.")
-    where = f"comparison {path}"
-    content = read_yaml(Path(path).read_bytes(), f"The {where}")
-    if not isinstance(content, dict):
-        raise InputError(f"The {where} holds a {type(content).__name__}, not keys and values.")
-    known = [item.name for item in fields(Comparison) if item.name != "recipes"]
-    ours = [text for text in overrides if text.partition("=")[0] in known]
-    for text in ours:
-        key, _, value = text.partition("=")
-        content[key] = read_yaml(value, f"The override {text!r}")
-    check_names(content, known, where)
-    check_kinds(content, Comparison, f"the {where}")
-    if empty := [name for name in ("tasks", "methods", "seeds", "budgets") if not content.get(name, True)]:
-        raise InputError(f"{empty[0]} of the {where} is {content[empty[0]]!r}: expected at least one.")
-    check_names(content.get("budgets", ()), BUDGETS, f"budgets of the {where}")
-    for seed in content["seeds"]:
-        if not 0 <= seed <= MOST_SEED or content["seeds"].count(seed) > 1:
-            raise InputError(f"seeds of the {where} is {content['seeds']}: expected different numbers from 0 to {MOST_SEED}.")
-    for name, changes in content["methods"].items():
-        place = f"methods.{name} of the {where}"
-        check_names(changes, ["method", "data", *(item.name for item in fields(SemAlignConfig))], place)
-        check_names([changes.get("method", Recipe.method)], METHODS, place)
-        read_settings(changes)
-        for key, home in PLACED.items():
-            if key in changes:
-                raise InputError(f"{place} has {key}, which is set {home}.")
-        check_kinds({"data": changes.get("data", {})}, dict[str, dict], place)
-        check_names(changes.get("data", {}), OF_ANSWERS, f"data of {place}")
-    for section in ("tasks", "methods"):
-        folders: dict[str, str] = {}
-        for name in map(str, content[section]):
-            if (other := folders.setdefault(_slug(name), name)) != name:
-                raise InputError(
-                    f"{section} of the {where} has {other!r} and {name!r}, whose runs would have one folder, {_slug(name)!r}: "
-                    "rename one of them, so that they differ in letters or digits."
-                )
-    theirs = [text for text in overrides if text not in ours]
-    recipes = {}
-    for task, file in content["tasks"].items():
-        recipes[str(task)] = recipe = load_recipe(Path(path).parent / str(file), theirs)
-        for name, changes in content["methods"].items():
-            data, place = replace(recipe.data, **changes.get("data", {})), f"methods.{name} of the {where}"
-            check_kinds(asdict(data), DataSettings, f"data of {place}")
-            check_answers(data, changes.get("method", Recipe.method), (), place)
-    return Comparison(
-        **{
-            **content,
-            "reported": _section(Reported, content.get("reported"), f"reported of the {where}"),
-            "hardware": _section(Hardware, content.get("hardware"), f"hardware of the {where}"),
-            "recipes": recipes,
-        }
-    )
-
-
-def _section(kind: Any, content: Any, where: str) -> Any:
-    if content is None:
-        return None
-    names = [item.name for item in fields(kind)]
-    check_names(content, names, where)
-    return kind(**content)
-
-
-def plans(comparison: Comparison, known: Mapping[str, Material] | None = None) -> dict[tuple[str, str], Plan]:
-    """What each method does on each task under ``equal data``, by task and name.
-
-    Args:
-        comparison: see :func:`load_comparison`.
-        known: what is known of each task.
-
-    Raises:
-        ValueError: whatever a run would be refused for before weights are loaded.
-    """
-    known = known or materials(comparison)
-    return {
-        (task, name): plan_recipe(_changed(comparison, task, name), known[task])
-        for task in comparison.recipes
-        for name in comparison.methods
-    }
-
-
-def materials(comparison: Comparison) -> dict[str, Material]:
-    """What the plans of all methods on a task have in common, by task."""
-    return {task: Material(recipe) for task, recipe in comparison.recipes.items()}
-
-
-def equal_compute(
-    comparison: Comparison, planned: Mapping[tuple[str, str], Plan]
-) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], str]]:
-    """Steps under ``equal compute`` by task and name, and of those that have none there, why."""
-    steps, left_out = {}, {}
-    for (task, name), plan in planned.items() if BUDGETS[1] in comparison.budgets else ():
-        budget = sum(planned[task, next(iter(comparison.methods))].cost.values())
-        try:
-            steps[task, name] = plan.steps_for(budget) if METHODS[plan.method].takes_steps else plan.steps
-        except InputError as error:
-            left_out[task, name] = f"{name} is left out of equal compute: {error}"
-    return steps, left_out
-
-
-def cells(comparison: Comparison, planned: Mapping[tuple[str, str], Plan]) -> list[Cell]:
-    """All runs of a comparison; one that stands under both budgets with the same steps is one cell."""
-    found = []
-    equal, _ = equal_compute(comparison, planned)
-    for task, name, seed in _product(comparison):
-        plan, recipe = planned[task, name], _changed(comparison, task, name)
-        known = {"equal data": plan.steps, "equal compute": equal.get((task, name))}
-        steps = {budget: count for budget, count in known.items() if budget in comparison.budgets and count is not None}
-        stages = len(plan.stages) - 1 if recipe.training.get("stage_budget") == "per_stage" else 1  # max_steps is each one's
-        steps = {budget: max(1, round(wanted / stages)) * stages for budget, wanted in steps.items()}
-        for count in dict.fromkeys(steps.values()):
-            budgets = tuple(budget for budget, wanted in steps.items() if wanted == count)
-            training = {**recipe.training, "seed": seed, "signals_dir": str(Path(comparison.output_dir) / "_signals")}
-            if count != plan.steps:
-                training = {**training, "max_steps": count // stages}
-            folder = Path(comparison.output_dir) / _slug(task) / f"{_slug(name)}-{count}-seed{seed}"
-            found.append(Cell(task, name, replace(recipe, output_dir=str(folder), training=training), budgets))
-    return found
-
-
-def _product(comparison: Comparison) -> Iterator[tuple[str, str, int]]:
-    """Seed by seed, so that whole tables come as early as may be."""
-    for seed in comparison.seeds:
-        for task in comparison.recipes:
-            for name in comparison.methods:
-                yield task, name, seed
-
-
-def _changed(comparison: Comparison, task: str, name: str) -> Recipe:
-    """A task's recipe by one of the methods. Its run is not published: under one name, the last of them would be left."""
-    recipe, changes = comparison.recipes[task], dict(comparison.methods[name])
-    method = changes.pop("method", Recipe.method)
-    data = replace(recipe.data, **changes.pop("data", {}))
-    training = {key: value for key, value in {**recipe.training, **changes}.items() if not key.startswith(PUBLISHING)}
-    return replace(recipe, method=method, data=data, training=training, baselines=())
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "cell"
 
 
 def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
-    """Run the cells that are missing, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
+    """Run the missing cells, and write ``compare.md``, ``.json``, ``.tex``, ``.png`` and ``.svg``.
 
     Args:
         comparison: see :func:`load_comparison`.
-        jobs: cells at a time; with more than one, times are those of a shared machine.
+        jobs: number of cells to run in parallel. Parallel cells slow each other down, which shows in the measured times.
 
     Returns:
-        What ``compare.json`` holds.
+        The content of ``compare.json``.
 
     Raises:
-        ValueError: settings that a run would be refused for; cells that were run with other ones.
-        ChildProcessError: cells that failed; those that are whole are in the tables.
+        ValueError: a run would refuse its settings, or a cell was run with other settings before.
+        ChildProcessError: some cells failed. The tables contain the others.
     """
     if jobs < 1:
         raise InputError(f"jobs is {jobs}: expected at least 1.")
@@ -327,8 +66,8 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
         missing = [cell for cell in wanted if not _is_whole(cell)]
         for sentence in equal_compute(comparison, planned)[1].values():
             logger.warning("%s", sentence)
-        logger.info("%d cells, of which %d are there", len(wanted), len(wanted) - len(missing))
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more of them than cores fight each other
+        logger.info("%d cells, %d of them finished", len(wanted), len(wanted) - len(missing))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores slow each other down
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         with ThreadPoolExecutor(jobs) as pool:
             done = pool.map(partial(_run, environment=environment), missing)
@@ -338,44 +77,13 @@ def run_comparison(comparison: Comparison, *, jobs: int = 1) -> dict[str, Any]:
     if failed:
         raise FailedRunsError(
             f"{len(failed)} of {len(wanted)} cells failed ({'; '.join(cell.label for cell in failed[:3])}): see log.txt in "
-            f"their folders under {folder}. The same command again runs them alone."
+            f"their folders under {folder}, and re-run the command to run only these cells."
         )
     return record
 
 
-def costs_table(comparison: Comparison) -> Group:
-    """The plan of a comparison for the terminal, a table a task: everything but weights was looked at.
-
-    Raises:
-        ValueError: whatever a run would be refused for before weights are loaded.
-    """
-    known, hardware = materials(comparison), comparison.hardware
-    planned = plans(comparison, known)
-    tables = {task: Table(title=f"{task}, each over {len(comparison.seeds)} seeds", box=SIMPLE) for task in comparison.recipes}
-    for table in tables.values():
-        for heading in ("method", "equal"):
-            table.add_column(heading)
-        for heading in ("steps", "forwards", "operations", "disk", "memory", *(["hours"] if hardware else [])):
-            table.add_column(heading, justify="right", no_wrap=True)
-    hours = 0.0
-    for cell in cells(replace(comparison, seeds=comparison.seeds[:1]), planned):  # the others cost the same
-        plan = planned[cell.task, cell.name] if BUDGETS[0] in cell.budgets else plan_recipe(cell.recipe, known[cell.task])
-        seconds = plan.seconds(1e12 * hardware.tflops) if hardware else 0.0
-        hours += len(comparison.seeds) * seconds / 3600
-        budgets = ", ".join(budget.removeprefix("equal ") for budget in cell.budgets)
-        row = [cell.name, budgets, f"{plan.steps:,}", EngFormatter(places=1, sep="")(sum(plan.cost.values()))]
-        row += [EngFormatter("FLOP", places=1)(plan.seconds(1)), decimal(plan.disk_bytes)]
-        row += [decimal(max(plan.memory_bytes.values())), *([f"{seconds / 3600:.2f}"] if hardware else [])]
-        tables[cell.task].add_row(*map(Text, row))
-    notes = "".join(f"{sentence}\n" for sentence in equal_compute(comparison, planned)[1].values())
-    notes += "forwards: the cost in forwards of the target over one example. memory: of models and states, an estimate."
-    if hardware:
-        notes += f" All cells, without evaluation: {hours:.1f} hours on {hardware.name}, {hardware.tflops:g} TFLOP/s sustained."
-    return Group(*tables.values(), Text(notes))
-
-
 def _check(cell: Cell) -> None:
-    """Refuse a folder whose run had other settings."""
+    """Refuse a cell that was run with other settings before."""
     path = cell.folder / RECIPE_NAME
     if path.is_file() and load_recipe(path) != cell.recipe:
         raise InputError(f"{cell.folder} was run with other settings ({path.name}): delete it, or choose another output_dir.")
@@ -393,7 +101,7 @@ def _yaml(recipe: Recipe) -> str:
 
 
 def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
-    """Train and measure a cell; its output goes to ``log.txt`` in its folder."""
+    """Train and measure a cell, and write its output to ``log.txt`` in its folder. Returns whether it succeeded."""
     logger.info("%s", cell.label)
     cell.folder.mkdir(parents=True, exist_ok=True)
     path, log = cell.folder / RECIPE_NAME, cell.folder / "log.txt"
@@ -410,7 +118,7 @@ def _run(cell: Cell, environment: Mapping[str, str]) -> bool:
 
 
 def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], done: Sequence[Cell]) -> dict[str, Any]:
-    """The figures of all cells, by task, budget and method: means and standard deviations over the seeds."""
+    """The results of all cells by task, budget and method, as means and standard deviations over the seeds."""
     read = cache(lambda folder: read_results(folder, read_record(folder)) or {})
     tables: list[dict[str, Any]] = []
     _, left_out = equal_compute(comparison, planned)
@@ -429,7 +137,7 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
                     rows.append({"name": name, **_row(found, ends), **ahead})
             target, source = ({"name": role, **_figures(ends[role])} for role in ("target", "source"))
             table = {"task": task, "budget": budget, "target": target, "source": source, "methods": rows}
-            if budget == BUDGETS[1]:
+            if budget == EQUAL_COMPUTE:
                 table["left_out"] = [sentence for (place, _), sentence in left_out.items() if place == task]
             tables.append(table)
     return {
@@ -442,7 +150,7 @@ def summary(comparison: Comparison, planned: Mapping[tuple[str, str], Plan], don
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures of one model on one task: a score in 0 to 1 where there is one, ``kl`` and ``loss``; what it forgot."""
+    """The metrics of one model on one task: ``kl``, ``loss``, and if measured a score from 0 to 1 and forgetting."""
     found: dict[str, float] = {name: metrics[name] for name in ("kl", "loss") if name in metrics}
     if scores := benchmark_scores(metrics):
         found["score"] = sum(one["value"] * one["rows"] for one in scores) / sum(one["rows"] for one in scores)
@@ -458,7 +166,7 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, str], str]:
-    """Of each seed and benchmark, which problems were solved."""
+    """Which problems were solved, by seed and benchmark."""
     return {
         (cell.recipe.training["seed"], one["task"]): one["outcomes"]
         for cell, results in runs
@@ -468,7 +176,7 @@ def _outcomes(runs: Sequence[tuple[Cell, dict[str, Any]]]) -> dict[tuple[int, st
 
 
 def _ahead(ours: Mapping[tuple[int, str], str], reference: Mapping[tuple[int, str], str]) -> dict[str, Any]:
-    """How far a method is ahead of the reference on all benchmarks together, problem by problem, averaged over shared seeds."""
+    """Paired difference between a method and the reference over the problems of all benchmarks, averaged over shared seeds."""
     shared = ours.keys() & reference.keys()
     if not shared:
         return {}

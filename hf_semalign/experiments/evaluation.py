@@ -1,4 +1,4 @@
-"""Evaluation: answer loss, and exact match of real greedy generation."""
+"""Evaluation: answer loss, forgetting, and exact match of greedy generation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Batches = Iterable[Mapping[str, torch.Tensor]]
 
 @torch.no_grad()
 def final_states(model: CausalLM, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Final hidden states at the valid positions of each batch, ``[N, D]``, and the tokens that follow, ``[N]``.
+    """Yield the final hidden states at the valid positions of each batch, ``[N, D]``, and the next tokens, ``[N]``.
 
     Args:
-        model: a causal LM; its mode is restored at the end.
+        model: a causal LM. Its training mode is restored at the end.
         batches: dicts of ``input_ids, attention_mask, labels`` ``[B, T]``.
 
     Raises:
-        ValueError: batches of another form, or without a valid position.
+        ValueError: the batches do not have these tensors and shapes, or have no valid position.
     """
     anatomy, was_training, positions = dissect(model), model.training, 0
     model.eval()
@@ -42,7 +42,7 @@ def final_states(model: CausalLM, batches: Batches) -> Iterator[tuple[torch.Tens
 
 
 def answer_loss(model: CausalLM, batches: Batches) -> float:
-    """Mean cross-entropy of the answers in nats a token. Arguments as in :func:`final_states`."""
+    """Mean cross-entropy of the answers in nats per token. Takes the arguments of :func:`final_states`."""
     head, total, count = dissect(model).output_head(), 0.0, 0
     for hidden, tokens in final_states(model, batches):
         total, count = total + token_cross_entropy(hidden, head, tokens).sum().item(), count + len(tokens)
@@ -50,16 +50,16 @@ def answer_loss(model: CausalLM, batches: Batches) -> float:
 
 
 def drift(model: CausalLM, batches: Batches, before: Sequence[torch.Tensor]) -> dict[str, float]:
-    """What became of a model on data that it was not trained on.
+    """Measure how training changed a model on data that it was not trained on.
 
     Args:
-        model: the model after training, with the head that it had before.
+        model: the model after training. Its head must be unchanged.
         batches: see :func:`final_states`.
-        before: its final states on the same batches before training, ``[N, D]`` each, on any device.
+        before: the model's final states on the same batches before training, ``[N, D]`` each, on any device.
 
     Returns:
-        ``kl``, KL(before || after), and ``loss``, cross-entropy of the answers, both in nats a token; ``accuracy``, the share
-        of answer tokens that are the likeliest ones.
+        ``kl`` is KL(before || after) and ``loss`` the cross-entropy of the answers, both in nats per token. ``accuracy`` is
+        the share of answer tokens that the model ranks first.
     """
     head, count = dissect(model).output_head(), 0
     sums = dict.fromkeys(("kl", "loss", "accuracy"), 0.0)
@@ -84,11 +84,11 @@ def greedy_answers(
     """Continue prompts by greedy decoding, see :mod:`hf_semalign.experiments.generation`.
 
     Args:
-        model: a causal LM, bare or inside a peft model; its mode is restored.
-        tokenizer: its tokenizer; prompts are padded on the left.
+        model: a causal LM, with or without a PEFT adapter. Its training mode is restored.
+        tokenizer: the model's tokenizer. Prompts are padded on the left.
         prompts: plain texts.
-        max_new_tokens: longest answer, in tokens, its end token included.
-        batch_size: prompts at a time.
+        max_new_tokens: length limit of an answer in tokens, including its end token.
+        batch_size: prompts per batch.
 
     Returns:
         The decoded answers without special tokens, stripped.
@@ -111,15 +111,15 @@ def greedy_answers(
 
 
 def exact_match(model: CausalLM, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Share of records whose greedy answer is the completion, token for token, by skill.
+    """Share of records whose greedy answer equals the completion, by skill.
 
     Args:
         model: a causal LM.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         records: rows with ``prompt``, ``completion`` and ``skill``.
 
     Returns:
-        Share in 0 to 1 for each skill, in the order of first appearance.
+        A share from 0 to 1 per skill, in order of first appearance.
     """
     longest = max(len(tokenizer(record["completion"])["input_ids"]) for record in records) + 1
     answers = greedy_answers(model, tokenizer, [record["prompt"] for record in records], max_new_tokens=longest)

@@ -1,6 +1,6 @@
-"""Figures of a run (layers and pairs, losses over steps, methods side by side) and of the analyses; each as PNG and SVG.
+"""Figures of runs, comparisons and analyses, each saved as PNG and SVG.
 
-matplotlib's objects alone, no pyplot; the colours are those of Okabe and Ito, which stay apart for colour-blind eyes.
+They use matplotlib without pyplot, and the colours of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_semalign.hub.card import KL_LABEL, METHOD_NAMES, method_order
 
-WIDTH = 6.4  # inches; with 12 point text, legible at half of it
+WIDTH = 6.4  # inches; 12 point text stays legible at half this width
 BLUE, GREY, BLACK = "#0072B2", "#BBBBBB", "#333333"
 BASES = {
     "output": (BLUE, "output-side bases"), "head": ("#009E73", "rows of the head"),
@@ -29,19 +29,19 @@ BASELINE_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 FEW_TICKS: dict[str, Any] = {"nbins": 4, "steps": [1, 2, 5, 10]}
 STYLE: dict[Any, Any] = {
     "font.size": 12, "legend.fontsize": 11, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "text.parse_math": False,  # names may hold dollar signs
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "hf_semalign",  # the same run gives the same file
+    "text.parse_math": False,  # names may contain dollar signs
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "hf_semalign",  # make files reproducible
 }  # fmt: skip
 
 
 def draw_layers(record: dict[str, Any], folder: Path, name: str = "layers") -> Path:
-    """Draw the attribution scores of the source layers, where there are any, and which target layer each one supervises.
+    """Draw the layer pairs, and the attribution scores of the source layers if the record has any.
 
     Args:
         record: content of ``semalign.json``.
-        folder: where the PNG and the SVG go.
-        name: of these files.
+        folder: folder for the PNG and the SVG.
+        name: file name without suffix.
 
     Returns:
         Path of the PNG.
@@ -56,7 +56,7 @@ def draw_losses(results: dict[str, Any], record: dict[str, Any], folder: Path) -
     Args:
         results: content of ``results.json``.
         record: content of ``semalign.json``.
-        folder: where ``losses.png`` and ``losses.svg`` go.
+        folder: folder for ``losses.png`` and ``losses.svg``.
 
     Returns:
         Path of the PNG.
@@ -66,11 +66,11 @@ def draw_losses(results: dict[str, Any], record: dict[str, Any], folder: Path) -
 
 
 def draw_comparison(results: dict[str, Any], folder: Path) -> Path:
-    """Draw exact match by skill, where it was measured, and held-out KL, for all methods.
+    """Draw held-out KL for all methods, and exact match by skill if it was measured.
 
     Args:
         results: content of ``results.json``.
-        folder: where ``comparison.png`` and ``comparison.svg`` go.
+        folder: folder for ``comparison.png`` and ``comparison.svg``.
 
     Returns:
         Path of the PNG.
@@ -80,11 +80,11 @@ def draw_comparison(results: dict[str, Any], folder: Path) -> Path:
 
 
 def draw_vectors(record: dict[str, Any], folder: Path) -> Path:
-    """Draw the cosine of each layer's output before and after decomposition and recomposition by ``cosine`` (figure 2).
+    """Draw the cosine between each layer's output and its recomposition of kind ``cosine`` (figure 2).
 
     Args:
-        record: ``source`` and ``target``, each from :func:`hf_semalign.experiments.analysis.recomposition_cosines`.
-        folder: where ``vectors.png`` and ``vectors.svg`` go.
+        record: for ``source`` and ``target``, what :func:`hf_semalign.experiments.analysis.recomposition_cosines` returns.
+        folder: folder for ``vectors.png`` and ``vectors.svg``.
 
     Returns:
         Path of the PNG.
@@ -98,7 +98,7 @@ def draw_cka(record: dict[str, Any], folder: Path) -> Path:
 
     Args:
         record: what :func:`hf_semalign.experiments.analysis.layer_cka` returns.
-        folder: where ``cka.png`` and ``cka.svg`` go.
+        folder: folder for ``cka.png`` and ``cka.svg``.
 
     Returns:
         Path of the PNG.
@@ -108,11 +108,11 @@ def draw_cka(record: dict[str, Any], folder: Path) -> Path:
 
 
 def draw_gaps(record: dict[str, Any], folder: Path) -> Path:
-    """Draw how far each method of a comparison goes from the target before to the source, a panel for each task.
+    """Draw how much of the gap between target and source each method closes, with one panel per task.
 
     Args:
         record: what :func:`hf_semalign.experiments.compare.summary` returns.
-        folder: where ``compare.png`` and ``compare.svg`` go.
+        folder: folder for ``compare.png`` and ``compare.svg``.
 
     Returns:
         Path of the PNG.
@@ -150,7 +150,7 @@ def _layers_figure(record: dict[str, Any]) -> Figure:
 
 
 def _draw_pairs(axes: Axes, chosen: list[int], depth: int) -> None:
-    """Two columns of layers with a line for each pair; both columns span the same height."""
+    """Draw two columns of layers of the same height, and one line per pair."""
     width = len(chosen)
     heights = [k * (depth - 1) / (width - 1) if width > 1 else (depth - 1) / 2 for k in range(width)]
     size = max(2.5, min(9.0, 250 / max(depth, width)))  # points
@@ -170,7 +170,7 @@ def _draw_pairs(axes: Axes, chosen: list[int], depth: int) -> None:
 
 
 def _thinned(count: int, most: int = 12) -> list[int]:
-    """Some of ``0 .. count - 1``, at round distances, always with the last."""
+    """A subset of ``0 .. count - 1`` at round distances, always including the last."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, count) if count <= most * step)
     return [*range(0, count - 1 - step // 2, step), count - 1]
 
@@ -189,7 +189,7 @@ def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
         panels[0].set(title="no losses were logged", yticks=[])
     for axes, term in zip(panels, drawn, strict=False):
         entries = [entry for entry in results["history"] if term in entry]
-        # The layer loss of another stage is another layer's: no line from one to the next.
+        # Each stage has the loss of its own layers, so no line joins two stages.
         stages = sorted({entry["stage"] for entry in entries}) if term == layer_loss else [None]
         for stage in stages:
             steps, values = zip(*[(e["step"], e[term]) for e in entries if stage in (None, e["stage"])], strict=True)
@@ -205,7 +205,7 @@ def _losses_figure(results: dict[str, Any], record: dict[str, Any]) -> Figure:
 
 
 def _mark_stages(panels: Sequence[Axes], boundaries: list[int]) -> None:
-    """Shade every other stage, and number the stages above the first panel."""
+    """Shade every second stage, and number the stages above the first panel."""
     spans = list(pairwise(boundaries))
     for axes, span in product(panels, spans[1::2]):
         axes.axvspan(*span, color="#EEEEEE", linewidth=0, zorder=0)
@@ -240,7 +240,7 @@ def _comparison_figure(results: dict[str, Any]) -> Figure:
 
 
 def _draw_shares(axes: Axes, shares: dict[str, dict[str, float]], skills: list[str], colours: dict[str, str]) -> None:
-    """Groups of bars, one group a skill and one bar a method."""
+    """Draw one group of bars per skill, with one bar per method."""
     width = 0.84 / len(shares)
     for place, (method, values) in enumerate(shares.items()):
         middles = [k + (place - (len(shares) - 1) / 2) * width for k in range(len(skills))]
@@ -253,7 +253,7 @@ def _draw_shares(axes: Axes, shares: dict[str, dict[str, float]], skills: list[s
 
 
 def _draw_kl(axes: Axes, kl: dict[str, float], colours: dict[str, str]) -> None:
-    """One bar a method, the first on top, with its value."""
+    """Draw one labelled bar per method, the first on top."""
     bars = axes.barh(range(len(kl)), list(kl.values()), color=[colours[method] for method in kl], height=0.75)
     axes.bar_label(bars, [f"{value:#.2g}".rstrip(".") for value in kl.values()], fontsize=11, padding=3)
     axes.set(xlabel=f"held-out {KL_LABEL}\n(nats per token)", xmargin=0.25, yticks=[], ylim=(len(kl) - 0.5, -0.5))
@@ -262,7 +262,7 @@ def _draw_kl(axes: Axes, kl: dict[str, float], colours: dict[str, str]) -> None:
 
 
 def _gaps_figure(record: dict[str, Any]) -> Figure:
-    """Dots with standard deviations: share of the gap closed, by score where the task has one, else by KL."""
+    """Share of the gap closed, with standard deviations. It is measured by score, or by KL for tasks without a score."""
     tasks = list(dict.fromkeys(table["task"] for table in record["tables"]))
     names = list(dict.fromkeys(row["name"] for table in record["tables"] for row in table["methods"]))
     budgets = list(dict.fromkeys(table["budget"] for table in record["tables"]))

@@ -1,4 +1,4 @@
-"""Generation in batches, in which a sequence that has ended is no longer paid for."""
+"""Batched generation that drops a sequence from the batch once it has ended."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hf_semalign.models.hooks import contiguous_input
 from hf_semalign.models.loading import HALVES, is_quantised, product_seconds
 
 logger = logging.getLogger(__name__)
-SEGMENT = 8  # tokens between two looks at what has ended
-MOST_ROWS_ON_CPU = 64  # prompts at a time: more are no faster on two cores
+SEGMENT = 8  # tokens between two checks for ended sequences
+MOST_ROWS_ON_CPU = 64  # prompts per batch; more are no faster on two cores
 MOST_ROWS = 256  # the same on a GPU
-PROMPT_TOKENS = 512  # a prompt's length that memory is planned for
+PROMPT_TOKENS = 512  # prompt length that the memory estimate assumes
 
 
 @contextmanager
 def generating(model: CausalLM) -> Iterator[None]:
-    """Inside the block, a model generates without dropout, and its own generation settings are set aside, except end tokens.
+    """Inside the block, turn off dropout and ignore the model's own generation settings except its end tokens.
 
-    Some models come with a repetition penalty (Qwen2.5), and with that greedy decoding is not greedy.
+    Some models, such as Qwen2.5, come with a repetition penalty. With it, greedy decoding is not greedy.
     """
     base, was_training = base_model(model), model.training
     settings: Any = base.generation_config
@@ -44,7 +44,7 @@ def generating(model: CausalLM) -> Iterator[None]:
 
 
 def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and those of the model's own settings, such as the end of a turn."""
+    """Tokens that end an answer: the tokenizer's EOS and the model's own end tokens, such as the end of a turn."""
     settings: Any = base_model(model).generation_config
     ends = settings.eos_token_id
     found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -64,20 +64,20 @@ def continue_prompts(
     has_ended: Callable[[list[int]], bool] = lambda tokens: False,
     on_end: Callable[[int], Any] = lambda count: None,
 ) -> torch.Tensor:
-    """Continue a batch of prompts, greedily or by sampling; call it inside :func:`generating`.
+    """Continue a batch of prompts, greedily or by sampling. Call it inside :func:`generating`.
 
-    After every ``SEGMENT`` tokens the sequences that have ended leave the batch and the cache, so that one long answer does not
-    make its whole batch as expensive as itself. Families with a recurrent state, such as Mamba, generate whole batches.
+    After every ``SEGMENT`` tokens, ended sequences leave the batch and the cache, so one long answer does not slow down its
+    whole batch. Models with a recurrent state, such as Mamba, generate the whole batch to the end.
 
     Args:
-        model: a causal LM, bare or inside a peft model.
+        model: a causal LM, with or without a PEFT adapter.
         input_ids: ``[B, T]``, padded on the left.
         attention_mask: ``[B, T]``.
-        max_new_tokens: longest answer, in tokens, its end token included.
+        max_new_tokens: length limit of an answer in tokens, including its end token.
         eos_token_ids: tokens that end an answer.
-        pad_token_id: stands behind an answer.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from the whole vocabulary by torch's generator.
-        has_ended: tells of an answer's tokens whether it is over, as at a stop string.
+        pad_token_id: fills up the shorter answers.
+        temperature: 0 takes the likeliest token. Above 0, tokens are drawn from the whole vocabulary with torch's generator.
+        has_ended: whether an answer with these tokens has ended, for example at a stop string.
         on_end: called with the number of answers that have just ended.
 
     Returns:
@@ -86,7 +86,7 @@ def continue_prompts(
     eos, width = set(eos_token_ids), input_ids.shape[1]
     settings: dict[str, Any] = {"eos_token_id": list(eos), "pad_token_id": pad_token_id, "use_cache": True}
     settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    settings["synced_gpus"] = isinstance(model, FSDPModule)  # where no process can go on without the others
+    settings["synced_gpus"] = isinstance(model, FSDPModule)  # under FSDP2 every process takes part in each forward
     generate = partial(cast(Any, model).generate, **settings, return_dict_in_generate=True)
 
     answers: list[list[int]] = [[] for _ in input_ids]
@@ -96,7 +96,7 @@ def continue_prompts(
         count = min(SEGMENT, width + max_new_tokens - input_ids.shape[1])
         output = generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=count, **cached)
         ids, cache = output.sequences, output.past_key_values
-        if not _is_of_keys(cache):  # a recurrent state cannot be taken up again
+        if not _is_of_keys(cache):  # a recurrent state cannot be resumed
             on_end(len(rows))
             whole = generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens)
             return whole.sequences[:, width:]
@@ -121,7 +121,7 @@ def _is_of_keys(cache: Any) -> bool:
 
 
 def rows_that_fit(model: CausalLM, new_tokens: int) -> int:
-    """Prompts at a time for which the keys and values take at most half of the memory that is free, up to a limit by device."""
+    """Batch size for which keys and values fit into half of the free memory, up to a limit per device."""
     config: Any = base_model(model).config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -136,8 +136,10 @@ def _free_memory(device: torch.device) -> int:
 
 
 def fastest_dtype(model: CausalLM) -> torch.dtype:
-    """The dtype that a model generates in fastest here: its own, or float32 for half-precision weights on a CPU that has no
-    instructions for them, where it is several times faster, if there is memory for the copy.
+    """The dtype in which a model generates fastest on this machine.
+
+    This is the model's own dtype, except for half-precision weights on a CPU without half-precision instructions. There
+    float32 is several times faster, and is chosen if memory allows a copy of the weights.
     """
     own = cast(torch.dtype, model.dtype)
     if model.device.type != "cpu" or own not in HALVES or is_quantised(cast(Any, base_model(model)).config):
@@ -146,14 +148,14 @@ def fastest_dtype(model: CausalLM) -> torch.dtype:
         return own
     copy = 4 * sum(p.numel() for p in model.parameters())
     if copy > _free_memory(model.device):
-        logger.warning("float32 would be faster here than %s, but there is no memory for a copy of the weights.", own)
+        logger.warning("Generating in %s. float32 would be faster here, but memory does not allow a copy of the weights.", own)
         return own
     return torch.float32
 
 
 @contextmanager
 def computing_in(model: CausalLM, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block, half-precision weights stand in another dtype; behind it they are the tensors that they were."""
+    """Inside the block, cast half-precision weights to another dtype. The original tensors are restored afterwards."""
     halves = [p for p in model.parameters() if p.dtype in HALVES and p.dtype != dtype]
     kept = [p.data for p in halves]
     try:

@@ -1,4 +1,4 @@
-"""The methods that recipes and comparisons know by name."""
+"""The methods that recipes and comparisons can name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_semalign.transfer import TransferTrainer
 
 
 def no_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-    """Of a method that does nothing of its own."""
+    """Cost of a method without phases of its own: none."""
     return {}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of transfer.
+    """A transfer method.
 
     Attributes:
-        trainer: its trainer.
-        own_cost: multiplications by phase, beside or instead of those of :func:`hf_semalign.experiments.plan.plan`.
-        takes_steps: whether its cost grows with the optimizer steps.
+        trainer: the trainer class.
+        own_cost: multiplications by phase. They add to or replace those of :func:`hf_semalign.experiments.plan.plan`.
+        takes_steps: whether the cost grows with the optimizer steps.
     """
 
     trainer: type[TransferTrainer]

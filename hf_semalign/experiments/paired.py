@@ -1,4 +1,4 @@
-"""Paired comparison of two models on the same problems: with some hundred problems, two scores alone decide little."""
+"""Paired comparison of two models on the same problems. With a few hundred problems, comparing two scores says little."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ CONFIDENCE = 0.95
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """The mean difference of two models over the problems that both were given, with its bootstrap interval.
+    """Mean difference of two models over the same problems, with its bootstrap interval.
 
-    Problems are drawn with replacement, both models' outcomes of a problem together (Koehn, 2004), ``RESAMPLES`` times from one
-    seed; the interval holds the middle ``CONFIDENCE`` of the differences. Two models differ where it does not hold zero.
+    Problems are drawn with replacement ``RESAMPLES`` times from a fixed seed, each with the outcomes of both models (Koehn,
+    2004). The interval covers the middle ``CONFIDENCE`` of the differences. The models differ if it excludes zero.
 
     Args:
         ours: outcome of each problem, 0 or 1, or its mean over seeds.
-        theirs: the other model's, of the same problems in the same order.
+        theirs: outcomes of the other model on the same problems in the same order.
 
     Returns:
-        Difference, lower and upper end.
+        The difference, and the lower and upper end of the interval.
 
     Raises:
-        ValueError: two numbers of problems, or none.
+        ValueError: the numbers of problems differ, or are zero.
     """
     if len(ours) != len(theirs) or not len(ours):
-        raise InputError(
-            f"Outcomes of {len(ours)} and {len(theirs)} problems: expected those of the same problems, at least one."
-        )
+        raise InputError(f"Got outcomes of {len(ours)} and {len(theirs)} problems: expected the same problems, at least one.")
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
     tail = 50 * (1 - CONFIDENCE)

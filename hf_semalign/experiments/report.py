@@ -1,8 +1,7 @@
-"""A run, or a comparison, as one HTML page that needs no network: what its card says, with its figures inside.
+"""Report a run or a comparison as one HTML page with embedded figures. The page needs no network.
 
-The text is the card's, rendered anew from record and results, in which all that comes from data is escaped; markdown-it turns
-it into HTML with raw HTML off. Pictures are data URIs of images, and a Content-Security-Policy allows nothing else: no script
-runs, nothing is loaded.
+The text is the model card, rendered again from record and results with all data escaped. markdown-it converts it to HTML with
+raw HTML disabled. Pictures are data URIs. A Content-Security-Policy blocks scripts and all other resources.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from hf_semalign.errors import InputError
 from hf_semalign.experiments.tables import markdown
 from hf_semalign.files import RECORD_NAME, make_folder, read_json, write_text
 from hf_semalign.hub.card import escaped, pipe_table, render_card
-from hf_semalign.hub.reading import Benchmarks, Comparison, read_record, read_results
+from hf_semalign.hub.reading import BenchmarksFile, ComparisonFile, read_record, read_results
 
-FOLDED = ("Data", "Settings", "Versions", "Citation")  # for those who ask
+FOLDED = ("Data", "Settings", "Versions", "Citation")  # collapsed sections
 ANALYSES = {
-    "vectors": "How well hidden states are rebuilt from vocabulary bases, by layer.",
-    "cka": "How alike the layers of source and target are (linear CKA), without and with the map.",
+    "vectors": "How well vocabulary bases reconstruct hidden states, by layer.",
+    "cka": "How similar source and target layers are (linear CKA), without and with the map.",
 }
-NOT_OURS = (AttributeError, KeyError, TypeError, UndefinedError)  # of content that is JSON, and something else than we write
+NOT_OURS = (AttributeError, KeyError, TypeError, UndefinedError)  # from JSON that this package did not write
 NO_RESULTS: dict[str, Any] = {
     "task": "its training data", "dataset": None, "metrics": {}, "history": [], "seconds": {}, "peak_memory_mb": None,
     "machine": {}, "figures": [],
@@ -79,19 +78,19 @@ summary {{ cursor: pointer; font-weight: 600; }}
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page of a run folder, or of the folder of a comparison.
+    """Write the page for a run or a comparison.
 
     Args:
-        folder: what ``semalign train`` or ``semalign compare`` has left.
-        output: the file; by default ``report.html`` in the folder.
+        folder: the folder that ``semalign train`` or ``semalign compare`` wrote.
+        output: the HTML file, by default ``report.html`` in ``folder``.
 
     Returns:
-        The file.
+        Path of the HTML file.
 
     Raises:
-        FileNotFoundError: a folder of neither kind.
-        ValueError: a record that cannot be read, or an output that is a folder.
-        OSError: an output that cannot be written.
+        FileNotFoundError: ``folder`` holds neither a run nor a comparison.
+        ValueError: a file in ``folder`` is damaged, or ``output`` is a folder.
+        OSError: ``output`` cannot be written.
     """
     folder = Path(folder)
     path = Path(output) if output is not None else folder / "report.html"
@@ -104,7 +103,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def _of_comparison(folder: Path) -> str:
-    text = markdown(read_json(folder / "compare.json", Comparison))
+    text = markdown(read_json(folder / "compare.json", ComparisonFile))
     return render_page(text, {"All methods": _picture(folder / "compare.png")}, f"Comparison {folder.name}.")
 
 
@@ -113,12 +112,12 @@ def _of_run(folder: Path) -> str:
     results = read_results(folder, record) or {**NO_RESULTS, "steps": max(record.get("stages", [0]))}
     text = render_card(record, {**results, "figures": []}).partition("\n---\n")[2]
     if (path := folder / "benchmarks.json").is_file():
-        scored = read_json(path, Benchmarks)
+        scored = read_json(path, BenchmarksFile)
         if scored["adapter_checksum"] != record["adapter_checksum"]:
-            raise InputError(f"{path} is of another adapter: run `semalign evaluate` again, or take it away.")
+            raise InputError(f"{path} is from another adapter: run `semalign evaluate` again, or delete the file.")
         text += f"\n## Benchmarks\n\n{_benchmarks(scored['benchmarks'])}\n"
     captions = {
-        "layers": "The source layer that supervises each target layer, and attribution scores where there are any.",
+        "layers": "The source layer that supervises each target layer, and attribution scores if there are any.",
         "losses": "Training losses over the optimizer steps.",
         "comparison": "Held-out results of all methods.",
     }
@@ -126,7 +125,7 @@ def _of_run(folder: Path) -> str:
     wanted |= {caption: _picture(folder / "analysis" / f"{name}.png") for name, caption in ANALYSES.items()}
     if not results["metrics"]:
         heading, _, rest = text.strip().partition("\n\n")
-        text = f"{heading}\n\n**There are no results here: it was not evaluated, or has not finished.**\n\n{rest}"
+        text = f"{heading}\n\n**There are no results: the run was not evaluated, or has not finished.**\n\n{rest}"
     return render_page(text, wanted, f"Run folder {folder.name}, record {RECORD_NAME}.")
 
 
@@ -134,19 +133,19 @@ def _benchmarks(entries: Sequence[dict[str, Any]]) -> str:
     rows = [["Task", "Metric", "%", "Rows"]]
     for entry in entries:
         rows.append([escaped(entry["task"]), escaped(entry["metric"]), f"{100 * entry['value']:.1f}", f"{entry['rows']:,}"])
-    return f"{pipe_table(rows)}\n\nBy lm-eval, zero-shot and greedy; `benchmarks.json` has prompts, versions and errors."
+    return f"{pipe_table(rows)}\n\nScored by lm-eval, zero-shot and greedy. `benchmarks.json` has settings and standard errors."
 
 
 def render_page(text: str, pictures: dict[str, str | None], about: str) -> str:
-    """A page of Markdown and pictures: a pure function.
+    """Render Markdown and pictures as an HTML page.
 
     Args:
-        text: a heading, a summary, and sections; from data only what is escaped.
-        pictures: data URIs by caption, which stand after the results; those that do not exist are left out.
-        about: where it comes from, for the foot.
+        text: a heading, a summary and sections. All data in it must be escaped.
+        pictures: data URIs by caption, placed after the results. ``None`` is left out.
+        about: origin of the page, for the footer.
     """
     head, *sections = re.split(r"^## ", text.strip(), flags=re.MULTILINE)
-    sections.sort(key=lambda section: section.startswith("Use\n"))  # who reads a report wants to know first what came out
+    sections.sort(key=lambda section: section.startswith("Use\n"))  # in a report, results come before usage
     figures = "".join(
         f'<figure><img src="{source}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         for caption, source in pictures.items()
@@ -163,18 +162,18 @@ def render_page(text: str, pictures: dict[str, str | None], about: str) -> str:
     place = next((k for k, part in enumerate(parts) if part.startswith("<h2>Results")), len(parts) - 1)
     parts.insert(place + 1, f"<h2>Figures</h2>{figures}" if figures else "")
     title = re.search(r"^# (.*)$", head, flags=re.MULTILINE)
-    plain = re.sub(r"\\(.)", r"\1", title[1]) if title else "hf_semalign"  # its & < > are entities already
+    plain = re.sub(r"\\(.)", r"\1", title[1]) if title else "hf_semalign"  # & < > are already entities
     return PAGE.format(title=plain, body="\n".join(filter(None, parts)), about=html.escape(about))
 
 
 def _html(text: str) -> str:
-    """Markdown as HTML; tables scroll in a box of their own."""
+    """Convert Markdown to HTML with scrollable tables."""
     rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     return rendered.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
 
 def _picture(path: Path) -> str | None:
-    """The data URI of a picture, as SVG where there is one beside it."""
+    """The data URI of a picture. An SVG file of the same name is preferred."""
     for kind, mime in ((".svg", "image/svg+xml"), (".png", "image/png")):
         if (file := path.with_suffix(kind)).is_file():
             return f"data:{mime};base64,{b64encode(file.read_bytes()).decode()}"

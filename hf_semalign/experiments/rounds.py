@@ -1,4 +1,4 @@
-"""Training by a recipe: in one round, or in several, before each of which the target answers anew."""
+"""Train a recipe in one round, or in several. Before each of several rounds, the target answers the prompts again."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def train_recipe(
     measure_before: Callable[[TransferTrainer], None],
     seconds: dict[str, float],
 ) -> tuple[TransferTrainer, TaskData, dict[str, Any]]:
-    """Train, in one round or several, and save the adapter of each.
+    """Train in one or several rounds, and save the adapter of each.
 
-    ``measure_before`` is called with the first trainer, which has learnt nothing yet; ``seconds`` gets the wall time of phases.
+    ``measure_before`` is called with the first trainer before it trains. The wall time of each phase is added to ``seconds``.
 
     Returns:
-        The last trainer; the data that it trained on; ``steps``, ``history`` and ``cost`` of all rounds together.
+        The last trainer, the data it trained on, and ``steps``, ``history`` and ``cost`` over all rounds.
     """
     trainer: Any = None
     learnt: Path | None = None
     steps, history = 0, []
     cost: dict[str, float] = {}
     if recipe.data.answers != "dataset":
-        plans_of(recipe, Material(recipe, data, tokenizer))  # whatever the run would be refused for, before hours of writing
+        plans_of(recipe, Material(recipe, data, tokenizer))  # report errors before hours of writing answers
     for settings in recipe.rounds(args, len(data.align)):
-        trainer = None  # before another target is loaded
+        trainer = None  # free the last target before the next one is loaded
         checkpoint = start_of(settings, args.resume_from_checkpoint)
         rows, written = with_answers(recipe, data, source, args, tokenizer, folder, seconds, learnt)
         trainer = make_trainer(recipe, recipe.method, source, settings, rows, tokenizer)
@@ -74,16 +74,16 @@ def train_recipe(
             _begin_at(trainer, learnt)
         else:
             if trainer.is_world_process_zero() and (warning := restriction(trainer.record())):
-                logger.warning("%s The card is going to say so.", warning)
+                logger.warning("%s The card will state this.", warning)
             with timed("evaluation before", seconds):
                 measure_before(trainer)
         learnt = Path(str(settings.output_dir))
         with timed("training", seconds):
             trainer.train(resume_from_checkpoint=checkpoint)
             if trainer.is_world_process_zero():
-                (learnt / "results.json").unlink(missing_ok=True)  # of an earlier adapter, if one was here
+                (learnt / "results.json").unlink(missing_ok=True)  # may belong to an earlier adapter
             trainer.save_model()
-            trainer.accelerator.wait_for_everyone()  # the others are going to read it
+            trainer.accelerator.wait_for_everyone()  # the other processes read it
         history += [{**entry, "step": entry["step"] + steps} for entry in trainer.state.log_history if "stage" in entry]
         steps += trainer.state.global_step
         spent = plan(trainer.known, settings, recipe.method, recipe.data.answers).cost
@@ -92,7 +92,7 @@ def train_recipe(
 
 
 def add(sums: dict[str, float], values: dict[str, float]) -> None:
-    """Add values to sums by name."""
+    """Add values to sums by name, in place."""
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
 
@@ -107,30 +107,33 @@ def with_answers(
     seconds: dict[str, float],
     learnt: Path | None = None,
 ) -> tuple[TaskData, dict[str, Any] | None]:
-    """The data with the answers that the recipe wants to be trained on, and the facts of these, if a model wrote them.
+    """Replace the align split's answers with those of the model that the recipe names.
 
-    The source's lie with what else it said, and are found by every run and machine that has the folder; the target's lie in the
-    run folder. All processes train on those of the main one.
+    Answers of the source are saved with its signals, so other runs and machines can reuse them. Answers of the target are saved
+    in the run folder. All processes train on the answers of the main process.
 
     Args:
         recipe: the recipe.
-        data: its data.
-        source: its source.
-        args: its settings.
-        tokenizer: the target's.
+        data: the data of the recipe.
+        source: the source of the recipe.
+        args: the training settings.
+        tokenizer: the target's tokenizer.
         folder: the run folder.
-        seconds: gets the wall time.
-        learnt: folder of the adapter that the target has by now.
+        seconds: the wall time is added here.
+        learnt: folder of the target's current adapter.
+
+    Returns:
+        The data, and the facts about written answers for the record. They are ``None`` if the data set's answers are used.
 
     Raises:
-        ValueError: see :func:`hf_semalign.experiments.answers.write_answers`; a source that is never held whole.
+        ValueError: see :func:`hf_semalign.experiments.answers.write_answers`, or the source is streamed.
     """
     settings = recipe.data
     if settings.answers == "dataset":
         return data, None
     if settings.answers == "source":
         if args.source_memory == "stream":
-            raise InputError("data.answers is source, which has to be held whole to write: source_memory must be 'resident'.")
+            raise InputError("data.answers is source, but a streamed source cannot write: set source_memory to 'resident'.")
         place, writer = source.folder(signals_root(args)), [source.identity]
         model: Callable[[], CausalLM] = partial(source.model, args.device)
     else:
@@ -156,7 +159,7 @@ def with_answers(
 
 
 def tokenizer_of_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that the source reads and writes by: the target's, unless it has one that cuts text differently."""
+    """The source's own tokenizer if it tokenises text differently, and otherwise the target's."""
     own = source.tokenizer
     if own is None or not differing(own, tokenizer):
         return tokenizer
@@ -166,29 +169,29 @@ def tokenizer_of_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def _target(recipe: Recipe, args: SemAlignConfig, learnt: Path | None) -> CausalLM:
-    """The target as it is by now, on the run's device."""
+    """Load the target with its current adapter on the run's device."""
     target = load_model(recipe.target, precision=args.mixed_precision, parts=args.target_parts)
     model: Any = target if learnt is None else PeftModel.from_pretrained(target, learnt)
     return model.to(args.device)
 
 
 def _begin_at(trainer: TransferTrainer, learnt: Path) -> None:
-    """Have training begin at an adapter of the same modules and rank."""
+    """Start training from an adapter with the same modules and rank."""
     found: Any = set_peft_model_state_dict(trainer.model, load_file(learnt / SAFETENSORS_WEIGHTS_NAME))
     if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
-        raise InputError(f"The adapter in {learnt} is not of this run's modules and rank: delete the folder, and start anew.")
+        raise InputError(f"The adapter in {learnt} does not have this run's modules and rank: delete the folder and restart.")
 
 
 def start_of(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | None:
-    """Where to go on: at a checkpoint by name, else at the last one of the run folder, if there is any; ``false``: nowhere.
+    """The checkpoint to resume from: the named one, or the last one in the run folder. ``False`` starts from scratch.
 
     Raises:
-        ValueError: a named checkpoint that is not whole.
+        ValueError: the named checkpoint is damaged.
     """
     if wanted is None or wanted is True:
         return last_checkpoint(str(args.output_dir))
     if wanted and (found := damage(Path(wanted))):
-        raise InputError(f"The run cannot go on from {wanted}: {found}. Name another checkpoint, or none to start anew.")
+        raise InputError(f"Cannot resume from {wanted}: {found}. Name another checkpoint, or none to start from scratch.")
     return wanted
 
 
@@ -201,7 +204,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     like: TransferTrainer | None = None,
 ) -> TransferTrainer:
-    """A method's trainer on the recipe's models; a baseline takes over pairs and map of the main run (``like``)."""
+    """Create a method's trainer for the recipe. A baseline reuses pairs and map of the main run's trainer (``like``)."""
     return METHODS[method].trainer(
         recipe.target,
         source,

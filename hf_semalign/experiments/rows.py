@@ -1,4 +1,4 @@
-"""Rows of the public benchmarks and of the data around them, from the Hub or local files; what two sets of rows share."""
+"""Rows of the public benchmarks and their training data, from the Hub or local files, and the overlap of two sets of rows."""
 
 from __future__ import annotations
 
@@ -19,39 +19,38 @@ from hf_semalign.errors import InputError
 from hf_semalign.tokenization import normalise_prompt
 
 LETTERS = "ABCD"
-GRAM = 13  # words, as in the papers of GPT-3 and of the harness
-LISTED = 5
+GRAM = 13  # words, as in the GPT-3 paper and the lm-evaluation-harness
+WORST_LISTED = 5
 Row = dict[str, Any]
 
 
 def read_json_lines(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file, which may be packed with gzip (``.gz``).
+    """Read a JSON-lines file, which may be compressed with gzip (``.gz``).
 
     Raises:
-        ValueError: it cannot be read, or a line is no object.
+        ValueError: the file cannot be read, or a line is not a JSON object.
     """
     rows = []
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode(
-            "utf-8-sig"
-        )  # some have a byte order mark
+        unpacked = gzip.decompress(content) if path.suffix == ".gz" else content
+        text = unpacked.decode("utf-8-sig")  # some files start with a byte order mark
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object a line.") from error
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): expected one JSON object per line.") from error
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(dict(json.loads(line)))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.") from error
+            raise InputError(f"{path}, line {number}: expected one JSON object per line, got {line[:60]!r}.") from error
     return rows
 
 
 def read_mmlu_folder(folder: Path) -> list[Row]:
-    """Rows of all ``<subject>_<split>.csv`` in a folder: question, A, B, C, D and the answer's letter, without a header.
+    """Read all ``<subject>_<split>.csv`` in a folder. Rows are question, A, B, C, D and answer letter, without a header.
 
     Raises:
-        ValueError: there are none, or a row is malformed.
+        ValueError: there are no such files, or a row is malformed.
     """
     rows = []
     for table in sorted(folder.glob("*_*.csv")):
@@ -70,16 +69,16 @@ def read_mmlu_folder(folder: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Table:
-    """A data set of rows of one kind.
+    """A data set and how to read it.
 
     Attributes:
         hub_id: data set on the Hub.
-        config: its configuration.
-        columns: what every row must have.
-        question: what a row asks, without the words that all prompts share.
-        answer: what it says to that.
-        read: local path to rows.
-        task_ids: of the rows of a split, where one local file holds those of all.
+        config: configuration of the data set.
+        columns: columns that every row must have.
+        question: extracts a row's question, without the words that all prompts share.
+        answer: extracts a row's answer.
+        read: reads rows from a local path.
+        task_ids: task ids of each split, for data sets with all splits in one local file.
     """
 
     hub_id: str
@@ -91,36 +90,36 @@ class Table:
     task_ids: dict[str, Container[int]] = field(default_factory=dict)
 
     def load(self, split: str, path: str | Path | None = None) -> list[Row]:
-        """Rows of a split, each with its ``task_id``: its own, or its number.
+        """Load the rows of a split. A row without a ``task_id`` gets its number.
 
         Args:
-            split: name on the Hub.
-            path: local file or folder, instead of the Hub.
+            split: name of the split on the Hub.
+            path: local file or folder to read instead of the Hub.
 
         Raises:
-            ValueError: they cannot be read, or lack a column.
+            ValueError: the rows cannot be read, or lack a column.
         """
         origin = f"{self.hub_id}, {split}" if path is None else str(path)
         if path is None:
             try:
                 rows = datasets.load_dataset(self.hub_id, self.config, split=split).to_list()
             except OSError as error:
-                raise InputError(f"{origin} cannot be read ({error}): name local files by data.files instead.") from error
+                raise InputError(f"{origin} cannot be read ({error}): set data.files to local files instead.") from error
         else:
             rows = self.read(Path(path))
         for number, row in enumerate(rows):
             missing = [column for column in self.columns if column not in row]
             if missing:
                 raise InputError(
-                    f"Row {number} of {origin} lacks the columns {missing}: it has {sorted(row)}. Rename them, or use task"
-                    " 'records' with prompts of your own."
+                    f"Row {number} of {origin} lacks the columns {missing}: it has {sorted(row)}. Rename them, or use the task"
+                    " 'records' with your own prompts."
                 )
         if split in self.task_ids:
             return [row for row in rows if row["task_id"] in self.task_ids[split]]
         return [{"task_id": number, **row} for number, row in enumerate(rows)]
 
     def item(self, row: Row) -> Item:
-        """A row, to be compared with others."""
+        """The question and the text of a row, to compare it with other rows."""
         return Item(row["task_id"], self.question(row), f"{self.question(row)}\n{self.answer(row)}")
 
 
@@ -156,11 +155,11 @@ TESTS: dict[str, Table] = {"mmlu": MMLU, "gsm8k": GSM8K, "humaneval": HUMANEVAL,
 
 @dataclass(frozen=True)
 class Item:
-    """What of a row is compared with others.
+    """The parts of a row that are compared with other rows.
 
     Attributes:
-        task_id: its name in messages.
-        question: rows of the same question, by :func:`hf_semalign.tokenization.normalise_prompt`, are the same.
+        task_id: name of the row in messages.
+        question: rows are equal if their questions are, after :func:`hf_semalign.tokenization.normalise_prompt`.
         text: question and answer.
     """
 
@@ -169,21 +168,22 @@ class Item:
     text: str
 
     def grams(self) -> list[tuple[str, ...]]:
-        """All :data:`GRAM` words of the text that stand beside each other; none of a shorter one."""
+        """All sequences of :data:`GRAM` consecutive words. A shorter text has none."""
         words = re.findall(r"\w+", normalise_prompt(self.text))
         return list(zip(*(words[start:] for start in range(GRAM)), strict=False))
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What rows have in common with a benchmark's test rows.
+    """The overlap between rows and a benchmark's test rows.
 
     Attributes:
         rows: number of rows.
         test_rows: number of test rows.
-        exact: ids of rows that ask what a test row asks, each with that of the test row.
-        share: of the rows, those with 13 words in a row that also stand in a test row, in 0 to 1.
-        worst: up to five of these: id, id of the test row that has most of it, and the share of its 13-grams in test rows.
+        exact: id pairs of a row and a test row that ask the same question.
+        share: share, from 0 to 1, of rows that have 13 consecutive words in common with a test row.
+        worst: up to five of these rows, each as its id, the id of the test row that shares most 13-grams with it, and the
+            share of its 13-grams that occur in test rows.
     """
 
     rows: int
@@ -194,24 +194,24 @@ class Overlap:
 
 
 def same_questions(items: Iterable[Item], tests: Iterable[Item]) -> dict[int | str, int | str]:
-    """Ids of items that ask what a test row asks, each with the id of the first such test row."""
+    """Map the id of each item that asks the same question as a test row to the id of the first such test row."""
     asked = {normalise_prompt(test.question): test.task_id for test in reversed(list(tests))}
     found = ((item.task_id, asked.get(normalise_prompt(item.question))) for item in items)
     return {name: test for name, test in found if test is not None}
 
 
 def overlap(items: Sequence[Item], tests: Sequence[Item]) -> Overlap:
-    """Compare rows with a benchmark's test rows, in time linear in both.
+    """Compare rows with a benchmark's test rows. The time is linear in the size of both.
 
     Args:
         items: the rows.
         tests: the test rows.
 
     Raises:
-        ValueError: one of them is empty.
+        ValueError: there are no rows or no test rows.
     """
     if not items or not tests:
-        raise InputError(f"There are {len(items)} rows and {len(tests)} test rows: expected at least one of each.")
+        raise InputError(f"Got {len(items)} rows and {len(tests)} test rows: expected at least one of each.")
     grams = [set(item.grams()) for item in items]
     wanted = set().union(*grams)
     seen: dict[tuple[str, ...], int] = {}
@@ -223,5 +223,5 @@ def overlap(items: Sequence[Item], tests: Sequence[Item]) -> Overlap:
         if found := Counter(seen[gram] for gram in own if gram in seen):
             most = min(found, key=lambda number: (-found[number], number))
             shared.append((item.task_id, tests[most].task_id, found.total() / len(own)))
-    worst = sorted(shared, key=lambda entry: -entry[2])[:LISTED]
+    worst = sorted(shared, key=lambda entry: -entry[2])[:WORST_LISTED]
     return Overlap(len(items), len(tests), list(same_questions(items, tests).items()), len(shared) / len(items), worst)

@@ -1,4 +1,4 @@
-"""The analyses as commands: models and data of a recipe or a run folder in, pictures and their numbers out."""
+"""Run the analyses on the models and data of a recipe or a run folder, and write figures and numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_semalign.experiments.analysis import layer_cka, recomposition_cosines
 from hf_semalign.experiments.figures import draw_cka, draw_layers, draw_vectors
 from hf_semalign.experiments.recipe import Recipe, load_recipe, load_run, load_tokenizer
 from hf_semalign.files import make_folder
-from hf_semalign.hub.push import load_transfer
+from hf_semalign.hub.loading import load_transfer
 from hf_semalign.hub.reading import read_record
 from hf_semalign.method.attribution import LayerScores
 from hf_semalign.method.pairing import LayerPairing, pair_layers
@@ -34,7 +34,7 @@ from hf_semalign.training.preparation import encode_splits
 from hf_semalign.transfer import signals_root
 
 logger = logging.getLogger(__name__)
-COLLATOR = Collator(pad_token_id=0)  # masked, whatever it is
+COLLATOR = Collator(pad_token_id=0)  # any id works, because padding is masked
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,27 @@ class Pair:
 
 
 def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), output: str | None = None) -> Path:
-    """Run one analysis and write ``<analysis>.png``, ``.svg`` and ``.json``, the last with all numbers.
+    """Run one analysis, and write ``<analysis>.png`` and ``.svg``, and all numbers to ``<analysis>.json``.
 
     Args:
         analysis: ``vectors``, ``cka`` or ``pairing``.
-        origin: a recipe, whose models are taken as they are, or a run folder, whose target has its adapter.
+        origin: a recipe or a run folder. A recipe's models are analysed before training, a run's target with its adapter.
         overrides: see :func:`hf_semalign.experiments.recipe.load_recipe` and :func:`hf_semalign.experiments.recipe.load_run`.
-        output: where the files go; by default ``analysis`` in the run's folder.
+        output: folder for the files, by default ``analysis`` in the run folder.
 
     Returns:
         Path of the PNG.
 
     Raises:
-        FileNotFoundError: an origin that is neither.
-        ValueError: keys, models or data that cannot be used.
+        FileNotFoundError: ``origin`` is neither a recipe nor a run folder.
+        ValueError: keys, models or data cannot be used.
     """
     run = Path(origin) if Path(origin).is_dir() else None
     if run is not None and analysis == "pairing":
         if overrides:
-            raise InputError(f"The pairing of {origin} is in its record, which {list(overrides)} cannot change: pass a recipe.")
+            raise InputError(
+                f"The pairing of {origin} comes from its record, which {list(overrides)} cannot change: pass a recipe."
+            )
         recipe, home = None, run
     else:
         recipe = load_recipe(origin, overrides) if run is None else load_run(run, overrides)
@@ -85,12 +87,12 @@ def run_analysis(analysis: str, origin: str, overrides: Sequence[str] = (), outp
 
 
 def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
-    """Attribution scores of the source on the extract split, and the pairs of the recipe's strategy.
+    """Score the source's layers on the extract split, and pair the layers with the recipe's strategy.
 
-    The scores are kept where the recipe's run finds them, unless it runs the source on every batch.
+    The scores are cached for the recipe's run, except with ``signals: online``.
 
     Raises:
-        ValueError: a model that is not found, data or settings that cannot be used.
+        ValueError: a model is not found, or data or settings cannot be used.
     """
     args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
@@ -112,7 +114,7 @@ def attribute_recipe(recipe: Recipe) -> tuple[LayerScores, LayerPairing]:
 
 
 def scores_table(scores: LayerScores, pairing: LayerPairing) -> Table:
-    """Scores by source layer, counted from 0, and which target layer each is paired with, for the terminal."""
+    """A table for the terminal: the score of each source layer (from 0), and the target layers paired with it."""
     title = f"{pairing.source_id} to {pairing.target_id}, pairing {pairing.strategy}"
     table = Table("source layer", "score", "± between examples", "target layers", title=title)
     for layer, (score, deviation) in enumerate(zip(scores.values, scores.deviations, strict=True)):
@@ -127,7 +129,7 @@ def _pairing(recipe: Recipe) -> dict[str, Any]:
 
 
 def _states(analysis: str, pair: Pair) -> dict[str, Any]:
-    """An analysis of the states of both models at the valid positions of the eval split."""
+    """Analyse the hidden states of both models at the valid positions of the eval split."""
     if analysis == "cka":
         found = layer_cka(pair.source, pair.target, pair.batches, pair.semantic_map)
     else:
@@ -137,20 +139,24 @@ def _states(analysis: str, pair: Pair) -> dict[str, Any]:
 
 
 def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
-    """The models and the eval split of a recipe, see :func:`run_analysis`; of a run, the target with its adapter.
+    """Load the models and the eval split of a recipe. For a run, the target is loaded with its adapter.
+
+    Args:
+        recipe: the recipe.
+        run: the run folder, if there is one.
 
     Raises:
-        ValueError: a model that is not found, or tokenizers that differ.
+        ValueError: a model is not found, or the tokenizers differ.
     """
     args = recipe.config(Path(recipe.output_dir))
     source = Source(_find(recipe, "source"), precision=args.mixed_precision, parts=args.source_parts)
     target_name = _find(recipe, "target")
     tokenizer = load_tokenizer(recipe) if run is None else AutoTokenizer.from_pretrained(run, trust_remote_code=False)
     if source.tokenizer is not None and (difference := differing(source.tokenizer, tokenizer)):
-        raise InputError(f"{difference}: the analyses compare position by position, and need one tokenizer.")
+        raise InputError(f"{difference}: the analyses compare states position by position, so both models need one tokenizer.")
     rows = encode(recipe.data.load().eval, tokenizer, split="eval", max_length=recipe.data.max_length)
     if run is not None and fingerprint(rows) != read_record(run)["data"]["eval"]["fingerprint"]:
-        logger.warning("The eval split is not the one of the run: name its data.seed, data.files and data.max_length.")
+        logger.warning("The eval split differs from the run's: pass the run's data.seed, data.files and data.max_length.")
     target: CausalLM
     target = (
         load_model(target_name, precision=args.mixed_precision) if run is None else load_transfer(run, target=target_name)[0]
@@ -172,13 +178,13 @@ def load_pair(recipe: Recipe, run: Path | None = None) -> Pair:
 
 
 def _find(recipe: Recipe, role: str) -> str:
-    """Folder or Hub id of a recipe's model, looked up before any weight is loaded."""
+    """The folder or Hub id of a recipe's model. Checks that it exists without loading weights."""
     name = getattr(recipe, role)
     try:
         find_config(name)
     except ValueError as error:
         raise InputError(
-            f"The {role} {name!r} was not found: name a folder or Hub id by {role}=... A run's record has no local paths, so "
-            f"that a model from a folder must be named again. ({brief(error.__cause__ or error)})"
+            f"The {role} {name!r} was not found: set {role}=... to a folder or Hub id. A run's record has no local paths, so "
+            f"you have to pass local models again. ({brief(error.__cause__ or error)})"
         ) from error
     return name

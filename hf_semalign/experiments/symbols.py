@@ -1,4 +1,4 @@
-"""The embedded pair's task: four skills over sequences of symbols, small enough to learn and to evaluate in seconds.
+"""The task of the embedded models: four skills over sequences of symbols, learned and evaluated in seconds.
 
 A record is a prompt such as ``reverse k c x a =`` and the completion ``a x c k``. Skills: ``copy`` repeats the
 sequence, ``reverse`` turns it around, ``sort`` orders it, ``shift`` replaces each symbol by its successor (cyclic).
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-# Caseless, because splits compare prompts without case.
+# No upper case, because splits compare prompts without case.
 SYMBOLS: tuple[str, ...] = tuple(string.digits + string.ascii_lowercase + "αβγδεζηθικλμνξοπ")
 LENGTHS: tuple[int, ...] = (4, 5, 6)
 SKILLS: dict[str, Callable[[list[int]], list[int]]] = {
@@ -27,7 +27,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the pair: special tokens, skill names, ``=`` and the symbols, split at spaces."""
+    """Build the word-level tokenizer. Its words are the special tokens, skill names, ``=`` and the symbols, split at spaces."""
     words = [*SPECIAL_TOKENS.values(), "=", *SKILLS, *SYMBOLS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -38,13 +38,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def make_records(
     count: int, seed: int, exclude: set[str] | None = None, skills: Sequence[str] = tuple(SKILLS)
 ) -> list[dict[str, str]]:
-    """Draw distinct records, the skills in turn.
+    """Draw distinct records that cycle through the skills.
 
     Args:
         count: number of records.
-        seed: seed of the draw; the same seed gives the same records.
-        exclude: prompts that must not be drawn (those of other splits).
-        skills: some of ``SKILLS``.
+        seed: random seed. The same seed gives the same records.
+        exclude: prompts that must not be drawn, because other splits use them.
+        skills: a subset of ``SKILLS``.
 
     Returns:
         Dicts with ``prompt``, ``completion`` and ``skill``.

@@ -1,4 +1,4 @@
-"""Tables of a comparison, as Markdown and as LaTeX: a pure function of what ``compare.json`` holds."""
+"""Tables of a comparison as Markdown and LaTeX, computed from the content of ``compare.json``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from hf_semalign.hub.card import escaped, pipe_table
 
 PERCENT, PLAIN = 100.0, 1.0
-SCORE_OF = "score:"  # and the name of one of several benchmarks
-FIXED = ("steps", "cost", "adapter_mb")  # the same for all seeds
-#: Columns: key, heading, unit's factor, decimals; one that no row has is left out.
-COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+SCORE_OF = "score:"  # prefix of the keys with the score of one of several benchmarks
+FIXED = ("steps", "cost", "adapter_mb")  # equal for all seeds
+#: Key, heading, factor and decimals of each column. Columns without any value are left out.
+TABLE_COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("score", "score %", PERCENT, 1),
     ("ahead", "ahead of {reference} (points, 95 %)", PERCENT, 1),
     ("kl", "KL", PLAIN, 3),
@@ -29,20 +29,23 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("adapter_mb", "adapter (MB)", PLAIN, 2),
 )
 NOTES = (
-    "Mean ± standard deviation over the seeds. Score: {score}. KL(source ‖ target) and the answer loss are in nats a token on "
-    "held-out answers. Gap closed: the share of the way from the target before to the source, in score and in KL. "
-    "Cost: see hf_semalign/experiments/plan.py; seconds and peak memory are of the whole run, evaluations included."
+    "Mean ± standard deviation over the seeds. Score: {score}. KL(source ‖ target) and the answer loss are in nats per token "
+    "on held-out answers. Gap closed: the share of the distance from the target before training to the source, in score and in "
+    "KL. Cost: see hf_semalign/experiments/plan.py. Seconds and peak memory are for the whole run, including evaluation."
 )
-FORGETTING = " Forgetting, on tasks that were not transferred: KL from the target before, and the change in answer tokens hit."
-PAIRED = (
-    " Ahead of {reference}: the mean difference problem by problem, on all benchmarks together, with its paired bootstrap "
-    "interval (hf_semalign/experiments/paired.py); where that holds zero, these problems do not tell the two apart."
+FORGETTING_NOTE = (
+    " Forgetting is measured on tasks that were not transferred: KL from the target before training, and the change in answer "
+    "token accuracy."
 )
-EQUAL_COMPUTE = " Under equal compute each method takes as many steps as cost what those of {reference} do."
+PAIRED_NOTE = (
+    " Ahead of {reference}: the mean paired difference over the problems of all benchmarks, with its bootstrap interval "
+    "(hf_semalign/experiments/paired.py). If the interval contains zero, these problems do not tell the two methods apart."
+)
+COMPUTE_NOTE = " Under equal compute, each method takes as many steps as the compute of {reference} pays for."
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The tables for readers of a repository."""
+    """The tables as Markdown."""
     pair = record["pair"]
     blocks = [f"# {escaped(pair['source'])} to {escaped(pair['target'])}"]
     for one in record["tables"]:
@@ -59,19 +62,19 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def notes(record: dict[str, Any]) -> str:
-    """What the columns mean."""
+    """Explain the columns below the tables."""
     keys = {key for one in record["tables"] for row in one["methods"] for key in row}
-    score = "share of held-out rows that are right" if "score" in keys else "none here"
-    said = NOTES.format(score=score) + FORGETTING * ("forgotten_kl" in keys)
+    score = "share of held-out rows answered correctly" if "score" in keys else "none here"
+    said = NOTES.format(score=score) + FORGETTING_NOTE * ("forgotten_kl" in keys)
     if "ahead" in keys:
-        said += PAIRED.format(reference=escaped(record["reference"]))
+        said += PAIRED_NOTE.format(reference=escaped(record["reference"]))
     if any(one["budget"] == "equal compute" for one in record["tables"]):
-        said += EQUAL_COMPUTE.format(reference=escaped(record["reference"]))
+        said += COMPUTE_NOTE.format(reference=escaped(record["reference"]))
     return said
 
 
 def latex(record: dict[str, Any]) -> str:
-    """The tables for papers; needs the package booktabs."""
+    """The tables as LaTeX, for the package booktabs."""
     blocks = []
     for one in record["tables"]:
         blocks.append(_tabular(_cells(one, record["reference"], tex, r"$\pm$"), f"{tex(one['task'])}, {tex(one['budget'])}"))
@@ -99,10 +102,10 @@ def _tabular(rows: Sequence[Sequence[str]], title: str) -> str:
 
 
 def _cells(one: dict[str, Any], reference: str, escape: Callable[[Any], str], plus_minus: str) -> list[list[str]]:
-    """A table as text: heading, the target before, the methods, the source."""
+    """The cells of a table as text. Its rows are the heading, the target before training, the methods and the source."""
     tasks = dict.fromkeys(key for row in one["methods"] for key in row if key.startswith(SCORE_OF))
     by_task = [(key, f"{key.removeprefix(SCORE_OF)} %", PERCENT, 1) for key in tasks]
-    columns = [column for column in (*by_task, *COLUMNS) if any(column[0] in row for row in one["methods"])]
+    columns = [column for column in (*by_task, *TABLE_COLUMNS) if any(column[0] in row for row in one["methods"])]
     rows = [["Method", *(escape(heading.format(reference=reference)) for _, heading, _, _ in columns)]]
     for row, name in [
         (one["target"], "Target before"),
@@ -137,6 +140,6 @@ def _reported(reported: dict[str, Any], escape: Callable[[Any], str]) -> list[li
 
 
 def tex(value: Any) -> str:
-    """Text as LaTeX shows it to the letter."""
+    """Escape text for LaTeX."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return re.sub(r"[\\~^&%$#_{}]", lambda found: special.get(found[0], "\\" + found[0]), " ".join(str(value).split()))

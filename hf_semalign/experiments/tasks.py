@@ -1,8 +1,8 @@
-"""Tasks: a task name to the records of its three splits.
+"""Tasks: load the three splits of a task by name.
 
-Prompts and answers follow the public data of LaTen (Tan et al., ACL 2025). Rows come from the Hub, or from local files
-of the same content; two rows are the same when ``prompt_of`` reads the same prompt in both. No split has a row of the
-benchmark's test set, nor one that asks the same: the test set is for scoring alone
+Prompts and answers follow the public data of LaTen (Tan et al., ACL 2025). Rows come from the Hub or from local files with
+the same content. Two rows are equal if ``prompt_of`` gives the same prompt for both. Splits contain no row of the benchmark's
+test set and no row that asks the same question, because the test set is only used for scoring
 (:mod:`hf_semalign.experiments.benchmarks.harness`).
 """
 
@@ -25,7 +25,6 @@ from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.rows import (
     GSM8K,
     LETTERS,
-    LISTED,
     MBPP,
     MMLU,
     PAIRS,
@@ -50,11 +49,11 @@ class TaskData:
     """Records of the three splits, with ``messages``, or with ``prompt`` and ``completion``.
 
     Attributes:
-        extract: for attribution only.
-        align: for training only.
-        eval: seen by neither.
-        overlap: what the rows of all three have in common with the benchmark's test rows; ``None`` where these are not at
-            hand, or where the task is no benchmark.
+        extract: rows for attribution.
+        align: rows for training.
+        eval: held-out rows.
+        overlap: overlap of all three splits with the benchmark's test rows. It is ``None`` if the test rows are not available
+            or the task is not a benchmark.
     """
 
     extract: list[Row]
@@ -77,24 +76,26 @@ def load_task(
     """Load the three splits of a task, disjoint by normalised prompt.
 
     Args:
-        task: one of :data:`TASKS`; ``symbols`` is made on the spot, ``records`` reads the user's own files.
-        extract: rows of the extract split; for ``records`` with a file for each split an upper limit, as are the next two.
+        task: one of :data:`TASKS`. ``symbols`` is generated, and ``records`` reads your own files.
+        extract: rows of the extract split. For ``records`` with one file per split, this is an upper limit. The same holds for
+            the other two splits.
         align: rows of the align split.
         eval: rows of the eval split.
-        files: local path by role, instead of the Hub: ``train``, from which ``eval`` is drawn as well (for ``mbpp`` by
-            ``task_id``), and ``test``, the benchmark's test rows, which the splits are kept apart from. Without it they are
-            not compared, which is logged; for ``mbpp``, ``train`` may hold them. For ``records`` either ``train``, which is
-            drawn from for all three, or ``extract``, ``align`` and ``eval``, of which the first rows are kept.
-        seed: seed of the draw; the same seed gives the same rows in the same order.
-        skills: of ``symbols``, some of its skills; by default all.
-        prompts_only: the ``align`` rows of ``records`` need no answers, since a model is going to write them.
+        files: local paths by role, to use instead of the Hub. For a benchmark: ``train`` supplies all splits (for ``mbpp``,
+            ``eval`` is selected by ``task_id``). The optional ``test`` holds the benchmark's test rows, which are excluded from
+            the splits. Without ``test`` a warning is logged and nothing is excluded, except for ``mbpp``, where ``train`` may
+            contain the test rows. For ``records``: either ``train``, from which all splits are drawn, or ``extract``,
+            ``align`` and ``eval``, which supply their first rows.
+        seed: seed of the splits. The same seed gives the same rows in the same order.
+        skills: for ``symbols``, a subset of its skills. By default all.
+        prompts_only: allow ``align`` rows of ``records`` without answers, because a model will write them.
 
     Returns:
-        The records. Those of ``records`` are not compared with each other here: ``check_disjoint`` does that.
+        The records. The splits of ``records`` may overlap; ``check_disjoint`` checks them.
 
     Raises:
-        ValueError: unknown task, count below 1, wrong roles in ``files``, malformed rows, or too few of them.
-        FileNotFoundError: a path of ``files`` that is not there.
+        ValueError: the task is unknown, a count is below 1, ``files`` has the wrong roles, or rows are malformed or too few.
+        FileNotFoundError: a path in ``files`` does not exist.
     """
     counts = {"extract": extract, "align": align, "eval": eval}
     _check_task(task, counts, skills)
@@ -118,18 +119,18 @@ def load_task(
 def load_held_out(
     task: str, *, eval: int, files: Files | None = None, seed: int = 42, skills: Sequence[str] | None = None
 ) -> list[Row]:
-    """Rows of a task's eval split alone: of one that is not transferred, to see what the target forgets.
+    """Load only the eval split of a task, to measure forgetting on a task that is not transferred.
 
     Args:
         task: one of :data:`TASKS`.
-        eval: number of rows; for ``records`` an upper limit.
-        files: local path by role, instead of the Hub, see :func:`load_task`; of ``records`` only ``eval``.
-        seed: seed of the draw.
-        skills: of ``symbols``, some of its skills.
+        eval: number of rows. For ``records`` it is an upper limit.
+        files: local paths by role, see :func:`load_task`. ``records`` takes only ``eval``.
+        seed: seed of the split.
+        skills: for ``symbols``, a subset of its skills.
 
     Raises:
-        ValueError: as :func:`load_task`.
-        FileNotFoundError: likewise.
+        ValueError: see :func:`load_task`.
+        FileNotFoundError: see :func:`load_task`.
     """
     counts = {"eval": eval}
     _check_task(task, counts, skills)
@@ -144,7 +145,7 @@ def load_held_out(
     path = None if files is None else files["train"]
     rows = list(_usable_rows(task, split, path, _load_tests(task, files)).values())
     if len(rows) < eval:
-        raise InputError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were asked for: lower the count.")
+        raise InputError(f"Task {task!r} has {len(rows)} rows for eval, but {eval} were requested: lower the count.")
     random.Random(seed).shuffle(rows)
     return [BENCHMARKS[task].render(row) for row in rows[:eval]]
 
@@ -157,19 +158,19 @@ def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | No
         raise InputError(f"Every split needs at least one row, got {dict(counts)}: raise the counts below 1.")
     if skills is not None and (task != "symbols" or isinstance(skills, str) or not skills or set(skills) - set(SKILLS)):
         raise InputError(
-            f"skills of task {task!r} are {skills!r}: only symbols has any, and they are a list of {list(SKILLS)}."
+            f"skills of task {task!r} is {skills!r}: only symbols has skills, and expects a list with some of {list(SKILLS)}."
         )
 
 
 def _check_files(task: str, files: Files | None, roles: Sequence[str], optional: Sequence[str] = ()) -> None:
     if files is not None and not (isinstance(files, Mapping) and set(roles) <= set(files) <= {*roles, *optional}):
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
-        wanted += "".join(f", and {role} if you have it" for role in optional)
+        wanted += "".join(f", and optionally {role}" for role in optional)
         given = sorted(files) if isinstance(files, Mapping) else files
-        raise InputError(f"Task {task!r} got files for {given}; the roles that it reads are {wanted}.")
+        raise InputError(f"Task {task!r} got files for {given}: expected {wanted}.")
     for role, path in (files or {}).items():
         if not Path(str(path)).exists():
-            raise MissingFileError(f"Task {task!r}: {path} does not exist; correct the path of the {role!r} files.")
+            raise MissingFileError(f"Task {task!r}: {path} does not exist. Correct the path in data.files.{role}.")
 
 
 def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -> TaskData:
@@ -183,12 +184,12 @@ def _draw_symbols(counts: Mapping[str, int], seed: int, skills: Sequence[str]) -
 
 
 def _draw_records(path: Path, counts: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
-    """Splits of one file, drawn by prompt: the first row of each."""
+    """Draw the splits from one file. Of rows with the same prompt, only the first is used."""
     distinct = {prompt_of(row): row for row in reversed(_read_records(path))}
     rows, wanted = list(reversed(distinct.values())), sum(counts.values())
     if len(rows) < wanted:
         raise InputError(
-            f"{path} has {len(rows)} rows of different prompts, but {wanted} were asked for ({dict(counts)}): lower the counts."
+            f"{path} has {len(rows)} distinct prompts, but {wanted} were requested ({dict(counts)}): lower the counts."
         )
     random.Random(seed).shuffle(rows)
     drawn = iter(rows)
@@ -211,8 +212,8 @@ def _draw_benchmark(task: str, counts: Mapping[str, int], files: Files | None, s
     for names, rows, wanted in pools:
         if len(rows) < wanted:
             raise InputError(
-                f"Task {task!r} has {len(rows)} rows for {names}, but {wanted} were asked for (repeated prompts, and those that"
-                " are also in eval or among the benchmark's test rows, do not count): lower the counts, or name larger files."
+                f"Task {task!r} has {len(rows)} rows for {names}, but {wanted} were requested (rows with a repeated prompt or a"
+                " prompt from eval or the benchmark's test rows are excluded): lower the counts, or pass larger files."
             )
         random.Random(seed).shuffle(rows)
     evaluation = (train[last:] if benchmark.eval is None else own)[: counts["eval"]]
@@ -226,23 +227,23 @@ def _draw_benchmark(task: str, counts: Mapping[str, int], files: Files | None, s
 
 
 def _load_tests(task: str, files: Files | None) -> list[Item]:
-    """The benchmark's test rows; none, which is logged, where the local files do not hold them."""
+    """Load the benchmark's test rows. Returns an empty list, and logs it, if the local files do not contain them."""
     table = TESTS[task]
     path = None if files is None else files.get("test", files["train"] if table is MBPP else None)
     tests = [] if files is not None and path is None else [table.item(row) for row in table.load("test", path)]
     if not tests:
-        logger.warning("Task %r is not compared with the benchmark's test rows: name their file as files.test for that.", task)
+        logger.warning("Task %r is not compared with the benchmark's test rows: set data.files.test to their file.", task)
     return tests
 
 
 def _usable_rows(task: str, split: str, path: str | None, tests: list[Item]) -> dict[str, Row]:
-    """Rows by prompt, the first of each, without those that ask what a test row asks."""
+    """Rows by prompt. Repeated prompts and rows that ask the same question as a test row are left out."""
     benchmark = BENCHMARKS[task]
     rows = benchmark.table.load(split, path)
     known = same_questions(map(benchmark.table.item, rows), tests)
     if known:
         shown = ", ".join(f"{row} = {test}" for row, test in known.items())
-        logger.warning("Task %r: %d rows of %s ask what a test row asks, and are left out: %s.", task, len(known), split, shown)
+        logger.warning("Task %r: left out %d rows of %s that ask the same as a test row: %s.", task, len(known), split, shown)
     usable: dict[str, Row] = {}
     for row in rows:
         if row["task_id"] not in known:
@@ -254,10 +255,10 @@ def _compare(task: str, items: list[Item], tests: list[Item]) -> Overlap | None:
     if not tests:
         return None
     found = overlap(items, tests)
-    worst = ", ".join(f"{row} = {test} ({share:.0%})" for row, test, share in found.worst[:LISTED])
+    worst = ", ".join(f"{row} = {test} ({share:.0%})" for row, test, share in found.worst)
     logger.info(
-        "Task %r: %.1f%% of %d rows have 13 words in a row that also stand in one of %d test rows%s.",
-        task, 100 * found.share, found.rows, found.test_rows, f"; most (row = test row): {worst}" if worst else "",
+        "Task %r: %.1f%% of %d rows have 13 consecutive words in common with one of %d test rows%s.",
+        task, 100 * found.share, found.rows, found.test_rows, f"; largest overlaps (row = test row): {worst}" if worst else "",
     )  # fmt: skip
     return found
 
@@ -274,24 +275,24 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
         except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
             raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
     else:
-        raise InputError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv, .parquet.")
+        raise InputError(f"{path} ends in {path.suffix!r}: expected .jsonl, .json, .csv or .parquet.")
     if not rows:
         raise InputError(f"{path} has no rows: every split needs at least one.")
     wanted = ("prompt", "completion") if with_answers else ("prompt",)
     for number, row in enumerate(rows):
         if "messages" not in row and not set(wanted) <= row.keys():
-            raise InputError(f"Row {number} of {path} has {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
+            raise InputError(f"Row {number} of {path} has columns {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
         given = row if with_answers else {name: value for name, value in row.items() if value is not None}
         check_text(given, f"Row {number} of {path}")
         turns = row["messages"] if form_of(row) == "messages" else ()
         if with_answers and turns and all(turn["role"] != "assistant" for turn in turns):
-            raise InputError(f"Row {number} of {path} has no turn of the assistant: give it an answer.")
+            raise InputError(f"Row {number} of {path} has no assistant message: add an answer.")
     return rows
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """Rows of a table with a header; cells are texts, whatever they look like: pandas would read NA as nothing and 007 as 7."""
-    csv.field_size_limit(2**31 - 1)  # by default some 130,000 characters a cell
+    """Read a table with a header. Every cell is text, unlike in pandas, which reads NA as missing and 007 as 7."""
+    csv.field_size_limit(2**31 - 1)  # the default is about 130,000 characters per cell
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows: list[Row] = list(csv.DictReader(lines, strict=True))
@@ -299,8 +300,8 @@ def _read_csv(path: Path) -> list[Row]:
         raise InputError(f"{path} cannot be read as csv: {error}") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise InputError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that hold a comma.")
-    return [{name: cell or None for name, cell in row.items()} for row in rows]  # an empty cell holds nothing
+            raise InputError(f"Row {number} of {path} has more or fewer cells than the header: quote cells that have a comma.")
+    return [{name: cell or None for name, cell in row.items()} for row in rows]  # empty cells are missing values
 
 
 def _chat(user: str, assistant: str) -> Row:
@@ -315,7 +316,7 @@ def _fence(code: str) -> str:
 def _render_gsm8k(row: Row) -> Row:
     rationale, mark, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     if not mark:
-        raise InputError(f"Expected a GSM8K answer that ends in a line '#### N', got {row['answer']!r}.")
+        raise InputError(f"Expected a GSM8K answer that ends with a line '#### N', got {row['answer']!r}.")
     rationale = rationale.strip().replace("\n", " ")
     stop = "" if rationale.endswith((".", "!", "?")) else "."
     user = f"Answer the following question.\n\nQuestion: {row['question']}"
@@ -335,36 +336,36 @@ def _render_mbpp(row: Row) -> Row:
 
 
 def _header(code: str, tests: Sequence[str]) -> str:
-    """The imports of a reference solution, and the signature of the first of its functions that the tests call."""
+    """The imports of a reference solution, and the signature of the function that the tests call first."""
     try:
         body = ast.parse(code).body
         nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     except SyntaxError as error:
-        raise InputError(f"Expected Python code and tests, got {error} in {code!r} or in its tests.") from error
+        raise InputError(f"Expected Python code and tests, but {code!r} or its tests have a syntax error: {error}.") from error
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     name = next((name for name in called if name in functions), None)
     if name is None:
-        raise InputError(f"Expected tests of one of the functions {list(functions)}, but they call {called}: {code!r}.")
+        raise InputError(f"Expected tests that call one of the functions {list(functions)}, but they call {called}: {code!r}.")
     imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     return "\n".join([*imports, f"def {name}({ast.unparse(functions[name].args)})"])
 
 
 def _render_instruction(row: Row) -> Row:
     user = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    answer = row["output"]  # some are prose around a fenced block already
+    answer = row["output"]  # some are already prose with a fenced code block
     return _chat(user, answer if "```" in answer else _fence(answer))
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the splits of a benchmark's task come from, and how a row becomes a record.
+    """Where the splits of a benchmark's task come from, and how to convert rows to records.
 
     Attributes:
-        table: its rows.
-        train: split for extract and align.
-        render: row to record.
-        eval: split for eval; by default it is drawn from ``train`` with the others.
+        table: the rows.
+        train: split from which extract and align are drawn.
+        render: converts a row to a record.
+        eval: split from which eval is drawn, by default ``train``.
     """
 
     table: Table
@@ -374,11 +375,11 @@ class Benchmark:
 
     @property
     def hub_id(self) -> str:
-        """Data set on the Hub."""
+        """The data set on the Hub."""
         return self.table.hub_id
 
 
-# Test rows are for scoring alone: instruction pairs stand in for HumanEval, which has no others.
+# HumanEval has only test rows, so its splits come from instruction pairs.
 BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k": Benchmark(GSM8K, "train", _render_gsm8k),
     "mmlu": Benchmark(MMLU, "dev+validation", _render_mmlu),

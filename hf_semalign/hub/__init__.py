@@ -1,1 +1,1 @@
-"""Model cards, publishing, and a look at an adapter."""
+"""Records, model cards, publishing and loading adapters, and inspecting them."""

@@ -1,7 +1,7 @@
-"""The facts of the model card, computed from a run's record and results. ``card.md.jinja`` is the card that they go into.
+"""Render the model card of a run from its record and results. ``card.md.jinja`` is the template.
 
-What a card says about a run is computed from its numbers. Text that comes from data is escaped, and a model that is not on
-the Hub is shown by its name, never by a path.
+All statements about a run are computed from its numbers. Text from data is escaped. A model that is not on the Hub is shown by
+name, never by path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from hf_semalign.models.names import EMBEDDED, is_hub_id
 
-#: What readers call the methods; the order of the baselines is that of the run.
+#: Display names of the methods.
 METHOD_NAMES = {
     "target": "Target before", "kd": "Distillation (KL only)", "sft": "Fine-tuning", "seeking": "Seeking", "laten": "LaTen",
     "semalign": "SemAlign", "source": "Source",
@@ -32,7 +32,7 @@ TAGS = ("lora", "transformers", "hf-semalign", "knowledge-transfer")
 SPLIT_USES = {"align": "training", "eval": "evaluation"}
 EXTRACT_USES = {"semalign": "layer attribution", "seeking": "sensitivities of weights", "laten": "neuron attribution"}
 FIGURES = ("layers.png", "losses.png", "comparison.png")
-# Benchmarks whose results the Hub shows from ``.eval_results``: dataset, task, rows of the whole test set.
+# Benchmarks for which the Hub shows results from ``.eval_results``: dataset, task, rows of the whole test set.
 REGISTERED = {"gsm8k": ("openai/gsm8k", "gsm8k", 1319)}
 OTHERS = (
     "forbids using the source's outputs or results to improve any large language model other than {} and its derivatives "
@@ -42,7 +42,7 @@ NAMED = (
     "asks two things of a distributed model that was trained or improved with Llama or its outputs: its name begins with "
     "“Llama”, and its distributor displays “Built with Llama” (1.b.i)"
 )
-# What the licence of a source says of models that learn from it, where it says anything that binds; sections of the licences.
+# Restrictions that the licence of a source puts on models trained with it, with sections of the licence.
 RESTRICTIONS = {
     "llama2": OTHERS.format("Llama 2"),
     "llama3": OTHERS.format("Llama 3"),
@@ -51,22 +51,22 @@ RESTRICTIONS = {
     "distillation, as a Model Derivative, to which its terms and use restrictions apply (1.1)",
     **dict.fromkeys(("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"), "allows no commercial use"),
 }
-OWN_FAMILY = ("llama2", "llama3")  # which may improve what is under the same licence
-OF_STATES = ("pairing", "map_kind", "scale", "layer_loss", "stage_budget", "source_parts")  # say nothing of other methods
+OWN_FAMILY = ("llama2", "llama3")  # may be used to improve models under the same licence
+OF_STATES = ("pairing", "map_kind", "scale", "layer_loss", "stage_budget", "source_parts")  # no effect on other methods
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """One number of every method."""
+    """One metric for all methods."""
 
-    metric: str  # id for the model-index
-    label: str  # what readers call it
-    values: dict[str, float]  # by method, where measured
-    percent: bool = False  # a share, where more is better; otherwise less is
-    headline: bool = False  # goes into the summary
+    metric: str  # id in the model-index
+    label: str  # display name
+    values: dict[str, float]  # by method, if measured
+    percent: bool = False  # a share, higher is better; otherwise lower is better
+    headline: bool = False  # shown in the summary
 
     def shown(self, method: str, unit: bool = True) -> str:
-        """The value as readers see it; a dash where there is none."""
+        """The formatted value, or a dash if it was not measured."""
         value = self.values.get(method)
         if value is None:
             return "-"
@@ -75,21 +75,21 @@ class _Measure:
         return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
     def behind(self, method: str, other: str) -> bool:
-        """Does ``method`` do visibly worse than ``other``? A diverged value always does."""
+        """Whether ``method`` is visibly worse than ``other``. A diverged value always is."""
         mine, theirs = self.values.get(method), self.values.get(other)
         if mine is None or theirs is None or self.shown(method) == self.shown(other):
             return False
         return math.isnan(mine) or (mine < theirs if self.percent else mine > theirs)
 
     def cell(self, method: str) -> Markup:
-        """The value for the table, bold if no method but the source is ahead."""
+        """The value for the table, in bold if no method except the source is better."""
         shown, others = self.shown(method, unit=False), self.values.keys() - {"source"}
         best = method in others and not any(self.behind(method, other) for other in others)
         return Markup(f"**{shown}**" if best else shown)
 
 
 def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
-    """Write the model card of a run: YAML metadata and text; what has no data is left out.
+    """Render the model card of a run: YAML metadata and text. Sections without data are left out.
 
     Args:
         record: content of ``semalign.json``.
@@ -140,7 +140,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def _model(name: str) -> dict[str, Any]:
-    """A model by its public name: as text, as a link and as a Python string."""
+    """The public name of a model as text, as a link and as a Python string."""
     public = _public(name)
     literal = Markup(json.dumps(public, ensure_ascii=False))
     embedded = public.startswith(EMBEDDED)
@@ -148,7 +148,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _measures(metrics: dict[str, dict[str, Any]]) -> list[_Measure]:
-    """Exact match by skill and its mean, held-out KL, answer loss: those that were measured."""
+    """The metrics that were measured: benchmarks, exact match by skill and its mean, held-out KL, and answer loss."""
     scores = [(method, score) for method, numbers in metrics.items() for score in benchmark_scores(numbers)]
     shares = {method: numbers["exact_match"] for method, numbers in metrics.items() if numbers.get("exact_match")}
     skills = list(dict.fromkeys(skill for by_skill in shares.values() for skill in by_skill))
@@ -194,7 +194,7 @@ def _metadata(record: dict[str, Any], results: dict[str, Any], measures: Sequenc
 
 
 def _forgetting(metrics: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """What became of tasks that were not transferred, by task and method."""
+    """Results on tasks that were not transferred, by task and method."""
     kept = {method: numbers["forgetting"] for method, numbers in metrics.items() if numbers.get("forgetting")}
     rows = []
     for task, method in product(kept["target"] if kept else (), method_order(kept)):
@@ -207,7 +207,7 @@ def _forgetting(metrics: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _use_of_extract(record: dict[str, Any]) -> str:
-    """What the extract split was used for; empty for nothing."""
+    """What the extract split was used for, or an empty string if it was not used."""
     idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
     return "" if idle else EXTRACT_USES.get(record["method"], "")
 
@@ -219,7 +219,7 @@ def _splits(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings that had an effect; of a baseline, also numbers of its own."""
+    """The settings that had an effect. For a baseline, they include its own numbers."""
     settings, method = record["settings"], record["method"]
     idle = {"num_train_epochs" if settings["max_steps"] > 0 else "max_steps"}
     if method != "semalign":
@@ -229,12 +229,12 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_short(value: Any) -> bool:
-    """A number, or a list of whole numbers."""
+    """Whether a value is a number or a list of whole numbers."""
     return isinstance(value, int | float) or (isinstance(value, list | tuple) and all(isinstance(one, int) for one in value))
 
 
 def _cost(results: dict[str, Any]) -> dict[str, Any] | None:
-    """Seconds and operations by phase, memory, and on what."""
+    """Seconds and operations by phase, memory and machine."""
     seconds, forwards = results["seconds"], {**results.get("cost", {})}
     if "signals" in forwards:
         forwards["source signals"] = forwards.pop("signals")
@@ -244,7 +244,7 @@ def _cost(results: dict[str, Any]) -> dict[str, Any] | None:
     counted = {**forwards, "total": sum(forwards.values())}
     machine, memory = dict(results["machine"]), results["peak_memory_mb"]
     if "cpus" in machine:
-        machine["cpus"] = f"{machine.pop('cpus')} CPU cores"  # after the rest
+        machine["cpus"] = f"{machine.pop('cpus')} CPU cores"  # moved to the end
     times = {phase: f"{seconds[phase]:,.1f}" if phase in seconds else "in training" for phase in phases}
     facts = {
         "phases": [(phase, times[phase], f"{counted[phase]:,.0f}" if counted.get(phase) else "") for phase in phases],
@@ -256,12 +256,12 @@ def _cost(results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _licences(record: dict[str, Any]) -> dict[str, str | None]:
-    """What the card of each model names."""
+    """The licence that each model's card names."""
     return {role: (record["licences"].get(role) or {}).get("license") for role in ("target", "source")}
 
 
 def _limits(record: dict[str, Any], measures: Sequence[_Measure], methods: Sequence[str], decoded: bool) -> dict[str, Any]:
-    """Where the numbers speak against the method, and what they do not show."""
+    """Numbers in which the method is worse than others, and facts about what the results do not show."""
     method = record["method"]
     others = [other for other in methods if other not in (method, "source")]
     skills = sum(measure.percent and not measure.headline for measure in measures) or 1
@@ -270,13 +270,13 @@ def _limits(record: dict[str, Any], measures: Sequence[_Measure], methods: Seque
         "worse": {other: [measure for measure in measures if measure.behind(method, other)] for other in others},
         "alone": not set(others) - {"target"},
         "rows_a_skill": f"{rows / skills:.0f}" if rows else None,
-        "standard_error": f"{50 * math.sqrt(skills / rows):.1f}" if rows else None,  # of a share of a half, in points
+        "standard_error": f"{50 * math.sqrt(skills / rows):.1f}" if rows else None,  # for a share of one half, in points
         "seed": record["settings"]["seed"],
     }
 
 
 def restriction(record: dict[str, Any]) -> str | None:
-    """What the licence of a run's source asks of models that learn from it; ``None`` where nothing is known to."""
+    """The restriction that the source's licence puts on a run's adapter, or ``None`` if none is known."""
     known = {role: (licence or {}).get("license") for role, licence in (record.get("licences") or {}).items()}
     source = known.get("source")
     if source not in RESTRICTIONS or (source in OWN_FAMILY and known.get("target") == source):
@@ -285,12 +285,13 @@ def restriction(record: dict[str, Any]) -> str | None:
 
 
 def benchmark_entries(results: dict[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
-    """Content of a run's ``.eval_results`` files by name: what its method reached on the whole test set of a benchmark that the
-    Hub shows results of.
+    """Content of a run's ``.eval_results`` files, by file name.
+
+    Only scores on the whole test set of a benchmark in ``REGISTERED`` are included.
 
     Args:
         results: content of ``results.json``.
-        method: the run's own.
+        method: the run's method.
     """
     found = {}
     for score in benchmark_scores(results["metrics"].get(method, {})):
@@ -304,7 +305,7 @@ def benchmark_entries(results: dict[str, Any], method: str) -> dict[str, list[di
 
 
 def benchmark_scores(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """What lm-eval said of a model, by benchmark; results of earlier versions hold one benchmark under another name."""
+    """The lm-eval scores of a model, one per benchmark. Earlier versions stored a single one under another key."""
     return metrics.get("benchmarks") or ([metrics["benchmark"]] if "benchmark" in metrics else [])
 
 
@@ -314,12 +315,12 @@ def _link(name: str, kind: str = "") -> Markup:
 
 
 def _on_hub(name: str | None) -> bool:
-    """Is this of the form ``owner/name``?"""
+    """Whether the name has the form ``owner/name``."""
     return name is not None and is_hub_id(name) and name.count("/") == 1
 
 
 def _public(name: str) -> str:
-    """A Hub id as it is; of anything that may be a path, the last part."""
+    """The name without local paths: a Hub id as it is, and only the last part of anything else."""
     name = _line(name)
     return name if _on_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
@@ -332,33 +333,33 @@ def _line(value: Any) -> str:
 
 
 def escaped(value: Any) -> str:
-    """Data as Markdown that shows it to the letter, also within a table."""
+    """Escape data for Markdown, including tables."""
     return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(_line(value), quote=False))
 
 
 def pipe_table(rows: Sequence[Sequence[str]], align: str = "---") -> str:
-    """Rows, the first of them the heading, as a Markdown table."""
+    """Rows as a Markdown table. The first row is the heading."""
     lines = [rows[0], ["---", *[align] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def method_order(methods: Iterable[str]) -> list[str]:
-    """Order methods for readers: target, baselines as they come, SemAlign, source."""
+    """Order methods for display: target, baselines in the given order, SemAlign, source."""
     place = {"target": 0, "semalign": 2, "source": 3}
     return sorted(methods, key=lambda method: place.get(method, 1))
 
 
 def _printed(value: Any) -> Markup:
-    """What the template prints of a value: data is escaped, unless it was made Markdown here."""
+    """Escape a value that the template prints, unless it is Markdown from this module."""
     return value if isinstance(value, Markup) else Markup(escaped(value))
 
 
 def _paragraph(text: str) -> str:
-    """Lines of the template as one line of the card, so that no data stands where a heading or a list could begin."""
+    """Join lines of the template into one line, so that data cannot start a heading or a list."""
     return " ".join(text.split()) + "\n"
 
 
-# Autoescape alone is for HTML. Here it keeps Markdown, which is Markup, apart from data, which _printed escapes.
+# Autoescape is meant for HTML. Here it distinguishes Markdown (Markup) from data, which _printed escapes.
 _TEMPLATES = Environment(
     loader=PackageLoader("hf_semalign", "hub"), undefined=StrictUndefined, autoescape=True, finalize=_printed,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,

@@ -1,7 +1,7 @@
-"""What an adapter is: its pair of models, layers, size and checksums, from metadata alone.
+"""Inspect an adapter without loading it: its pair of models, layers, size and checksums.
 
-Of a repository only the record and peft's configuration are downloaded, and the header of the weights; their checksum is the
-one that the Hub keeps. What these files say is data of strangers: checked, and shown to the letter.
+From a repository, only the record, PEFT's configuration and the header of the weights are downloaded. The checksum is the
+Hub's. The content of these files is untrusted: it is checked, and escaped when shown.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from hf_semalign.hub.reading import check_adapter, read_adapter_config, read_rec
 from hf_semalign.models.names import is_hub_id
 
 LOSSES = {"layer_loss": "relation_weight", "output_loss": "kl_weight"}
-MOST = 2**24  # bytes of a record or configuration that are read; real ones have some kilobytes
+MOST = 2**24  # most bytes to read of a record or configuration; real ones have a few kilobytes
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter and what its record says of it.
+    """An adapter and its record.
 
     Attributes:
         record: content of ``semalign.json``.
         config: content of ``adapter_config.json``.
-        shapes: tensors of the weights by name.
-        size: bytes of the weights.
-        commit: of a repository.
-        checksums: what was compared with the record, by name: the same, another, or ``None`` where it says nothing of it.
+        shapes: shape of each weight tensor, by name.
+        size: size of the weights in bytes.
+        commit: commit of the repository, ``None`` for a folder.
+        checksums: whether each checksum equals the recorded one, by name. ``None`` if the record does not have it.
     """
 
     record: dict[str, Any]
@@ -49,36 +49,36 @@ class Inspection:
     checksums: dict[str, bool | None]
 
     def check(self) -> None:
-        """Refuse weights that are not the recorded ones.
+        """Check that the weights are the recorded ones.
 
         Raises:
             ValueError: a checksum differs.
         """
         if wrong := [name for name, same in self.checksums.items() if same is False]:
             raise InputError(
-                f"{ADAPTER[0]} is not the one that {RECORD_NAME} is about, by {', '.join(wrong)}: copy or download both again."
+                f"{ADAPTER[0]} does not match {RECORD_NAME} ({', '.join(wrong)} differ): copy or download both again."
             )
 
 
 def inspect_transfer(repo_id_or_folder: str | Path, revision: str | None = None) -> Inspection:
-    """Read what an adapter is.
+    """Inspect an adapter.
 
     Args:
         repo_id_or_folder: a run folder, or a Hub id.
-        revision: of a Hub id: a tag, branch or commit.
+        revision: tag, branch or commit of a Hub id.
 
     Raises:
-        FileNotFoundError: a folder that is no run folder.
-        ValueError: a name that is neither, a revision of a folder, or damaged files.
+        FileNotFoundError: the folder or repository is not a transfer.
+        ValueError: the name is neither a folder nor a Hub id, a revision is given for a folder, or files are damaged.
         OSError: the Hub cannot be reached, or fails.
     """
     name = str(repo_id_or_folder)
     if Path(name).is_dir():
         if revision is not None:
-            raise InputError(f"{name} is a folder, without a revision {revision!r}: name a Hub id, or none.")
+            raise InputError(f"revision is {revision!r}, but {name} is a folder: leave out revision.")
         return _inspect_folder(Path(name))
     if not is_hub_id(name):
-        raise InputError(f"{name!r} is no folder and no Hub id: name a run folder, or owner/name.")
+        raise InputError(f"{name!r} is neither a folder nor a Hub id: pass a run folder, or owner/name.")
     return _inspect_repo(name, revision)
 
 
@@ -97,9 +97,9 @@ def _inspect_repo(repo_id: str, revision: str | None) -> Inspection:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     files, commit = {file.rfilename: file for file in info.siblings or ()}, info.sha
     if missing := [name for name in (*names, ADAPTER[0]) if name not in files]:
-        raise MissingFileError(f"{repo_id} lacks {missing}: it holds no transfer of hf_semalign.")
+        raise MissingFileError(f"{repo_id} lacks {missing}: it is not a transfer of hf_semalign.")
     if large := [name for name in names if (files[name].size or 0) > MOST]:
-        raise InputError(f"{large} of {repo_id} have more than {MOST >> 20} MB: they are not read.")
+        raise InputError(f"{large} of {repo_id} are larger than {MOST >> 20} MB: real ones have a few kilobytes.")
     with hub_errors_explained(repo_id):
         folder, _ = (Path(api.hf_hub_download(repo_id, name, revision=commit)).parent for name in names)
         try:
@@ -117,7 +117,7 @@ def _compare(record: dict[str, Any], found: dict[str, str]) -> dict[str, bool | 
 
 
 def inspection_table(name: str, facts: Inspection) -> Table:
-    """An inspection for the terminal, without interpreting anything in it."""
+    """An inspection as a table for the terminal. Markup and control characters are shown literally."""
     table = Table(title=Text(printable(name)), show_header=False)
     for heading, value in _rows(facts).items():
         table.add_row(Text(heading, style="bold"), Text(printable(value)))
@@ -148,10 +148,10 @@ def _rows(facts: Inspection) -> dict[str, str]:
     }
     rows |= {name: states[same] for name, same in facts.checksums.items()}
     if not facts.checksums:
-        rows["adapter_sha256"] = "not kept by the Hub: the file is not in LFS"
+        rows["adapter_sha256"] = "not available: the file is not in LFS"
     return {heading: value for heading, value in rows.items() if value}
 
 
 def printable(text: str) -> str:
-    """Text from data with its control characters, which a terminal would obey, as escapes."""
+    """Escape control characters in text from data, so that the terminal does not act on them."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: ``semalign.json``, ``results.json`` and its adapter's files, read and checked."""
+"""Read and check the files of a run folder: ``semalign.json``, ``results.json`` and the adapter."""
 
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -11,7 +11,7 @@ RESULTS_NAME = "results.json"
 
 
 class Written(TypedDict):
-    """Answers of the align split that a model has written."""
+    """Facts about answers of the align split that a model wrote."""
 
     by: Literal["source", "target"]
     temperature: float
@@ -31,7 +31,7 @@ class Split(TypedDict):
 
 
 class Map(TypedDict):
-    """The map between the spaces."""
+    """The semantic map."""
 
     shape: list[int]
     shared_tokens: int
@@ -40,7 +40,7 @@ class Map(TypedDict):
 
 
 class Settings(TypedDict):
-    """Those of the settings that others read."""
+    """The settings that this package reads."""
 
     layer_loss: Literal["relation", "steering", "fisher"]
     output_loss: Literal["kl", "cosine", "answers"]
@@ -53,7 +53,7 @@ class Settings(TypedDict):
 
 
 class Tokenizers(TypedDict):
-    """What two tokenizers share: classes of tokens, and the share of aligned answer tokens by split."""
+    """Facts about two tokenizers: the number of token classes, and the share of aligned answer tokens by split."""
 
     classes: int
     aligned: dict[str, float]
@@ -65,8 +65,8 @@ class Versions(TypedDict):
     hf_semalign: str
 
 
-class Record(TypedDict):
-    """What others read of ``semalign.json``."""
+class RecordFile(TypedDict):
+    """The keys of ``semalign.json`` that this package reads."""
 
     method: Literal["semalign", "kd", "sft", "seeking", "laten"]
     source: str
@@ -85,7 +85,7 @@ class Record(TypedDict):
 
 
 class AdapterConfig(TypedDict):
-    """What others read of peft's configuration."""
+    """The keys of PEFT's configuration that this package reads."""
 
     peft_type: str
     task_type: str | None
@@ -96,7 +96,7 @@ class AdapterConfig(TypedDict):
 
 
 class Score(TypedDict):
-    """What lm-eval said of a model on a benchmark."""
+    """A model's score on a benchmark, by lm-eval."""
 
     task: str
     metric: str
@@ -110,8 +110,8 @@ class Score(TypedDict):
     outcomes: NotRequired[str]
 
 
-class Benchmarks(TypedDict):
-    """What others read of ``benchmarks.json``."""
+class BenchmarksFile(TypedDict):
+    """The keys of ``benchmarks.json`` that this package reads."""
 
     model: str
     target: str | None
@@ -119,48 +119,48 @@ class Benchmarks(TypedDict):
     benchmarks: list[Score]
 
 
-class Pair(TypedDict):
+class ModelNames(TypedDict):
     """Names of the models."""
 
     source: str
     target: str
 
 
-class Row(TypedDict):
-    """A method in a table of a comparison; its figures are of many names."""
+class MethodRow(TypedDict):
+    """A method in a table of a comparison. Its metrics have various names."""
 
     name: str
 
 
-class Table(TypedDict):
+class TaskTable(TypedDict):
     """A task under a budget."""
 
     task: str
     budget: str
     target: dict[str, Any]
     source: dict[str, Any]
-    methods: list[Row]
+    methods: list[MethodRow]
     left_out: NotRequired[list[str]]
 
 
-class Reported(TypedDict):
-    """Figures of others."""
+class ReportedScores(TypedDict):
+    """Scores that others reported."""
 
     origin: str
     rows: dict[str, dict[str, float]]
 
 
-class Comparison(TypedDict):
-    """What others read of ``compare.json``."""
+class ComparisonFile(TypedDict):
+    """The keys of ``compare.json`` that this package reads."""
 
-    pair: Pair
+    pair: ModelNames
     reference: str
-    tables: list[Table]
-    reported: Reported | None
+    tables: list[TaskTable]
+    reported: ReportedScores | None
 
 
 class Forgetting(TypedDict):
-    """What training did to a task that was not transferred."""
+    """Results on a task that was not transferred."""
 
     kl: float
     loss: float
@@ -169,7 +169,7 @@ class Forgetting(TypedDict):
 
 
 class Metrics(TypedDict, total=False):
-    """Of one model."""
+    """The metrics of one model."""
 
     kl: float
     loss: float
@@ -178,8 +178,8 @@ class Metrics(TypedDict, total=False):
     forgetting: dict[str, Forgetting]
 
 
-class Results(TypedDict):
-    """What others read of ``results.json``."""
+class ResultsFile(TypedDict):
+    """The keys of ``results.json`` that this package reads."""
 
     task: str
     dataset: str | None
@@ -196,52 +196,52 @@ class Results(TypedDict):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's ``semalign.json``.
+    """Read a run folder's ``semalign.json``.
 
     Raises:
-        FileNotFoundError: a folder without it.
-        ValueError: it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     path = folder / RECORD_NAME
     if not path.is_file():
         if any(folder.glob(f"checkpoint-*/{RECORD_NAME}")):
             raise MissingFileError(f"{folder} has no {RECORD_NAME} yet: re-run its command to finish the run.")
         raise MissingFileError(f"{folder} has no {RECORD_NAME}: it is not a run folder of hf_semalign.")
-    record = read_json(path, Record)
+    record = read_json(path, RecordFile)
     LayerPairing.from_dict(record["pairing"], f"the pairing of {path}")
     return record
 
 
 def read_results(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The content of a run folder's ``results.json``; ``None`` where there is none.
+    """Read a run folder's ``results.json``. Returns ``None`` if there is none.
 
     Raises:
-        ValueError: it is damaged, or of another adapter than the record.
+        ValueError: the file is damaged, or is from another adapter than the record.
     """
     path = folder / RESULTS_NAME
     if not path.is_file():
         return None
-    results = read_json(path, Results)
+    results = read_json(path, ResultsFile)
     checksum = record["adapter_checksum"]
     if record["method"] not in results["metrics"] or results.get("adapter_checksum", checksum) != checksum:
-        raise InputError(f"{path} is of another adapter than {RECORD_NAME}: take it away, or run its recipe again.")
+        raise InputError(f"{path} is from another adapter than {RECORD_NAME}: delete it, or run the recipe again.")
     return results
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of peft's configuration beside an adapter.
+    """Read PEFT's configuration of an adapter.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     return read_json(folder / ADAPTER[1], AdapterConfig)
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse a folder that lacks an adapter in safetensors, or where it is damaged; of the weights the header is read.
+    """Check that a folder has an undamaged adapter in safetensors. Only the header of the weights is read.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file is missing.
         ValueError: a file is damaged.
     """
     if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
@@ -251,13 +251,15 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse an adapter that is not the one that the record of its folder is about, or a checkpoint that needs another base.
+    """Check that the adapter matches the record of its folder.
 
     Raises:
-        ValueError: the checksums differ, or it is a checkpoint of Seeking, whose matrices belong to a changed target.
+        ValueError: the checksums differ, or the folder is a checkpoint of Seeking, which needs the modified target.
     """
     if file_digest(folder / ADAPTER[0]) != record["adapter_checksum"]:
-        raise InputError(f"{ADAPTER[0]} of {folder} is not the one that {RECORD_NAME} is about: copy or download both again.")
+        raise InputError(f"{ADAPTER[0]} of {folder} does not match {RECORD_NAME}: copy or download both again.")
     rank = record.get("seeking", {}).get("adapter_rank")
     if rank is not None and read_adapter_config(folder)["r"] != rank:
-        raise InputError(f"{folder} is a checkpoint of Seeking, for a base that only its run has: name the finished folder.")
+        raise InputError(
+            f"{folder} is a checkpoint of Seeking, which only its run can use: pass the folder of the finished run."
+        )

@@ -1,4 +1,4 @@
-"""The record of a transfer (``semalign.json``), and an adapter's folder with it."""
+"""The record of a transfer (``semalign.json``), and saving an adapter with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_semalign.method.pairing import LayerPairing
 from hf_semalign.method.semantic_map import SemanticMap
 
 CARD = "README.md"
-#: Settings that the record keeps, and by which a checkpoint of another run is told.
+#: Settings in the record. A checkpoint with other values belongs to another run.
 RECORDED_SETTINGS = (
     "pairing", "map_kind", "scale", "relation_weight", "kl_weight", "layer_loss", "output_loss", "stage_budget", "frontier",
     "lora_r", "lora_alpha", "lora_targets", "source_parts", "target_parts",
@@ -41,20 +41,20 @@ def describe_run(
     data: dict[str, Any],
     **names: Any,
 ) -> dict[str, Any]:
-    """What ``semalign.json`` says: versions, models, pairing, map, settings and data, without local paths.
+    """The content of ``semalign.json``: versions, models, pairing, map, settings and data, without local paths.
 
     Args:
-        args: the settings.
-        pairing: the pairs of layers.
-        semantic_map: the map.
-        scales: factor on the mapped states of each pair.
+        args: the training settings.
+        pairing: the layer pairing.
+        semantic_map: the semantic map.
+        scales: factor on the mapped states, one per pair.
         lora_targets: names of the modules with LoRA.
-        stages: first step of each stage, and the end.
+        stages: first step of each stage, and the last step.
         data: rows and fingerprint of each split.
-        **names: ``method``, ``source``, ``target`` and the models' ``licences``.
+        **names: ``method``, ``source``, ``target`` and ``licences`` of the models.
     """
     settings = {name: getattr(args, name) for name in RECORDED_SETTINGS}
-    settings["lr_scheduler_kwargs"] = settings["lr_scheduler_kwargs"] or None  # transformers makes {} of it
+    settings["lr_scheduler_kwargs"] = settings["lr_scheduler_kwargs"] or None  # transformers replaces None by {}
     settings["lora_targets"] = list(lora_targets)
     return {
         "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
@@ -82,25 +82,25 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter, tokenizer and record into a folder; a README that lies there stays.
+    """Write adapter, tokenizer and record into a folder. An existing README is kept.
 
     Args:
-        folder: gets the files.
+        folder: the folder.
         adapted: the target with LoRA.
-        record: see :func:`describe_run`; gets the checksums of the adapter.
-        tokenizer: the target's, if any.
-        weights: the adapter's, by name, where they are not the model's own.
+        record: see :func:`describe_run`. The checksums of the adapter are added.
+        tokenizer: the target's tokenizer, if any.
+        weights: adapter weights by name, by default those of ``adapted``.
     """
-    adapted.peft_config["default"].base_model_name_or_path = record["target"]  # a local path stays here
+    adapted.peft_config["default"].base_model_name_or_path = record["target"]  # never a local path
     card = folder / CARD
     kept = card.read_bytes() if card.is_file() else None
-    # "auto" would ask the Hub for the base, and save embeddings where vocabularies differ
+    # "auto" would query the Hub for the base model, and save embeddings if vocabularies differ
     adapted.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    card.unlink(missing_ok=True)  # peft's placeholder card, which names the local path
+    card.unlink(missing_ok=True)  # PEFT's placeholder card contains the local path
     if kept is not None:
         card.write_bytes(kept)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
-    sums = {"adapter_checksum": file_digest(file), "adapter_sha256": sha256(file)}  # the second one the Hub has too
+    sums = {"adapter_checksum": file_digest(file), "adapter_sha256": sha256(file)}  # the Hub computes SHA-256 too
     write_text(folder / RECORD_NAME, json.dumps({**record, **sums}, indent=2))

@@ -1,1 +1,1 @@
-"""The methods that SemAlign is judged against, on the same splits, LoRA modules, seeds and evaluation."""
+"""Baselines for SemAlign, with the same splits, LoRA modules, seeds and evaluation."""

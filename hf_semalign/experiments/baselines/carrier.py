@@ -1,4 +1,4 @@
-"""How LaTen translates weights of neurons, and carries them in a target's LoRA: see :mod:`.laten`."""
+"""Translation of neuron weights by hypernetworks, and LoRA that adds them to the target. Used by :mod:`.laten`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hf_semalign.experiments.baselines.neurons import (
 )
 from hf_semalign.models.anatomy import dissect
 
-DEVIATION = 1e-5  # of the hypernetworks' weights
+DEVIATION = 1e-5  # standard deviation of the hypernetworks' initial weights
 BY_COLUMNS = ("down", "output")  # a neuron is a column of these, and a row of up and value
 OF_FFN = ("up", "down")
-ROLES = ("up", "down", "value", "output")
+NEURON_ROLES = ("up", "down", "value", "output")
 
 
 class Hypernetworks(nn.Module):
-    """From the source's width to the target's: one network a module type, shared by all layers and neurons, in float32."""
+    """Networks from the source's width to the target's, in float32: one per module type, shared by all layers and neurons."""
 
     def __init__(self, source_width: int, target_width: int) -> None:
         super().__init__()
@@ -35,24 +35,24 @@ class Hypernetworks(nn.Module):
                     nn.ReLU(),
                     nn.Linear(source_width, target_width, bias=False),
                 )
-                for role in ROLES
+                for role in NEURON_ROLES
             }
         )
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=DEVIATION)
 
     def forward(self, knowledge: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights of neurons ``[L, n, D_src]`` by role to Delta ``[L, n, D_tgt]``."""
+        """Translate neuron weights ``[L, n, D_src]`` by role to Delta ``[L, n, D_tgt]``."""
         return {role: self.networks[role](weights) for role, weights in knowledge.items()}
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the neurons of one role lie in a model.
+    """The positions of one role's neurons in a model.
 
     Attributes:
         layers: ``L`` layers.
-        indices: rows or columns of the role's module in each of them, ``[L, n]``.
+        indices: rows or columns of the role's module in each layer, ``[L, n]``.
     """
 
     layers: list[int]
@@ -60,7 +60,7 @@ class Sites:
 
 
 def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
-    """Rows or columns that located neurons have in the modules of one role; two neurons may share a row of value."""
+    """The rows or columns of located neurons in the modules of one role. Two neurons may share a row of value."""
     if role in OF_FFN:
         return Sites(located.ffn_layers, located.ffn)
     layers = located.attention_layers
@@ -74,7 +74,7 @@ def sites(parts: Sequence[NeuronParts], located: Located, role: str) -> Sites:
 def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, torch.Tensor]:
     """The weights of located neurons by role, ``[L, n, D]`` in float32."""
     found = {}
-    for role in ROLES:
+    for role in NEURON_ROLES:
         where = sites(parts, located, role)
         weights = []
         for k, indices in zip(where.layers, where.indices, strict=True):
@@ -86,32 +86,32 @@ def knowledge_of(parts: Sequence[NeuronParts], located: Located) -> dict[str, to
 
 
 class Carrier:
-    """LoRA that is exactly Delta: of ``B A`` one factor is one-hot and names rows or columns, the other one is Delta.
+    """LoRA whose product ``B A`` is exactly Delta. One factor is one-hot and selects rows or columns; the other holds Delta.
 
     Args:
-        model: the target with LoRA on the modules of its neurons, of as many ranks as neurons are located, at scale 1.
+        model: the target with LoRA on the modules of its neurons. Its rank is the number of located neurons, its scale 1.
     """
 
     def __init__(self, model: PeftModel) -> None:
         self._parts = neuron_parts(dissect(model))[1]
 
     def clear(self) -> None:
-        """The target as it was."""
+        """Reset the target to its original function."""
         with torch.no_grad():
             for part in self._parts:
-                for role in ROLES:
+                for role in NEURON_ROLES:
                     for factor in self._factors(part, role):
                         factor.zero_()
 
     def write(self, located: Located, deltas: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:
-        """Put Delta where neurons were located.
+        """Write Delta to the positions of the located neurons.
 
         Args:
-            located: of the target, all of its layers.
+            located: neurons of the target in all of its layers.
             deltas: ``[L, n, D]`` by role.
 
         Returns:
-            The factors that hold Delta, for each role those of its layers, as :meth:`gradients` reads them.
+            The factors that hold Delta, by role and layer. Pass them to :meth:`gradients`.
         """
         held = []
         for role, delta in deltas.items():
@@ -131,7 +131,7 @@ class Carrier:
 
     @staticmethod
     def gradients(held: Sequence[nn.Parameter], deltas: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What arrived at the factors of :meth:`write`, as gradients of the deltas."""
+        """Convert the gradients of the factors from :meth:`write` to gradients of the deltas."""
         found, factors = [], iter(held)
         for role, delta in deltas.items():
             arrived = [cast(torch.Tensor, next(factors).grad) for _ in delta]
@@ -146,5 +146,5 @@ class Carrier:
 
 
 def penalty(deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over the module types of the mean square of Delta, without its weight."""
+    """The unweighted penalty: mean square of Delta, summed over the module types."""
     return torch.stack([delta.square().mean() for delta in deltas.values()]).sum()

@@ -1,4 +1,4 @@
-"""The start of a target's LoRA out of a source's weights, as :mod:`hf_semalign.experiments.baselines.seeking` has it."""
+"""Extract the initial LoRA weights of a target from a source, for :mod:`hf_semalign.experiments.baselines.seeking`."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def sensitivities(
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     """Sensitivity of a source's layers and weights: ``sum_j |theta * d loss_j / d theta|``.
 
-    Each gradient is let go as soon as it is counted. Sums are float32 or better, and on the CPU.
+    Each gradient is freed once it is counted. Sums are on the CPU, in float32 or better.
 
     Args:
-        source: the source; its mode and what of it needs a gradient are restored.
-        batches: dicts of ``input_ids, attention_mask, labels``, ``[1, T]`` each: one example a batch.
-        wanted: by layer, paths of the linear modules whose weights' sensitivity is kept.
+        source: the source. Its training mode and ``requires_grad`` flags are restored.
+        batches: dicts of ``input_ids, attention_mask, labels``, each ``[1, T]`` (one example per batch).
+        wanted: by layer, the paths of the linear modules to compute weight sensitivities for.
 
     Returns:
-        By layer, the sum over all its parameters, norms and biases included, and that of each wanted weight ``[h, w]``.
+        The sum of each layer over all its parameters, including norms and biases. For each layer and wanted module, the
+        sensitivity of every weight ``[h, w]``.
 
     Raises:
-        ValueError: a batch of several examples, or no batch.
+        ValueError: a batch has several examples, or there is no batch.
     """
     anatomy = dissect(source)
     head, scores = anatomy.output_head(), [0.0] * len(anatomy.layers)
@@ -79,7 +80,7 @@ def sensitivities(
                 handles.append(parameter.register_post_accumulate_grad_hook(counted(k, totals.get(id(parameter)))))
         for batch in batches:
             if len(batch["labels"]) != 1:
-                raise InputError(f"A batch of {len(batch['labels'])} examples: sensitivities need one example a batch.")
+                raise InputError(f"Got a batch of {len(batch['labels'])} examples: sensitivities need one example per batch.")
             ids, mask, labels = (batch[key].to(anatomy.device) for key in ("input_ids", "attention_mask", "labels"))
             hidden = anatomy.decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             valid = valid_positions(labels)
@@ -98,11 +99,11 @@ def sensitivities(
 
 
 def best_window(sensitivity: torch.Tensor, shape: tuple[int, int]) -> tuple[int, int]:
-    """Row and column where the window of a shape with the largest sum begins; the first of several, by rows.
+    """First row and column of the window with the largest sum. Of equal windows, the first in row order is taken.
 
     Args:
         sensitivity: ``[R, C]``, not negative.
-        shape: ``(h, w)``, of at most ``R`` rows and ``C`` columns.
+        shape: ``(h, w)`` of the window, at most ``(R, C)``.
     """
     height, width = shape
     table = np.zeros((sensitivity.shape[0] + 1, sensitivity.shape[1] + 1))
@@ -113,8 +114,10 @@ def best_window(sensitivity: torch.Tensor, shape: tuple[int, int]) -> tuple[int,
 
 
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A0 = V_r^T`` ``[r, w]`` and ``B0 = U_r S_r`` ``[h, r]`` of a matrix ``[h, w]``: ``B0 A0`` is its best approximation of
-    rank ``r``. Beyond the matrix's own rank they are zero.
+    """The best approximation ``B0 A0`` of rank ``r`` of a matrix ``[h, w]``.
+
+    Returns:
+        ``A0 = V_r^T`` ``[r, w]`` and ``B0 = U_r S_r`` ``[h, r]``, zero beyond the matrix's own rank.
     """
     matrix = matrix.float()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -126,13 +129,13 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 @dataclass(frozen=True)
 class Needs:
-    """What a target wants of a source: the modules that get LoRA, with what their rows are for.
+    """The target modules that get LoRA, and the source projections that can initialise them.
 
-    Made by :meth:`of`, which refuses what cannot be supplied.
+    :meth:`of` creates it, and checks that the source has every projection that the target needs.
 
     Attributes:
-        modules: by target layer and path in it, the roles of a module.
-        suppliers: by source layer and role, where it is there.
+        modules: the roles of each target module, by layer and path.
+        suppliers: the source's projections, by layer and role.
     """
 
     modules: list[dict[str, list[Projection]]]
@@ -140,16 +143,16 @@ class Needs:
 
     @classmethod
     def of(cls, theirs: Anatomy, ours: Anatomy, names: list[str] | None = None) -> Needs:
-        """Look at the shapes of both models, with or without weights.
+        """Compare the shapes of both models, which need no weights.
 
         Args:
-            theirs: the parts of the source.
-            ours: of the target, without LoRA.
+            theirs: anatomy of the source.
+            ours: anatomy of the target, without LoRA.
             names: see :func:`hf_semalign.models.lora.lora_targets`.
 
         Raises:
-            ValueError: a source with fewer layers; a target module whose rows' roles are not known; a source layer that lacks
-                a role, or has a smaller matrix for it.
+            ValueError: the source has fewer layers than the target, the role of a target module is unknown, or a source layer
+                lacks a role or has a smaller matrix for it.
         """
         of_theirs, of_ours = (cast(Any, one.decoder).config.get_text_config() for one in (theirs, ours))
         pair_layers([0.0] * len(theirs.layers), len(ours.layers), "attribution")
@@ -161,8 +164,8 @@ class Needs:
             modules.append({path: [role for role in roles if role.path == path] for path in paths})
             if unknown := [path for path, found in modules[-1].items() if not found]:
                 raise InputError(
-                    f"What the rows of {unknown} of {ours.name} are for is not known, so that no matrix of the source "
-                    f"corresponds to them: set lora_targets to modules for {', '.join(ROLES)} with rows of their own."
+                    f"The role of the modules {unknown} of {ours.name} is unknown, so they cannot be matched with the source: "
+                    f"set lora_targets to separate modules for {', '.join(ROLES)}."
                 )
         every = (one for layer in modules for roles in layer.values() for one in roles)
         for wanted in {(one.path, one.role, one.shape): one for one in every}.values():
@@ -170,15 +173,15 @@ class Needs:
                 if _supplier(there, wanted) is None:
                     have = ", ".join(f"{role} {one.path} {one.shape}" for role, one in there.items())
                     raise InputError(
-                        f"{wanted.path} of the target {ours.name} needs a {wanted.role} projection of {wanted.shape} or larger "
-                        f"in the source {theirs.name}, whose layer {k} has {have or 'none that is known'}. Choose a larger "
-                        "source, or lora_targets without this module."
+                        f"{wanted.path} of the target {ours.name} needs a projection with the role {wanted.role} and the shape "
+                        f"{wanted.shape} or larger in the source {theirs.name}, but its layer {k} has "
+                        f"{have or 'no known projection'}. Choose a larger source, or remove this module from lora_targets."
                     )
         return cls(modules, suppliers)
 
 
 def _supplier(layer: dict[str, Projection], wanted: Projection) -> Projection | None:
-    """The projection of a source layer that a window of a target's shape is taken from."""
+    """The projection of a source layer that is large enough for a window of the wanted shape, if there is one."""
     found = layer.get(wanted.role)
     if found is not None and found.shape[0] < wanted.shape[0] and found.groups > 1:
         found = found.ungrouped()
@@ -186,21 +189,22 @@ def _supplier(layer: dict[str, Projection], wanted: Projection) -> Projection | 
 
 
 def _shape(parts: list[Projection]) -> tuple[int, int]:
-    """Shape of the module that all these are of."""
+    """Shape of the module that these projections make up."""
     return sum(len(one.rows) for one in parts), parts[0].columns
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was taken out of a source.
+    """The result of :func:`extract`.
 
     Attributes:
         scores: sensitivity of each source layer.
-        source_layers: the layer that each target layer was supplied by.
-        windows: by target layer, module and role: the module of the source, first row and first column. Rows count those of the
-            role, each head once for every query head that reads it where the source's matrix had too few (see the top).
-        examples: of the extract split, each of which the source ran once forward and once backward over.
-        factors: by target layer and module, ``A0`` ``[r, w]`` and ``B0`` ``[h, r]``, float32 on the CPU.
+        source_layers: the source layer that initialises each target layer.
+        windows: by target layer, module and role: the source module, and the first row and column of the window. Rows are
+            counted within the role. If the source's matrix had too few rows, each head counts once per query head that
+            reads it.
+        examples: number of examples in the extract split. The source ran forward and backward once over each.
+        factors: ``A0`` ``[r, w]`` and ``B0`` ``[h, r]`` by target layer and module, in float32 on the CPU.
     """
 
     scores: list[float]
@@ -211,13 +215,13 @@ class Extraction:
 
 
 def extract(source: PreTrainedModel, batches: Collection[Mapping[str, torch.Tensor]], needs: Needs, rank: int) -> Extraction:
-    """Steps 1 to 4 of the method: what LoRA starts from.
+    """Compute the initial LoRA weights (steps 1 to 4 of the method).
 
     Args:
         source: the source.
         batches: see :func:`sensitivities`.
-        needs: of the target.
-        rank: of LoRA.
+        needs: see :class:`Needs`.
+        rank: LoRA rank.
     """
     roles = {one.role for layer in needs.modules for found in layer.values() for one in found}
     wanted = [{layer[role].path for role in roles} for layer in needs.suppliers]
@@ -252,16 +256,16 @@ def extract_once(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Extraction:
-    """What :func:`extract` gives, made once and kept with what the source says, where a second run finds it.
+    """Run :func:`extract` once, and cache the result with the source's signals for later runs.
 
     Args:
         source: the source.
-        needs: of the target.
+        needs: see :class:`Needs`.
         extract_split: rows of :func:`hf_semalign.splits.encode`.
-        collate: rows to a batch.
-        root: the folder of all sources; nothing is kept without.
-        rank: of LoRA.
-        device: where the source runs.
+        collate: converts rows to a batch.
+        root: folder of the signals of all sources. ``None`` turns off caching.
+        rank: LoRA rank.
+        device: device for the source.
         progress: show a progress bar.
     """
 
@@ -278,7 +282,7 @@ def extract_once(
     name = f"seeking-{digest([fingerprint(extract_split), wants, rank])[:16]}"
     known = _recall(source, root, name, needs, rank)
     with nullcontext() if known else source.lock(root):
-        known = known or _recall(source, root, name, needs, rank)  # another process may have made it
+        known = known or _recall(source, root, name, needs, rank)  # another process may have written it
         if known is None:
             known = make()
             record = {key: value for key, value in vars(known).items() if key != "factors"}
@@ -289,7 +293,7 @@ def extract_once(
 
 
 def _recall(source: Source, root: Path, name: str, needs: Needs, rank: int) -> Extraction | None:
-    """What :func:`extract_once` has kept, where it is whole."""
+    """Load what :func:`extract_once` cached. ``None`` if it is missing or incomplete."""
     record, flat = source.recall(root, name), load_tensor(source.folder(root) / f"{name}.safetensors")
     if record is None or flat is None:
         return None

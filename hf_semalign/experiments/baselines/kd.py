@@ -1,4 +1,4 @@
-"""Ordinary distillation: KL to the source's output, LoRA in all layers at once, nothing about hidden states."""
+"""Ordinary distillation: KL to the source's output, with LoRA in all layers at once and no loss on hidden states."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from hf_semalign.trainer import SemAlignTrainer
 
 
 class KDTrainer(SemAlignTrainer):
-    """SemAlign's trainer with one joint stage and no layer loss: the same optimizer, batches, LoRA modules and evaluation.
+    """SemAlign's trainer with one joint stage and no layer loss. Optimizer, batches, LoRA modules and evaluation are the same.
 
-    ``KDTrainer(..., args=SemAlignConfig(**KDTrainer.settings, ...))``.
+    Use it as ``KDTrainer(..., args=SemAlignConfig(**KDTrainer.settings, ...))``.
     """
 
     method = "kd"

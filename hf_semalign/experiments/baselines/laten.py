@@ -1,27 +1,27 @@
-"""LaTen (Tan et al., ACL 2025): neurons of the source, located, translated by hypernetworks, added to the target's weights.
+"""LaTen (Tan et al., ACL 2025): locate neurons of the source, translate them by hypernetworks, and add them to the target.
 
-Locate, on an example, the source's and the target's layers and neurons that matter for its last answer token; translate the
-source's rows of up and value and columns of down and output into the target's width; add them (Delta) to the target's rows and
-columns of the same rank. The hypernetworks learn by one step for each extract example on the answers of 15 align examples and
-it; then one align example says what is injected, and nothing is trained after that.
+For an example, LaTen locates the layers and neurons of source and target that matter for its last answer token. Hypernetworks
+translate the source's rows of up and value and columns of down and output to the target's width. The result (Delta) is added to
+the target's rows and columns. Located layers are matched in order of depth, and their neurons in order of score. The
+hypernetworks take one training step per extract example, on its answer and the answers of 15 align examples. Then Delta is
+computed for one align example and injected. Nothing is trained after that.
 
-Where the authors' public code does something else, and why not here:
+Differences from the authors' public code, and their reasons:
 
-- it divides a state by the square root of its standard deviation: the final norm divides by the root of the mean square;
-- of an attention neuron it takes the last key position alone: an attention neuron is a sum over all of them;
-- it never saves Delta, so that what it saves is the target as it was. Here Delta is a LoRA of its own rank and scale 1 (a
-  one-hot factor times Delta), and not a merged model, so that it is saved, measured, pushed and loaded on the unchanged target
-  as every other method's result is;
-- its learning rate is 3e-5 in one place and 3e-4 in another: here it is the one whose Delta leaves the lower answer loss on
-  align rows that pre-alignment has not seen, never on the eval split;
-- its script builds the one-cycle schedule and never steps it, and torch's would move the first beta as well: here the schedule
-  is stepped, and beta is 0.9 as announced;
-- under grouped-query attention it leaves value out: here an attention neuron is a query head's channel, and neurons that share
-  a row of value add to it together;
-- which of its checkpoints is injected is a setting, with no rule: here it is the last.
+- Their code divides a state by the square root of its standard deviation. The final norm divides by the root mean square.
+- Their attention neuron uses only the last key position. An attention neuron is a sum over all key positions.
+- Their code never saves Delta, so it saves the unchanged target. Here Delta is LoRA of its own rank and scale 1 (a one-hot
+  factor times Delta). It is saved, evaluated, pushed and loaded on the unchanged target like the result of any other method.
+- Their learning rate is 3e-5 in one place and 3e-4 in another. Here it is the one with the lower answer loss after injection,
+  on align rows that were not used for pre-alignment. The eval split is never used.
+- Their script builds a one-cycle schedule but never steps it, and torch's version would also change the first beta. Here the
+  schedule is stepped, and beta is 0.9 as announced.
+- Under grouped-query attention their code leaves out value. Here an attention neuron is a channel of a query head, and the
+  updates of neurons that share a row of value are summed.
+- Their code has a setting, but no rule, for the checkpoint to inject. Here it is the last one.
 
-Faithful are the hypernetworks' weights, N(0, 1e-5) with 1e-5 the standard deviation (it is ``std`` in their code), the sum of
-the examples' gradients, each with its own penalty, and that an answer's trailing punctuation does not count.
+As in their code, the hypernetworks' weights are drawn from N(0, 1e-5), where 1e-5 is the standard deviation (their ``std``).
+Gradients are summed over the examples, each with its own penalty. Trailing punctuation of an answer is ignored.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ from hf_semalign.training.stages import train_only
 from hf_semalign.transfer import TransferTrainer, timed
 
 logger = logging.getLogger(__name__)
-RATE = 0.1  # of the target's FFN and hidden width: neurons in each layer
-PENALTY = 1000.0  # on the mean square of Delta
-LEARNING_RATES = (3e-5, 3e-4)  # those of the authors' README and script
+RATE = 0.1  # neurons per layer, as a share of the target's FFN width and hidden width
+PENALTY = 1000.0  # weight of the mean square of Delta
+LEARNING_RATES = (3e-5, 3e-4)  # from the authors' README and script
 POOL = 80  # align rows that pre-alignment draws from
-DRAWN = 15  # in each step
-VALIDATION = 80  # align rows that the learning rate is chosen on, at most
+DRAWN = 15  # align rows drawn per step
+VALIDATION = 80  # most align rows for choosing the learning rate
 
 
 def example_losses(model: CausalLM, head: Head, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of each example's answer ``[B]``, with gradient."""
+    """Mean cross-entropy of each example's answer ``[B]``, with gradients."""
     valid = valid_positions(batch["labels"])
     hidden = dissect(model).decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     losses = answer_cross_entropy(hidden[valid], head, batch["labels"][:, 1:][valid[:, :-1]])
@@ -87,13 +87,15 @@ def example_losses(model: CausalLM, head: Head, batch: Mapping[str, torch.Tensor
 
 
 def one_cycle(step: int, steps: int, *, warmup: float = 0.1, start: float = 1 / 25) -> float:
-    """Factor on the learning rate: torch's ``OneCycleLR`` by cosines, back to where it started; without warmup below 11 steps.
+    """Learning rate factor of torch's ``OneCycleLR`` with cosine annealing, ending at its start value.
+
+    Runs of fewer than 11 steps have no warmup.
 
     Args:
-        step: from 0.
-        steps: of the run.
-        warmup: share of the steps that rise.
-        start: factor at the first step and at the last.
+        step: current step, from 0.
+        steps: number of steps in the run.
+        warmup: share of the steps in which the factor rises.
+        start: factor at the first and the last step.
     """
     peak = max(warmup * steps - 1, 0.0)
     rising = step <= peak and peak > 0
@@ -103,8 +105,8 @@ def one_cycle(step: int, steps: int, *, warmup: float = 0.1, start: float = 1 / 
 
 
 @dataclass(frozen=True)
-class Run:
-    """Pre-alignment at one learning rate: the Delta of the injected example, the steps, the loss on held-out align rows."""
+class PreAlignment:
+    """Result of pre-alignment at one learning rate: Delta of the injected example, training history, and held-out loss."""
 
     deltas: dict[str, torch.Tensor]
     history: list[dict[str, float]]
@@ -113,13 +115,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Draw:
-    """Which rows are used for what: a function of their number and the seed.
+    """The rows for each purpose. They depend only on the numbers of rows and the seed.
 
     Attributes:
-        order: extract rows, one a step.
-        drawn: align rows of each step, beside the extract row.
-        injected: the align row that says what is injected.
-        held_out: align rows that the learning rate is chosen on.
+        order: extract rows, one per step.
+        drawn: align rows of each step, in addition to the extract row.
+        injected: the align row for which Delta is injected.
+        held_out: align rows for choosing the learning rate.
     """
 
     order: list[int]
@@ -129,16 +131,21 @@ class Draw:
 
     @classmethod
     def draw(cls, align: int, extract: int, seed: int) -> Draw:
-        """Of the align rows the first, up to ``POOL`` and four fifths, are for pre-alignment, the others for what follows.
+        """Draw the rows. Pre-alignment uses the first four fifths of the align rows, but at most ``POOL``.
+
+        Args:
+            align: number of align rows.
+            extract: number of extract rows.
+            seed: random seed.
 
         Raises:
-            ValueError: too few align rows.
+            ValueError: there are too few align rows.
         """
         pool = min(POOL, align * 4 // 5)
         if pool < DRAWN or align - pool < 2:
             raise InputError(
-                f"The align split has {align} rows: LaTen needs {DRAWN} to draw from, one to inject by and one to choose the "
-                "learning rate on, at least 19 in all."
+                f"The align split has {align} rows: LaTen needs at least 19, for pre-alignment ({DRAWN} or more), injection "
+                "(one) and choosing the learning rate (one or more)."
             )
         random_state = random.Random(seed)
         order = random_state.sample(range(extract), extract)
@@ -149,40 +156,44 @@ class Draw:
 
 
 def neuron_counts(source: Anatomy, target: Anatomy) -> tuple[int, int]:
-    """Attention and FFN neurons that are transferred in each layer; weights are not looked at.
+    """The numbers of attention and FFN neurons to transfer per layer. Needs only the shapes of the models.
 
     Raises:
-        ValueError: models whose neurons are not known, a target that is too narrow, or a source with fewer layers or neurons.
+        ValueError: the neurons of a model are unknown, the target is too narrow, or the source has fewer layers or neurons.
     """
     ours, theirs = neuron_parts(target)[1], neuron_parts(source)[1]
     width = target.head_weight().shape[1]
     attention, ffn = int(RATE * width), int(RATE * _neurons(ours)[1])
     if min(attention, ffn) < 1:
-        raise InputError(f"A tenth of the target's {width} channels or FFN neurons is none: LaTen has nothing to transfer.")
+        raise InputError(
+            f"The target has {width} channels: LaTen transfers a tenth of them and of the FFN neurons. Choose a wider target."
+        )
     if len(theirs) < len(ours):
-        raise InputError(f"The source has {len(theirs)} layers for {len(ours)} of the target: LaTen pairs each with another.")
+        raise InputError(
+            f"The source has {len(theirs)} layers and the target {len(ours)}: LaTen needs a source with at least as many."
+        )
     for model, parts in (("source", theirs), ("target", ours)):
         heads, inner = _neurons(parts)
         if heads < attention or inner < ffn:
             raise InputError(
-                f"The {model} has {heads} attention and {inner} FFN neurons a layer: LaTen transfers {attention} and {ffn}."
+                f"The {model} has {heads} attention and {inner} FFN neurons per layer: LaTen needs {attention} and {ffn}."
             )
     return attention, ffn
 
 
 def _neurons(parts: Sequence[NeuronParts]) -> tuple[int, int]:
-    """Attention and FFN neurons that the narrowest layer has."""
+    """The numbers of attention and FFN neurons in the narrowest layer."""
     return min(len(part.value_rows) for part in parts), min(cast(Any, part.down).in_features for part in parts)
 
 
 def states_read(anatomy: Anatomy, layers: int) -> int:
-    """States that go through a model's head when one example is located, with the neurons of so many layers."""
+    """Number of states read out through the head to locate the neurons of one example in ``layers`` layers."""
     parts = neuron_parts(anatomy)[1]
     return 4 * len(parts) + layers * sum(_neurons(parts))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy) -> set[int]:
-    """Tokens that no answer is located by: the tokenizer's special ones, or without one the model's end and padding."""
+    """Special tokens, which are skipped when neurons are located. Without a tokenizer, the model's end and pad tokens."""
     if tokenizer is not None:
         return set(tokenizer.all_special_ids)
     config: Any = anatomy.decoder.config
@@ -191,17 +202,17 @@ def special_ids(tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy) -> 
 
 
 def _shared(rows: torch.Tensor) -> int:
-    """How many of the rows ``[L, n]`` another neuron of the layer has as well, less one for each such row."""
+    """Number of repeated entries in the rows ``[L, n]``, counted per layer."""
     return sum(len(some) - len(some.unique()) for some in rows)
 
 
 def transfer_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-    """Multiplications: locating in both models, pre-alignment and the held-out rows at every learning rate."""
+    """Multiplications for locating neurons in both models, and for pre-alignment and held-out rows at each learning rate."""
     anatomies = dissect(known.source.shape), known.target
     source, target = (Size.of(anatomy) for anatomy in anatomies)
     extract, align = (Counts.of(known.splits[split]) for split in ("extract", "align"))
     drawn, depth = Draw.draw(len(known.splits["align"]), len(known.splits["extract"]), args.seed), len(known.target.layers)
-    tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an align row
+    tokens, valid = align.tokens / align.rows, align.valid / align.rows  # of an average align row
     seen = len(drawn.order) * DRAWN * tokens + extract.tokens, len(drawn.order) * DRAWN * valid + extract.valid
     translated = len(drawn.order) * 2 * depth * sum(neuron_counts(*anatomies))
     networks = 3 * translated * source.width * (source.width + target.width)
@@ -219,19 +230,19 @@ def transfer_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
 class LaTenTrainer(TransferTrainer):
     """LaTen with the interface of SemAlign's trainer: the same splits, evaluation, folder and record.
 
-    ``LaTenTrainer(..., args=SemAlignConfig(**LaTenTrainer.settings, ...))``. Of the other settings count ``seed``, batch sizes
-    (rows at a time; a step is of 16 examples) and ``bf16``; budget, learning rate and LoRA rank are the method's own. It holds
-    the source whole, beside the target.
+    Use it as ``LaTenTrainer(..., args=SemAlignConfig(**LaTenTrainer.settings, ...))``. Of the other settings, only ``seed``,
+    ``bf16`` and the batch sizes have an effect. Batch sizes only limit memory, because a step always has 16 examples. Budget,
+    learning rate and LoRA rank are part of the method. Source and target are in memory at the same time.
 
-    It runs no loop of the Trainer's: of the callbacks' events there is ``on_log`` alone, after training. It writes no
-    checkpoints: a run that is interrupted is repeated, with the same result.
+    It does not run the Trainer's loop, so callbacks only get ``on_log``, after training. It writes no checkpoints: an
+    interrupted run starts again, with the same result.
 
     Attributes:
-        located: of the injected example, the source's and the target's neurons; unset before :meth:`train`.
-        deltas: what was injected, ``[L, n, D]`` by role (``up``, ``down``, ``value``, ``output``); likewise.
+        located: neurons of the source and the target for the injected example. Set by :meth:`train`.
+        deltas: the injected Delta, ``[L, n, D]`` by role (``up``, ``down``, ``value``, ``output``). Set by :meth:`train`.
 
     Raises:
-        ValueError: also for models whose neurons are not known, a source with fewer layers or neurons, several processes.
+        ValueError: the neurons of a model are unknown, the source has fewer layers or neurons, or there are several processes.
     """
 
     method = "laten"
@@ -239,14 +250,14 @@ class LaTenTrainer(TransferTrainer):
     settings = {"frontier": "joint", "relation_weight": 0.0, "kl_weight": 1.0, "output_loss": "answers"}
     located: tuple[Located, Located]
     deltas: dict[str, torch.Tensor]
-    _facts: Mapping[str, Any] = {}  # of a finished run
+    _facts: Mapping[str, Any] = {}  # set by a finished run
 
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
-        """Refuse settings, models and rows that LaTen cannot work with; of the models the shape is looked at."""
+        """Refuse settings, models and rows that LaTen does not support. Needs only the shapes of the models."""
         refused = {
             "several processes": args.world_size > 1 or is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"),
-            "fp16, where its gradients would vanish": args.fp16,
+            "fp16, because its gradients would vanish": args.fp16,
             "source_memory='stream', because it reads the source's weights at every step": args.source_memory == "stream",
             "a quantised source": known.source.quantised,
             "two tokenizers, because it reads the same tokens in both models": known.tokenizers is not None,
@@ -255,8 +266,8 @@ class LaTenTrainer(TransferTrainer):
         for what, given in refused.items():
             if given:
                 raise InputError(
-                    f"LaTen does not work with {what}: run it in one process, in bf16 or float32, with plain weights and "
-                    "source_memory='resident'."
+                    f"LaTen does not support {what}: run it in one process, in bf16 or float32, with source_memory='resident' "
+                    "and models that are not quantised and share a tokenizer."
                 )
         neuron_counts(dissect(known.source.shape), known.target)
         extract = known.splits["extract"]
@@ -266,7 +277,7 @@ class LaTenTrainer(TransferTrainer):
             answer_label(cast(Record, row), known.tokenizer, specials)
 
     def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
-        """The target with LoRA that has room for Delta."""
+        """Add LoRA with enough rank for Delta to the target."""
         self._attention, self._ffn = neuron_counts(dissect(self.source.shape), self.known.target)
         names, _ = neuron_parts(dissect(target))
         value, output, _, _ = names
@@ -287,11 +298,11 @@ class LaTenTrainer(TransferTrainer):
         return special_ids(self.known.tokenizer, self.target_anatomy)
 
     def _schedule(self, known: Preparation) -> FrontierSchedule:
-        """One stage, with a step for each extract example."""
+        """A schedule with one stage and one step per extract example."""
         return FrontierSchedule(1, len(known.splits["extract"]))
 
     def _ask_source(self) -> None:
-        """Look whether the neurons of both models are where they are expected."""
+        """Check that both models use their neurons as expected."""
         check_neurons(self._adapted)
         check_neurons(self.source.model(self.args.device))
 
@@ -300,19 +311,19 @@ class LaTenTrainer(TransferTrainer):
         return cast(PeftModel, self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Locate, learn to translate at each learning rate, inject the better one's Delta.
+        """Locate neurons, train the hypernetworks at each learning rate, and inject the best Delta.
 
         Args:
-            resume_from_checkpoint: there are none; ``True`` starts anew, as every call does.
-            *args: the Trainer's, without meaning here.
-            **kwargs: likewise.
+            resume_from_checkpoint: must not be a path, because LaTen writes no checkpoints. Every call starts from scratch.
+            *args: ignored.
+            **kwargs: ignored.
 
         Raises:
-            ValueError: a checkpoint by name, or another process at work in this ``output_dir``.
-            FloatingPointError: a loss that is not finite.
+            ValueError: ``resume_from_checkpoint`` is a path, or another process uses this ``output_dir``.
+            FloatingPointError: a loss is not finite.
         """
         if isinstance(resume_from_checkpoint, str):
-            raise InputError(f"LaTen writes no checkpoints to go on from, got {resume_from_checkpoint}: start it anew.")
+            raise InputError(f"LaTen has no checkpoints and cannot resume from {resume_from_checkpoint}: start from scratch.")
         self.prepare()
         folder = str(self.args.output_dir)
         was_training = self._adapted.training
@@ -327,11 +338,11 @@ class LaTenTrainer(TransferTrainer):
 
     def _transfer(self) -> TrainOutput:
         carrier = Carrier(self._adapted)
-        carrier.clear()  # of an earlier call
+        carrier.clear()  # undo an earlier call
         try:
             return self._locate_and_inject(carrier)
         except BaseException:
-            carrier.clear()  # of what a step was trying
+            carrier.clear()  # undo an unfinished step
             raise
 
     def _locate_and_inject(self, carrier: Carrier) -> TrainOutput:
@@ -343,16 +354,16 @@ class LaTenTrainer(TransferTrainer):
         parts = neuron_parts(dissect(source))[1]
         held_out = rows.select(self._draw.held_out)
         before = self._answer_loss(held_out)
-        runs: dict[float, Run] = {}
+        runs: dict[float, PreAlignment] = {}
         for rate in LEARNING_RATES:
             with timed(f"pre-alignment at {rate}", self.seconds):
                 networks, history = self._pre_align(rate, carrier, parts, examples[:-1], sources, targets)
                 with torch.no_grad():
                     deltas = networks(knowledge_of(parts, sources[-1]))
                 carrier.write(targets[-1], deltas)
-                runs[rate] = Run(deltas, history, self._answer_loss(held_out))
+                runs[rate] = PreAlignment(deltas, history, self._answer_loss(held_out))
             if not math.isfinite(runs[rate].held_out_loss):
-                raise NotFiniteError(f"Not finite: the answer loss with what LaTen has learnt at {rate}. Nothing was injected.")
+                raise NotFiniteError(f"LaTen's answer loss at learning rate {rate} is not finite. Nothing was injected.")
         best = min(runs, key=lambda rate: runs[rate].held_out_loss)
         self.located, self.deltas = (sources[-1], targets[-1]), runs[best].deltas
         carrier.write(targets[-1], self.deltas)
@@ -363,7 +374,7 @@ class LaTenTrainer(TransferTrainer):
         return TrainOutput(len(examples) - 1, sum(entry["answers"] for entry in runs[best].history) / (len(examples) - 1), {})
 
     def _locate(self, model: CausalLM, examples: Sequence[Record]) -> list[Located]:
-        """The neurons that matter for each label, see :func:`~hf_semalign.experiments.baselines.neurons.answer_label`."""
+        """Locate the neurons for each example's :func:`~hf_semalign.experiments.baselines.neurons.answer_label`."""
         unembedding, found = Unembedding(model), []
         for row in examples:
             position = answer_label(row, cast(Any, self.processing_class), self._specials)
@@ -381,7 +392,7 @@ class LaTenTrainer(TransferTrainer):
         sources: Sequence[Located],
         targets: Sequence[Located],
     ) -> tuple[Hypernetworks, list[dict[str, float]]]:
-        """Hypernetworks after one step for each extract example, and what they learnt by."""
+        """Train the hypernetworks for one step per extract example. Returns them and the training history."""
         torch.manual_seed(self.args.seed)
         networks = Hypernetworks(self.source.width, self.objective.own_head.weight.shape[1]).to(self.args.device)
         optimizer = torch.optim.AdamW(networks.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.95))
@@ -395,8 +406,8 @@ class LaTenTrainer(TransferTrainer):
             square = penalty(deltas).item()
             if not math.isfinite(loss + square):
                 raise NotFiniteError(
-                    f"Not finite at step {step + 1} of LaTen: answer loss {loss:.4g}, penalty {square:.4g}. Nothing "
-                    "was injected."
+                    f"LaTen's loss is not finite at step {step + 1}: answer loss {loss:.4g}, penalty {square:.4g}. Nothing was "
+                    "injected."
                 )
             history.append({"answers": loss, "penalty": square, "learning_rate": float(schedule.get_last_lr()[0])})
             optimizer.step()
@@ -406,9 +417,10 @@ class LaTenTrainer(TransferTrainer):
 
     @without_cudnn_attention()
     def _backward(self, carrier: Carrier, target: Located, deltas: dict[str, torch.Tensor], batch: Sequence[Record]) -> float:
-        """Gradients of the hypernetworks, summed over examples, each with its penalty; the mean answer loss.
+        """Compute the gradients of the hypernetworks, and return the mean answer loss.
 
-        The target runs with Delta in its LoRA, whose gradient then goes on into the hypernetworks, once for all examples.
+        The target runs with Delta in its LoRA. The gradient of Delta, summed over the examples with one penalty each, is then
+        propagated into the hypernetworks once.
         """
         held = carrier.write(target, deltas)
         train_only(self.lora_layers, range(0))
@@ -431,8 +443,8 @@ class LaTenTrainer(TransferTrainer):
         with self.accelerator.autocast():
             return answer_loss(self._adapted, self._batches(rows))
 
-    def _results(self, best: float, runs: Mapping[float, Run], before: float) -> dict[str, Any]:
-        """What the record says of a finished run: what was chosen, why, and what it took."""
+    def _results(self, best: float, runs: Mapping[float, PreAlignment], before: float) -> dict[str, Any]:
+        """The facts of a finished run for the record: choices, the losses behind them, and cost."""
         source, target = self.located
         steps, batch, depth = len(self._draw.order), DRAWN + 1, self.frontier.num_layers
         held_out, located = len(self._draw.held_out), len(self._draw.order) + 1
@@ -455,7 +467,7 @@ class LaTenTrainer(TransferTrainer):
         }
 
     def record(self) -> dict[str, Any]:
-        """Also what LaTen chose and what it took; LoRA is described as it is, and not as ``args`` would have it."""
+        """The record, with LaTen's choices and cost, and the LoRA rank that it used instead of the one in ``args``."""
         record = super().record()
         record["settings"] |= {"lora_r": self._ffn, "lora_alpha": self._ffn}
         if "learning_rate" in self._facts:

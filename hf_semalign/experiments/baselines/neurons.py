@@ -1,8 +1,8 @@
-"""Static attribution of value neurons (Yu and Ananiadou 2024): how much each adds to the log-probability of a token.
+"""Static attribution of value neurons (Yu and Ananiadou 2024): how much each neuron adds to a token's log-probability.
 
-Everything is about one token ``t`` and the position before it, and is read through the head with the final norm's scale held
-at what it is there, so that a readout is affine in the state: ``h + m_j w_j`` has the logits of ``h`` plus
-``m_j W_U (g w_j) rsqrt(ms + eps)``, and no neuron needs a forward pass of its own.
+A score is about one token ``t`` and the position before it. States are read out through the head with the final norm's scale
+fixed to its value at that position, so the readout is affine in the state: the logits of ``h + m_j w_j`` are those of ``h``
+plus ``m_j W_U (g w_j) rsqrt(ms + eps)``. One forward pass is enough for all neurons.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from hf_semalign.models.anatomy import (
 from hf_semalign.models.hooks import capture
 from hf_semalign.tokenization import IGNORED, Record
 
-CHUNK = 2**24  # logits that exist at a time
-TRAILING = string.whitespace + '.")],'  # what LaTen's code takes off the end of an answer
+LOGITS_AT_ONCE = 2**24  # most logits in memory at a time
+TRAILING = string.whitespace + '.")],'  # characters that LaTen's code strips from the end of an answer
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Logits of any state under the final norm's scale at one position: affine in the state.
+    """Logits as an affine function of the state, with the final norm's scale fixed to its value at one position.
 
     Attributes:
-        weight: ``W_U diag(g)`` ``[V, D]``, with ``g`` the gain of the final norm.
-        bias: ``[V]``, of the norm's bias and the head's, where there are any.
-        scale: what the norm multiplies by, a scalar.
-        centred: whether it first takes off the mean over the channels (LayerNorm).
+        weight: ``W_U diag(g)`` ``[V, D]``, where ``g`` is the gain of the final norm.
+        bias: ``[V]``, from the biases of the norm and the head, if any.
+        scale: the scale of the norm, a scalar.
+        centred: whether the norm subtracts the mean over the channels (LayerNorm).
     """
 
     weight: torch.Tensor
@@ -51,13 +51,13 @@ class Readout:
     centred: bool
 
     def linear(self, states: torch.Tensor) -> torch.Tensor:
-        """What states add to the logits, ``[..., D]`` to ``[..., V]``."""
+        """The linear part: what states add to the logits, from ``[..., D]`` to ``[..., V]``."""
         if self.centred:
             states = states - states.mean(-1, keepdim=True)
         return (states * self.scale) @ self.weight.T
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """``[..., D]`` to ``[..., V]``."""
+        """Logits of states, from ``[..., D]`` to ``[..., V]``."""
         logits = self.linear(states)
         return logits if self.bias is None else logits + self.bias
 
@@ -66,7 +66,7 @@ class Unembedding:
     """Head and final norm of a model in float32.
 
     Raises:
-        ValueError: a norm or a head that is not affine under a fixed scale.
+        ValueError: the norm or the head is not affine for a fixed scale.
     """
 
     def __init__(self, model: CausalLM) -> None:
@@ -87,7 +87,7 @@ class Unembedding:
         self.bias = torch.stack(biases).sum(0) if biases else None
 
     def at(self, final: torch.Tensor) -> Readout:
-        """The readout where the last layer gave ``final``, ``[D]``, or ``[B, D]`` for a scale each."""
+        """The readout at a position with the last layer's output ``final`` ``[D]``, or at ``B`` positions ``[B, D]``."""
         spread = final - final.mean(-1, keepdim=True) if self.centred else final
         scale = torch.rsqrt(spread.square().mean(-1, keepdim=True) + self.eps)
         return Readout(self.weight, self.bias, scale, self.centred)
@@ -95,17 +95,17 @@ class Unembedding:
 
 @dataclass(frozen=True)
 class Trace:
-    """What passes through a model at the last position of ``B`` inputs, in float32.
+    """The states of a model at the last position of ``B`` inputs, in float32.
 
     Attributes:
         entering: inputs of the layers, ``[L, B, D]``.
-        attention: what their attention adds, ``[L, B, D]``.
-        ffn: what their FFN adds, ``[L, B, D]``.
-        heads: attention neurons, ``[L, B, H d_h]``: of head ``h`` and dimension ``e`` the sum over key positions ``p`` of
-            ``alpha_p v_{p,e}``.
-        activations: FFN neurons ``m``, ``[L, B, D_ff]``, times their gate where there is one.
+        attention: outputs of their attention, ``[L, B, D]``.
+        ffn: outputs of their FFN, ``[L, B, D]``.
+        heads: attention neurons, ``[L, B, H d_h]``. For head ``h`` and dimension ``e``, this is the sum of ``alpha_p v_{p,e}``
+            over key positions ``p``.
+        activations: FFN neurons ``m``, ``[L, B, D_ff]``, times their gate if there is one.
         leaving: outputs of the layers, ``[L, B, D]``.
-        normed: after the final norm, ``[B, D]``.
+        normed: output of the final norm, ``[B, D]``.
     """
 
     entering: torch.Tensor
@@ -119,7 +119,7 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: CausalLM, input_ids: torch.Tensor) -> Trace:
-    """One forward pass over ``[B, T]`` token ids without padding, in the model's dtype."""
+    """Run one forward pass over ``[B, T]`` token ids without padding, in the model's dtype, and record the states."""
     anatomy = dissect(model)
     _, parts = neuron_parts(anatomy)
     ids, depth = input_ids.to(anatomy.device), len(parts)
@@ -141,16 +141,16 @@ def trace(model: CausalLM, input_ids: torch.Tensor) -> Trace:
 
 
 def check_neurons(model: CausalLM) -> None:
-    """Look, on some tokens each alone, whether a model computes with its neurons what is said of them here.
+    """Check on some single-token inputs that a model uses its neurons as this module assumes.
 
-    With one key position an attention neuron is its value row's output; a layer's output is its input plus what attention and
-    FFN add; and the readout of the last layer's output is the model's.
+    With one key position, an attention neuron equals the output of its value row. A layer's output is its input plus the
+    outputs of attention and FFN. The readout of the last layer's output gives the model's logits.
 
     Args:
-        model: a causal LM; its mode is restored.
+        model: a causal LM. Its training mode is restored.
 
     Raises:
-        ValueError: names that are not known, or one of these does not hold.
+        ValueError: the module names are unknown, or an assumption does not hold.
     """
     anatomy = dissect(model)
     _, parts = neuron_parts(anatomy)
@@ -178,20 +178,20 @@ def check_neurons(model: CausalLM) -> None:
         off = ((ours - theirs).norm() / theirs.norm()).item()
         if not off < (HEAD_TOLERANCE if full else HALF_TOLERANCE):
             raise InputError(
-                f"Neurons of {anatomy.name} cannot be scored: {what} (relative difference {off:.2g}). Known to work: Llama, "
+                f"Neurons of {anatomy.name} cannot be scored: {what} (relative difference {off:.2g}). Supported models: Llama, "
                 "Mistral, Qwen2, Qwen3, GPT-NeoX."
             )
 
 
 def addition_scores(readout: Readout, before: torch.Tensor, added: torch.Tensor, label: int) -> torch.Tensor:
-    """``log p(t | before + added) - log p(t | before)`` of each layer: ``[L, D]`` twice to ``[L]``."""
+    """``log p(t | before + added) - log p(t | before)`` of each layer, from two ``[L, D]`` to ``[L]``."""
     logits = readout.logits(torch.stack((before, before + added)))
     log_probability = logits[..., label] - logits.logsumexp(-1)
     return log_probability[1] - log_probability[0]
 
 
 def neuron_scores(
-    readout: Readout, before: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, label: int, chunk: int = CHUNK
+    readout: Readout, before: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, label: int, chunk: int = LOGITS_AT_ONCE
 ) -> torch.Tensor:
     """``log p(t | before + m_j w_j) - log p(t | before)`` of each neuron.
 
@@ -201,7 +201,7 @@ def neuron_scores(
         values: ``m`` ``[n]``.
         columns: ``w`` ``[D, n]``, the columns of an output weight.
         label: ``t``.
-        chunk: logits that exist at a time.
+        chunk: most logits in memory at a time.
 
     Returns:
         ``[n]`` float32.
@@ -217,13 +217,13 @@ def neuron_scores(
 
 
 class Located(NamedTuple):
-    """The layers and neurons of one model that matter for one token; of the neurons the best comes first.
+    """The layers and neurons of one model that matter for one token.
 
     Attributes:
         attention_layers: ``L`` layers, ascending.
         ffn_layers: ``L`` layers, ascending.
-        attention: indices ``[L, n]`` of attention neurons, see :class:`hf_semalign.experiments.baselines.neurons.NeuronParts`.
-        ffn: indices ``[L, n]`` of FFN neurons.
+        attention: indices ``[L, n]`` of attention neurons, best first, see :class:`NeuronParts`.
+        ffn: indices ``[L, n]`` of FFN neurons, best first.
     """
 
     attention_layers: list[int]
@@ -236,19 +236,19 @@ class Located(NamedTuple):
 def locate(
     model: CausalLM, unembedding: Unembedding, input_ids: torch.Tensor, label: int, *, layers: int, attention: int, ffn: int
 ) -> Located:
-    """The layers that add most to the log-probability of a token, and the neurons in them that do.
+    """Find the layers that add most to a token's log-probability, and the neurons in them that add most.
 
-    Attention is scored on the layer's input and the FFN on that plus attention, also where a family computes both from the same
-    input, so that the scores of all layers sum to the log-probability that they add together.
+    Attention is scored relative to the layer's input, and the FFN relative to the input plus attention. This also holds for
+    models that compute both from the same input, so that the scores of all layers add up to the total log-probability added.
 
     Args:
         model: a causal LM in evaluation mode.
-        unembedding: its own.
-        input_ids: ``[T]``, what stands before the token.
+        unembedding: the model's unembedding.
+        input_ids: ``[T]``, the tokens before the token.
         label: the token.
-        layers: attention layers to keep, and FFN layers.
-        attention: attention neurons to keep in each of the layers.
-        ffn: FFN neurons, likewise.
+        layers: number of attention layers to keep, and of FFN layers.
+        attention: attention neurons to keep per layer.
+        ffn: FFN neurons to keep per layer.
     """
     _, parts = neuron_parts(dissect(model))
     found = trace(model, input_ids.unsqueeze(0))
@@ -268,28 +268,28 @@ def locate(
 
 
 def top_layers(scores: torch.Tensor, count: int) -> list[int]:
-    """The best-scored layers, ascending."""
+    """The layers with the highest scores, in ascending order of layers."""
     return sorted(scores.sort(descending=True, stable=True).indices[:count].tolist())
 
 
 def top_neurons(scores: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The best-scored neurons of each layer, best first, ``[L, count]`` on the CPU."""
+    """The neurons with the highest scores in each layer, best first, as ``[L, count]`` on the CPU."""
     return torch.stack([some.sort(descending=True, stable=True).indices[:count] for some in scores]).cpu()
 
 
 def answer_label(row: Record, tokenizer: PreTrainedTokenizerBase | None, specials: Collection[int]) -> int:
-    """Position of the token that an encoded row is located by: the last supervised one that says something.
+    """Position of the token for which neurons are located: the last label with content.
 
-    That is neither a special token nor one of nothing but white space and the punctuation that LaTen's code takes off the end
-    of an answer (``TRAILING``). What stands before it is the input.
+    Special tokens have no content. Nor do tokens of only white space and the punctuation that LaTen's code strips from the end
+    of an answer (``TRAILING``). The tokens before the position are the input.
 
     Args:
         row: ``input_ids`` and ``labels``.
-        tokenizer: tells what a token says; without one all but the specials count.
+        tokenizer: decodes tokens. Without one, only special tokens are skipped.
         specials: ids of special tokens.
 
     Raises:
-        ValueError: a row without such a token.
+        ValueError: the row has no such token.
     """
     labels = list(row["labels"])
     for position in range(len(labels) - 1, 0, -1):
@@ -299,12 +299,12 @@ def answer_label(row: Record, tokenizer: PreTrainedTokenizerBase | None, special
         if tokenizer is None or str(tokenizer.decode([token])).strip(TRAILING):
             return position
     raise InputError(
-        f"The answer of the row with input_ids {list(row['input_ids'])[:20]} has no token but special ones and punctuation, so "
-        "that no neuron can be located by it: take this row out of the extract split."
+        f"The answer of the row with input_ids {list(row['input_ids'])[:20]} has only special tokens and punctuation, so it "
+        "cannot be used to locate neurons: remove this row from the extract split."
     )
 
 
-# Attention's value and output, FFN's up and down: the modules whose rows and columns are a layer's neurons.
+# Names of attention's value and output and FFN's up and down. Their rows and columns are a layer's neurons.
 NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
     ("v_proj", "o_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen2, Qwen3
     ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
@@ -313,12 +313,12 @@ NEURON_MODULES: tuple[tuple[str, str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class NeuronParts:
-    """Where the neurons of one decoder layer have their weights.
+    """The modules with the neurons of one decoder layer.
 
-    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with a gate before it or without. Attention neuron
-    ``h d_h + e`` (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]``
-    of ``value``: with grouped queries the heads of a group share their rows, and where query, key and value are one module the
-    row lies among the others.
+    FFN neuron ``j`` is row ``j`` of ``up`` and column ``j`` of ``down``, with or without a gate. Attention neuron ``h d_h + e``
+    (query head ``h``, dimension ``e`` of ``d_h``) is that column of ``output``, and row ``value_rows[h d_h + e]`` of ``value``.
+    With grouped queries, the heads of a group share rows. In a fused query-key-value module, the index is that of the fused
+    row.
 
     Attributes:
         value: ``[rows, D]``.
@@ -336,16 +336,16 @@ class NeuronParts:
 
 
 def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[NeuronParts]]:
-    """The modules that a model's neurons lie in: their names (value, output, up, down), and they themselves by layer.
-
-    Names and shapes alone are looked at: whether the layers compute with them what a family of these names does is for
-    :func:`hf_semalign.experiments.baselines.neurons.check_neurons`.
+    """Find the modules with a model's neurons by name and shape. :func:`check_neurons` checks what they compute.
 
     Args:
-        anatomy: of a causal LM, also of one that has LoRA, or no weights.
+        anatomy: anatomy of a causal LM, with or without LoRA and weights.
+
+    Returns:
+        The names of the modules (value, output, up, down), and the modules of each layer.
 
     Raises:
-        ValueError: a family whose layers do not have exactly one each of a row of ``NEURON_MODULES``.
+        ValueError: for no row of ``NEURON_MODULES`` do all layers have exactly one module of each name.
     """
     heads = getattr(getattr(anatomy.decoder, "config", None), "num_attention_heads", None)
     for names in NEURON_MODULES:
@@ -359,17 +359,17 @@ def neuron_parts(anatomy: Anatomy) -> tuple[tuple[str, str, str, str], list[Neur
                 for (value,), (output,), (up,), (down,) in found
             ]
     raise InputError(
-        f"The neurons of {anatomy.name} are not known: expected layers with one each of "
-        f"{' or of '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
+        f"The neurons of {anatomy.name} are unknown: expected one module per layer of each name in "
+        f"{' or in '.join(', '.join(names) for names in NEURON_MODULES)} (Llama, Mistral, Qwen2, Qwen3, GPT-NeoX)."
     )
 
 
 def _value_rows(name: str, heads: int, value: Any, output: Any) -> torch.Tensor:
-    """Row of the value module for each attention neuron, see :class:`NeuronParts`."""
+    """The row of the value module for each attention neuron, see :class:`NeuronParts`."""
     channels, rows = output.in_features, value.out_features
     size, neurons = channels // heads, torch.arange(channels)
     head, place = neurons // size, neurons % size
-    if channels % heads == 0 and rows == 3 * channels:  # query, key and value of one head after those of the other
+    if channels % heads == 0 and rows == 3 * channels:  # fused, head by head: query, key, value
         return (3 * head + 2) * size + place
     if channels % heads == 0 and rows % size == 0 and channels % rows == 0:
         return head // (channels // rows) * size + place

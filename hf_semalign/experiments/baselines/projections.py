@@ -1,4 +1,4 @@
-"""What the projections of a decoder layer are for, by their names, and where they are inside fused ones."""
+"""The roles of a decoder layer's projections, by module name, and their rows inside fused modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_semalign.errors import InputError
 from hf_semalign.models.lora import lora_candidates
 
-# By the end of a module's path. An FFN without a gate has its first matrix for "up".
+# Ends of module paths by role. In an FFN without a gate, the first matrix is "up".
 ROLES = {
     "query": ("q_proj",),
     "key": ("k_proj",),
@@ -25,7 +25,8 @@ ROLES = {
     "down": ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2", "fc_out", "w2"),
 }
 QKV, GATE_UP = ("query", "key", "value"), ("gate", "up")
-FUSED: dict[tuple[Any, str], tuple[tuple[str, ...], bool]] = {  # by model type and name: roles, and whether each head has all
+# Roles of fused modules by model type and name, and whether the roles alternate by head.
+FUSED: dict[tuple[Any, str], tuple[tuple[str, ...], bool]] = {
     ("gpt2", "c_attn"): (QKV, False),
     ("phi3", "qkv_proj"): (QKV, False),
     ("phi3", "gate_up_proj"): (GATE_UP, False),
@@ -39,11 +40,12 @@ class Projection:
 
     Attributes:
         role: a key of ``ROLES``.
-        path: of the module in its layer.
-        rows: places of its output rows with this role, in order of heads and neurons ``[h]``.
-        columns: its inputs.
-        groups: query heads that read one head of these rows: more than one under grouped-query attention.
-        heads: of these rows, where they are a value or key.
+        path: path of the module in its layer.
+        rows: indices ``[h]`` of the module's output rows with this role, in order of heads and neurons.
+        columns: number of inputs.
+        groups: number of query heads that share one head of these rows. It is above 1 for keys and values under grouped-query
+            attention.
+        heads: number of heads.
     """
 
     role: str
@@ -59,36 +61,36 @@ class Projection:
         return len(self.rows), self.columns
 
     def ungrouped(self) -> Projection:
-        """The same function without grouping: each head's rows once for every query head that they serve."""
+        """The same projection without grouping: each head's rows are repeated for every query head that reads them."""
         rows = self.rows.view(self.heads, -1).repeat_interleave(self.groups, 0).flatten()
         return replace(self, rows=rows, groups=1, heads=self.heads * self.groups)
 
 
 def oriented(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
-    """A linear module's weight, or what is of its shape, as outputs by inputs ``[h, w]``, in the same memory.
+    """A view of a linear module's weight, or of a tensor of the same shape, as outputs by inputs ``[h, w]``.
 
-    ``Conv1D`` (GPT-2) has it the other way round.
+    ``Conv1D`` (GPT-2) stores the transpose.
     """
     return matrix.T if isinstance(module, Conv1D) else matrix
 
 
 def projections(layer: nn.Module, config: PretrainedConfig) -> dict[str, Projection]:
-    """The projections of a decoder layer by role; modules whose role is not known are left out.
+    """The projections of a decoder layer by role. Modules of unknown role are left out.
 
     Args:
         layer: a decoder layer, with or without weights.
         config: the text configuration of its model.
 
     Raises:
-        ValueError: two modules with one role.
+        ValueError: two modules have the same role.
     """
     found: dict[str, Projection] = {}
     for path, module in lora_candidates(layer).items():
         for one in _roles(path, module, config):
             if one.role in found:
                 raise InputError(
-                    f"{config.model_type} has two {one.role} projections in a layer, {found[one.role].path} and {path}: which "
-                    "of them corresponds to another model's is not known."
+                    f"{config.model_type} has two {one.role} projections in a layer, {found[one.role].path} and {path}, so its "
+                    "projections cannot be matched with another model's: choose a model with one projection per role."
                 )
             found[one.role] = one
     return found

@@ -1,24 +1,24 @@
-"""Seeking (PostPKT; Zhong et al., ICLR 2024): weights of the source as the start of the target's LoRA, then fine-tuning.
+"""Seeking (PostPKT; Zhong et al., ICLR 2024): initialise the target's LoRA from weights of the source, then fine-tune it.
 
-1. Sensitivity of each weight of the source on the extract split: ``S = sum_j |theta * d loss_j / d theta|``, ``loss_j`` the
-   mean cross-entropy of example ``j`` over its answer.
-2. The source layers with the largest sums of ``S`` over all their parameters, in order of depth, one for each target layer.
-3. Of each source matrix the contiguous window of the target's shape with the largest sum of ``S``.
-4. LoRA starts as the window's best approximation of rank ``r``, ``B0 A0`` (up to here :func:`.extraction.extract`), and the
-   base as ``W - B0 A0``, so that the function at the first step is the target's.
-5. Fine-tuning on the answers of the align split. What is published is ``[B, -B0] [A; A0]``, of rank ``2 r``, on the target as
-   it was (:func:`fold`).
+1. Compute the sensitivity of each weight of the source on the extract split: ``S = sum_j |theta * d loss_j / d theta|``,
+   where ``loss_j`` is the mean cross-entropy of example ``j`` over its answer.
+2. Select the source layers with the largest sums of ``S`` over all their parameters, one per target layer, in order of depth.
+3. In each source matrix, select the contiguous window of the target's shape with the largest sum of ``S``.
+4. Initialise LoRA with the window's best approximation of rank ``r``, ``B0 A0`` (:func:`.extraction.extract` does steps 1 to
+   4). Replace the base weights by ``W - B0 A0``, so that training starts at the target's function.
+5. Fine-tune on the answers of the align split. The published adapter is ``[B, -B0] [A; A0]`` of rank ``2 r``, for the
+   unchanged target (:func:`fold`).
 
-Which module of the source supplies which of the target is decided by role
-(:data:`hf_semalign.experiments.baselines.projections.ROLES`): where names agree that is by name, and else query to query and
-so on, with the rows of a fused projection taken for themselves, and the first matrix of an FFN without a gate for ``up``.
-Each matrix has its window by itself, of its own shape. A value or key projection of grouped-query attention that has fewer
-rows than the target's counts each head once for every query head that reads it, which is the same function; any other source
-matrix that is smaller than the target's is refused.
+Modules of source and target are matched by role (:data:`hf_semalign.experiments.baselines.projections.ROLES`): query to query,
+key to key, and so on. The parts of a fused projection are matched separately. In an FFN without a gate, the first matrix is
+``up``. Each matrix has its own window. If a value or key projection of grouped-query attention has fewer rows than the
+target's, each head is repeated for every query head that reads it, which computes the same function. Any other source matrix
+that is smaller than the target's is an error.
 
-Where this differs from the authors' code: LoRA, rank and dropout (theirs 0.05, ours 0) are those of every other method here,
-by default value and output projections and FFN up and down, and never embeddings or head, which theirs has on its list;
-``lora_targets`` gives their other modules. Budget, batch and learning rate are the recipe's.
+Differences from the authors' code: LoRA modules, rank and dropout are the same as for all other methods here. The default
+modules are value and output projections and FFN up and down. Dropout is 0 (theirs: 0.05). Embeddings and head, which their
+list includes, never get LoRA; their other modules can be set with ``lora_targets``. Budget, batch size and learning rate come
+from the recipe.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from hf_semalign.transfer import signals_root, timed
 def fold(
     down: torch.Tensor, up: torch.Tensor, first_down: torch.Tensor, first_up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``B A - B0 A0`` as one product ``B' A'``: ``A' = [A; A0]`` ``[2 r, w]`` and ``B' = [B, -B0]`` ``[h, 2 r]``.
+    """Write ``B A - B0 A0`` as one product ``B' A'``, with ``A' = [A; A0]`` ``[2 r, w]`` and ``B' = [B, -B0]`` ``[h, 2 r]``.
 
     Args:
         down: ``A`` ``[r, w]``.
@@ -61,24 +61,25 @@ def fold(
 
 
 def extraction_cost(known: Preparation, args: SemAlignConfig) -> dict[str, float]:
-    """The source forward over the extract split, and backward, which costs twice that: to states and to weights."""
+    """Cost of a forward and a backward pass of the source over the extract split. The backward pass costs two forwards."""
     extract = Counts.of(known.source_splits["extract"])
     return {"sensitivities": 3 * Size.of(dissect(known.source.shape)).forward(extract.tokens, extract.valid)}
 
 
 class SeekingTrainer(SFTTrainer):
-    """Fine-tuning from a start that the source's weights give, see the top of this module.
+    """Fine-tune LoRA that is initialised from the source's weights. The module docstring describes the method.
 
-    Arguments as of :class:`hf_semalign.trainer.SemAlignTrainer`; sensitivities are of the extract split. The base weights of
-    ``model`` are changed, also of one that is given in memory. Checkpoints hold ``A`` and ``B``, which belong to the changed
-    base; what :meth:`save_model` writes belongs to the target as it was. In bfloat16 they differ by the rounding of the changed
-    base, which the record states.
+    It takes the arguments of :class:`hf_semalign.trainer.SemAlignTrainer`. Sensitivities are computed on the extract split.
+
+    The base weights of ``model`` are modified in place, even if you pass a model instead of a name. Checkpoints contain ``A``
+    and ``B`` for the modified base. :meth:`save_model` writes an adapter for the unchanged target. In bfloat16 the two differ
+    by the rounding of the modified base, which the record states.
 
     Attributes:
-        extraction: what was taken out of the source.
+        extraction: the weights that were extracted from the source.
 
     Raises:
-        ValueError: models that the method cannot use, before any weight is loaded.
+        ValueError: the method does not support the models. This is checked before weights are loaded.
     """
 
     method = "seeking"
@@ -86,24 +87,24 @@ class SeekingTrainer(SFTTrainer):
 
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
-        """Refuse settings and models that Seeking cannot work with; of the models the shape is looked at."""
+        """Refuse settings and models that Seeking does not support. Needs only the shapes of the models."""
         if is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED"):
-            raise InputError("Seeking changes the target's weights, which was never tried under FSDP or DeepSpeed: use DDP.")
+            raise InputError("Seeking changes the target's weights, which is untested under FSDP and DeepSpeed: use DDP.")
         if args.source_memory == "stream":
             raise InputError("Seeking needs the gradients of the whole source: source_memory must be 'resident'.")
         target_config = cast(Any, known.target.decoder).config
         for name, quantised in ((known.source.name, known.source.quantised), (known.target_id, is_quantised(target_config))):
             if quantised:
-                raise InputError(f"{name} is quantised: Seeking needs plain weights of source and target.")
+                raise InputError(f"{name} is quantised: Seeking needs a source and a target that are not quantised.")
         Needs.of(dissect(known.source.shape), known.target, args.lora_targets)
 
     def _adapt(self, target: PreTrainedModel, args: SemAlignConfig) -> PeftModel:
-        """Look at the target's modules while they are bare."""
+        """Record the target's modules before LoRA is added."""
         self._needs = Needs.of(dissect(self.source.shape), dissect(target), args.lora_targets)
         return super()._adapt(target, args)
 
     def _ask_source(self) -> None:
-        """Take the start out of the source, and put it into LoRA and base."""
+        """Extract the initial weights from the source, and write them into LoRA and base."""
         args, known = self.args, self.known
         with timed("sensitivities", self.seconds):
             found = extract_once(
@@ -121,10 +122,10 @@ class SeekingTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _start(self) -> float:
-        """Set LoRA to ``A0`` and ``B0``, and take ``B0 A0`` off the base.
+        """Set LoRA to ``A0`` and ``B0``, and subtract ``B0 A0`` from the base.
 
         Returns:
-            The largest relative error of a base weight and its LoRA together against the weight that was there.
+            The largest relative error of base weight plus LoRA, compared with the original weight.
         """
         errors = [0.0]
         for layer, factors in zip(self.target_anatomy.layers, self.extraction.factors, strict=True):
@@ -142,7 +143,7 @@ class SeekingTrainer(SFTTrainer):
         return max(errors)
 
     def record(self) -> dict[str, Any]:
-        """Also what was taken out of the source, and how often it ran for that."""
+        """The record, with what was extracted from the source and how many passes that took."""
         self.prepare()
         found = self.extraction
         factors = [checksum(one) for layer in found.factors for pair in layer.values() for one in pair]
@@ -161,7 +162,7 @@ class SeekingTrainer(SFTTrainer):
         }
 
     def write_adapter(self, output_dir: str | None, *, checkpoint: bool) -> None:
-        """The adapter for the target as it was, of rank ``2 r``; in checkpoints ``A`` and ``B``."""
+        """Write the adapter of rank ``2 r`` for the unchanged target, or in a checkpoint ``A`` and ``B``."""
         if checkpoint:
             return super().write_adapter(output_dir, checkpoint=True)
         self.prepare()
@@ -176,7 +177,7 @@ class SeekingTrainer(SFTTrainer):
                     folded[f"{names[id(module)]}.{side}.default.weight"] = matrix.cpu()
         config = cast(LoraConfig, adapted.peft_config["default"])
         adapted.peft_config["default"] = wider = copy(config)
-        wider.r, wider.lora_alpha = 2 * config.r, 2 * config.lora_alpha  # the scale stays
+        wider.r, wider.lora_alpha = 2 * config.r, 2 * config.lora_alpha  # keeps the scale
         try:
             if self.args.should_save:
                 self.save_weights(Path(str(output_dir or self.args.output_dir)), folded)

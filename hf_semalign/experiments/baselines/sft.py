@@ -1,7 +1,7 @@
-"""Fine-tuning on the answers alone, LoRA in all layers at once: what a target learns without any source.
+"""Fine-tuning on the answers, with LoRA in all layers at once. It shows what the target learns without a source.
 
-SemAlign's trainer and not TRL's ``SFTTrainer``, so that batches, LoRA modules, checkpoints, evaluation and card are the same
-for all methods; ``tests/test_baselines.py`` holds both to the same losses and the same adapter.
+It uses SemAlign's trainer instead of TRL's ``SFTTrainer``, so that all methods share batches, LoRA modules, checkpoints,
+evaluation and card. ``tests/test_baselines.py`` checks that both give the same losses and the same adapter.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from hf_semalign.trainer import SemAlignTrainer
 
 
 class SFTTrainer(SemAlignTrainer):
-    """Cross-entropy of the answers, mean over the valid positions of the global batch; the source is only measured.
+    """Minimise the mean cross-entropy over the valid positions of the global batch. The source is only evaluated.
 
-    ``SFTTrainer(..., args=SemAlignConfig(**SFTTrainer.settings, ...))``.
+    Use it as ``SFTTrainer(..., args=SemAlignConfig(**SFTTrainer.settings, ...))``.
     """
 
     method = "sft"

@@ -1,1 +1,1 @@
-"""MMLU, GSM8K, HumanEval and MBPP, through lm-eval."""
+"""MMLU, GSM8K, HumanEval and MBPP, scored with lm-eval."""

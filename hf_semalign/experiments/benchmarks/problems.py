@@ -1,16 +1,16 @@
-"""MMLU, GSM8K, HumanEval and MBPP as tasks of the lm-evaluation-harness, and what scores programs.
+"""MMLU, GSM8K, HumanEval and MBPP as tasks of the lm-evaluation-harness, and the scoring of programs.
 
-Prompts, stop words and metrics are the harness's, and so is the data set on the Hub. What differs, and why:
+Prompts, stop words, metrics and the data sets on the Hub are the harness's. The differences are:
 
-- All four may read local files, in the formats that their authors publish (:data:`PLACES`), through this package's readers.
-- None has examples. Of ``gsm8k`` the value is the flexible match then, because a model that was shown no example does not
-  write ``####``.
-- ``humaneval`` and ``mbpp`` (``data/tasks/*.yaml``) run programs by
-  :func:`hf_semalign.experiments.benchmarks.sandbox.run_program`: the harness's own scorer is downloaded. ``humaneval`` is the
-  harness's otherwise. With a chat template it is ``humaneval_instruct``, whose
-  answers end at the closing fence; the harness's other stops apply when they are scored.
-- ``mbpp`` has three examples by default, and nothing else tells a model how code ends. Here the prompt is that of
-  ``mbpp_instruct``, which opens a code fence; what is run ends at the next fence, or with the answer.
+- All four tasks can read local files in the format of their authors (:data:`PLACES`), with this package's readers.
+- No task has few-shot examples. The value of ``gsm8k`` is therefore the flexible match, because a model that sees no example
+  does not write ``####``.
+- ``humaneval`` and ``mbpp`` (``data/tasks/*.yaml``) run programs with
+  :func:`hf_semalign.experiments.benchmarks.sandbox.run_program`, because the harness downloads its scorer. Otherwise
+  ``humaneval`` is the harness's task. With a chat template it is ``humaneval_instruct``. Its answers end at the closing fence,
+  and the harness's other stop words apply when they are scored.
+- The harness's ``mbpp`` has three examples, and without them a model does not know where code ends. Here the prompt is that of
+  ``mbpp_instruct``, which opens a code fence. The program ends at the next fence or at the end of the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_semalign.errors import InputError, MissingFileError
 from hf_semalign.experiments.benchmarks.sandbox import run_program
 from hf_semalign.experiments.rows import TESTS, Row
 
-METRICS = {
+BENCHMARK_METRICS = {
     "mmlu": "acc,none",
     "gsm8k": "exact_match,flexible-extract",
     "humaneval": "pass@1,create_test",
@@ -38,7 +38,7 @@ METRICS = {
 }
 CODE = ("humaneval", "mbpp")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-# Local files, by the names that their authors gave them: in the folder that is named, or in a folder of the task's name there.
+# Names of the authors' files. They are looked up in the given folder, and in a folder there with the task's name.
 PLACES = {
     "mmlu": ("*_test.csv", "test/*_test.csv"),
     "gsm8k": ("test.jsonl",),
@@ -49,10 +49,14 @@ CONFIGS = Path(__file__).parents[2] / "data" / "tasks"
 
 
 def find_rows(task: str, given: Path) -> Path:
-    """The file of a benchmark's test rows, of MMLU the folder, from itself or a folder that holds it.
+    """Find the file (for MMLU, the folder) with a benchmark's test rows.
+
+    Args:
+        task: the benchmark.
+        given: the file itself, or a folder that contains it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are no test rows at ``given``.
     """
     if given.is_file() and task != "mmlu":
         return given
@@ -62,20 +66,20 @@ def find_rows(task: str, given: Path) -> Path:
                 return found.parent if task == "mmlu" else found
     places = " or ".join(PLACES[task])
     raise MissingFileError(
-        f"No test rows of {task} at {given}: name the file, or a folder with {places}, or with {task}/ that has."
+        f"No test rows of {task} at {given}: pass the file, or a folder with {places}, directly or in {task}/."
     )
 
 
 def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
-    """The harness's task or, of MMLU, group.
+    """Build the harness's task, or for MMLU its group of tasks.
 
     Args:
-        task: one of ``METRICS``.
-        path: see :func:`find_rows`; by default the rows are the Hub's.
-        chat_template: whether prompts will be in a chat template.
+        task: a key of ``BENCHMARK_METRICS``.
+        path: local rows, see :func:`find_rows`. ``None`` reads the rows from the Hub.
+        chat_template: whether prompts will use a chat template.
 
     Raises:
-        ValueError: malformed or missing rows.
+        ValueError: the rows are malformed or missing.
     """
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
@@ -100,13 +104,13 @@ def build_task(task: str, path: Path | None, chat_template: bool) -> Any:
 
 @contextmanager
 def _hub_rows(task: str) -> Iterator[None]:
-    """Say what to do where the Hub's rows cannot be had."""
+    """Explain what to do if the rows cannot be read from the Hub."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"The test rows of {task} cannot be read from the Hub ({error}): name local files instead, by --files, or in a "
-            "recipe benchmark.files."
+            f"The test rows of {task} cannot be read from the Hub ({error}): pass local files with --files, or with "
+            "benchmark.files in a recipe."
         ) from error
 
 
@@ -127,25 +131,25 @@ def _by_subject(rows: list[Row], subjects: list[str], path: Path | None) -> dict
     missing, unknown = [name for name in subjects if not found[name]], sorted(found.keys() - set(subjects))
     if missing or unknown:
         raise InputError(
-            f"MMLU has {len(subjects)} subjects, one <subject>_test.csv each, and {path} "
-            f"{f'lacks {missing}' if missing else f'has {unknown} besides'}: copy the whole folder, and that alone."
+            f"MMLU has {len(subjects)} subjects with one <subject>_test.csv each, but {path} "
+            f"{f'lacks {missing}' if missing else f'also has {unknown}'}: copy the whole folder, without other files."
         )
     return found
 
 
 def _local(rows: list[Row]) -> dict[str, Any]:
-    """What makes a task read rows; splits that only examples would come from are empty."""
+    """Settings that make a task read these rows. The splits for few-shot examples are empty."""
     tables = {"test": Dataset.from_list(rows), "train": [], "dev": []}
     return {"custom_dataset": lambda **_: tables}
 
 
 def _own_config(task: str, chat_template: bool) -> dict[str, Any]:
-    """One of our own configurations, with what scores it: a filter from answers to whether programs pass, and their mean."""
+    """One of this package's configurations, scored by the share of programs that pass."""
     assemble, name = mbpp_program, task
     if task == "humaneval":
         assemble, name = (humaneval_chat_program, "humaneval_chat") if chat_template else (humaneval_program, task)
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    metric, kind = METRICS[task].split(",")
+    metric, kind = BENCHMARK_METRICS[task].split(",")
 
     def judge(answers: Sequence[list[str]], rows: Sequence[Row]) -> list[list[bool]]:
         return [
@@ -161,24 +165,24 @@ def _own_config(task: str, chat_template: bool) -> dict[str, Any]:
 
 
 def humaneval_program(row: Row, answer: str) -> str:
-    """A HumanEval prompt, continued by an answer, and its tests."""
+    """A HumanEval prompt followed by the answer and the tests."""
     return f"{row['prompt']}{answer}\n{row['test']}\ncheck({row['entry_point']})"
 
 
 def humaneval_chat_program(row: Row, answer: str) -> str:
-    """The same with an answer inside the code fence that its prompt has opened, or one that opens a fence of its own.
+    """The same for an answer inside the prompt's code fence, or in a fence that the answer opens.
 
-    A continuation ends where the harness stops it. In a fence of its own an answer repeats the function, and such a stop would
-    leave nothing of it.
+    Inside the prompt's fence, the answer ends at the harness's stop words. An answer with its own fence repeats the function,
+    so the stop words would remove all of it.
     """
     code = _fenced(answer)
     return humaneval_program(row, code if _opens_fence(answer) else _until(code, HUMANEVAL_STOPS))
 
 
 def mbpp_program(row: Row, answer: str) -> str:
-    """The code of an answer that may open a fence once more, up to the fence that closes it, and the row's tests.
+    """The code of an answer up to the closing fence, and the row's tests. The answer may open the fence again.
 
-    What is set up for the tests uses what the code defines (367 is the one such test row), which the harness leaves out.
+    The setup code of the tests, which the harness leaves out, comes last because it uses the answer's code (only in row 367).
     """
     return "\n".join([_fenced(answer), row.get("test_setup_code", ""), *row["test_list"]])
 
@@ -188,7 +192,7 @@ def _opens_fence(answer: str) -> bool:
 
 
 def _fenced(answer: str) -> str:
-    """The code of an answer inside an open fence, up to the fence that closes it."""
+    """The code of an answer up to the closing fence. The answer may open the fence again."""
     return (answer.lstrip().partition("\n")[2] if _opens_fence(answer) else answer).partition("```")[0]
 
 
@@ -197,14 +201,14 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 
 def run_programs(programs: Sequence[str]) -> list[bool]:
-    """Whether programs pass, as many at a time as there are processors."""
+    """Run programs in parallel, one per processor. Returns whether each passed."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return [outcome.passed for outcome in pool.map(run_program, programs)]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the harness says of each of 57 tasks that read rows of ours, and of a model in memory."""
+    """Silence the harness's messages about each of the 57 MMLU tasks with custom rows, and about a model in memory."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,20 +1,22 @@
-"""Running a generated program with its tests, as HumanEval and MBPP want it, contained as far as Linux allows.
+"""Run a generated program with its tests, as HumanEval and MBPP require, isolated as far as Linux allows.
 
-The program runs in an interpreter of its own, which knows the standard library alone, and has
+The program runs in a separate interpreter with only the standard library. It has
 
-- an empty environment, no standard input or output, and a folder of its own that vanishes with it;
-- limits that it cannot raise: wall time, memory, size and number of open files; it can start no process and no thread;
-- where the system allows namespaces (as root, or where users may make them): no network, no other process in sight, and of
-  all files only the interpreter's and the system's libraries, read-only; its folder then holds at most 64 MB.
+- an empty environment, no standard input or output, and a temporary working folder;
+- limits that it cannot raise, on wall time, memory, and the size and number of open files. It cannot start processes or
+  threads;
+- if the system allows namespaces (for root, or if users may create them): no network, no view of other processes, and no files
+  except the interpreter's and the system's libraries, read-only. The working folder then holds at most 64 MB.
 
-What the system does not allow stands in :attr:`Outcome.unprotected`, and is logged: then a program sees the network, the disk
-and other processes as an ordinary user does. Root becomes nobody; anyone else's files and tokens can be read by it.
+:attr:`Outcome.unprotected` lists, and a warning logs, what the system does not allow to isolate. The program then sees the
+network, the disk and other processes like an ordinary user. If you are root, it runs as nobody. Otherwise it can read your
+files and tokens.
 
-It has passed when its last line was reached: a secret that is read only then is sent back. Leaving early in any way is no
-pass. **What remains possible**: program and tests share an interpreter, so that a program written against this file can read
-the secret and send it, and one may cheat its tests, for example with objects that are equal to everything. The kernel is the
-host's: a hole in it is a way out, and so is a hole in CPython for a cheater; against targeted attacks use a virtual machine.
-Memory that belongs to no process (System V shared memory, by ``ctypes``) is not counted, and lives until the program ends.
+A program passes if it reaches its last line. Only then is a secret read and sent back, so leaving early in any way does not
+pass. **Remaining risks**: program and tests share an interpreter. A program written against this file can read the secret and
+send it, and a program can cheat its tests, for example with objects that equal everything. A bug in the kernel is a way out of
+the sandbox, and a bug in CPython helps a cheater. Use a virtual machine against targeted attacks. Memory that belongs to no
+process (System V shared memory through ``ctypes``) is not limited, and is freed when the program ends.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from typing import IO, Any, NoReturn, cast
 
 logger = logging.getLogger(__name__)
 OPT_IN = "HF_ALLOW_CODE_EVAL"
-PATIENCE = 20.0  # seconds that a loaded machine may take to set all up, beside the program's own
+PATIENCE = 20.0  # seconds allowed for setup on a loaded machine, in addition to the program's time
 TIMED_OUT = 9  # exit code of the process that watches the program
 TOKEN = 32  # bytes
 NOBODY = 65534
 FILE_BYTES = 2**24
 OPEN_FILES = 32
-# From the kernel's headers sched.h, mount.h, prctl.h and capability.h.
+# From the kernel headers sched.h, mount.h, prctl.h and capability.h.
 NAMESPACES = 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # mounts, processes, network, IPC, host name
 USER_NAMESPACE = 0x10000000
 READ_ONLY, NO_SUID, NO_DEVICES, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 0x20, 0x1000, 0x4000, 0x40000
@@ -58,9 +60,9 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: whether its last line was reached.
-        reason: ``passed``, ``timed out``, ``ended early`` or ``failed: `` with the name of an exception.
-        unprotected: what the system did not allow to be closed off: ``network``, ``processes``, ``files``, ``forks``, ``user``.
+        passed: whether it reached its last line.
+        reason: ``passed``, ``timed out``, ``ended early``, or ``failed: `` with the name of an exception.
+        unprotected: what could not be isolated: ``network``, ``processes``, ``files``, ``forks``, ``user``.
     """
 
     passed: bool
@@ -72,24 +74,23 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
     """Run a program that ends with its tests.
 
     Args:
-        program: Python source; exceptions, such as those of its assertions, mean that it has failed.
-        timeout: wall time in seconds; the slowest reference solution (MBPP's 123) takes 7.
-        memory_mb: address space of the interpreter, of which it needs about 50 itself.
+        program: Python source. It fails if it raises an exception, for example in an assertion.
+        timeout: wall time in seconds. The slowest reference solution (MBPP's 123) takes 7.
+        memory_mb: address space of the interpreter, which needs about 50 MB itself.
 
     Raises:
-        ValueError: without the opt-in, on a system other than Linux, or with a timeout or memory that is not positive.
-        RuntimeError: the sandbox could not be set up; the program did not run.
+        ValueError: the opt-in is missing, the system is not Linux, or ``timeout`` or ``memory_mb`` is not positive.
+        RuntimeError: the sandbox could not be set up, so the program did not run.
     """
-    from hf_semalign.errors import InputError  # here, because the file is also run as a script that knows the library alone
+    from hf_semalign.errors import InputError  # this file is also run as a script, with only the standard library
 
     if os.environ.get(OPT_IN) != "1":
         raise InputError(
-            "This would run programs that a model has written, which may do harm. They are contained as well as the system "
-            f"allows, see hf_semalign/experiments/benchmarks/sandbox.py for what that leaves open. If you "
-            f"accept that, set {OPT_IN}=1."
+            "This runs programs written by a model, which may do harm. They are isolated as far as the system allows; "
+            f"hf_semalign/experiments/benchmarks/sandbox.py describes the remaining risks. If you accept them, set {OPT_IN}=1."
         )
     if sys.platform != "linux":
-        raise InputError(f"Generated programs run on Linux only, not on {sys.platform}: score them on a Linux machine.")
+        raise InputError(f"Generated programs only run on Linux, not on {sys.platform}: score them on a Linux machine.")
     if not 0 < timeout < math.inf or not isinstance(memory_mb, int) or memory_mb < 1:
         raise InputError(f"timeout is {timeout} and memory_mb {memory_mb}: expected seconds and whole megabytes above 0.")
     token = secrets.token_hex(TOKEN // 2).encode()
@@ -111,7 +112,7 @@ def run_program(program: str, *, timeout: float = 20.0, memory_mb: int = 512) ->
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             os.set_blocking(pipe.fileno(), False)
-            said = pipe.read(2**16) or b""  # what a pipe holds; nobody reads it while the program runs, so it is all there is
+            said = pipe.read(2**16) or b""  # capacity of a pipe, so this is everything that was written
     return _outcome(said, token, late)
 
 
@@ -119,14 +120,14 @@ def _outcome(said: bytes, token: bytes, late: bool) -> Outcome:
     head, ready, verdict = said.partition(b"\n")
     if not ready or not head.startswith(b"["):
         lines = said.decode(errors="replace").splitlines() or ["it took too long"]
-        raise RuntimeError(f"The sandbox could not be set up, and the program did not run: {lines[-1]}.")
+        raise RuntimeError(f"The sandbox could not be set up, so the program did not run: {lines[-1]}.")
     unprotected = tuple(json.loads(head))
     _warn(unprotected)
     if late:
         return Outcome(False, "timed out", unprotected)
     if secrets.compare_digest(verdict, token):
         return Outcome(True, "passed", unprotected)
-    name = verdict[:64].decode("ascii", "replace")  # the program's word, like all but the token
+    name = verdict[:64].decode("ascii", "replace")  # written by the program, so not trusted
     return Outcome(False, f"failed: {name}" if name.isidentifier() else "ended early", unprotected)
 
 
@@ -134,16 +135,16 @@ def _outcome(said: bytes, token: bytes, late: bool) -> Outcome:
 def _warn(unprotected: tuple[str, ...]) -> None:
     if unprotected:
         logger.warning(
-            "The system does not allow generated programs to be closed off from: %s. Run them as root, where users may make "
-            "namespaces, or in a virtual machine.", ", ".join(unprotected),
+            "The system does not allow generated programs to be isolated from: %s. Run them as root, on a system where users "
+            "may create namespaces, or in a virtual machine.", ", ".join(unprotected),
         )  # fmt: skip
 
 
-# What follows runs in the new interpreter, which started this file as a script.
+# The code below runs in the new interpreter, which starts this file as a script.
 
 
 def _watch(folder: str, timeout: float, memory_mb: int) -> NoReturn:
-    """Fork into new namespaces, of which the program's process is the first, so that none survives it; end it in time."""
+    """Fork into new namespaces, and stop the program at the timeout. It is the first process there, so none outlives it."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
     separate = _separate(libc)
@@ -163,13 +164,13 @@ def _watch(folder: str, timeout: float, memory_mb: int) -> NoReturn:
 
 
 def _separate(libc: ctypes.CDLL) -> bool:
-    """Enter new namespaces; as an ordinary user inside a user namespace, where one may."""
+    """Enter new namespaces, as an ordinary user inside a user namespace. Returns whether that is allowed."""
     if libc.unshare(NAMESPACES) == 0:
         return True
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(NAMESPACES | USER_NAMESPACE) != 0:
         return False
-    with suppress(OSError):  # AppArmor may forbid what comes with a user namespace: then mounting fails, which is reported
+    with suppress(OSError):  # AppArmor may forbid this; mounting then fails, which is reported
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
@@ -177,7 +178,7 @@ def _separate(libc: ctypes.CDLL) -> bool:
 
 
 def _contained(libc: ctypes.CDLL, folder: str, timeout: float, memory_mb: int, separate: bool) -> NoReturn:
-    """Close everything off, report what could not be, and run the program that stands on stdin before the secret."""
+    """Isolate the process, report what could not be isolated, and run the program from stdin, where the secret follows it."""
     size = os.fstat(0).st_size - TOKEN
     program = os.pread(0, size, 0)
     null, secret, verdict = os.open(os.devnull, os.O_RDWR), os.dup(0), os.dup(1)
@@ -193,14 +194,14 @@ def _contained(libc: ctypes.CDLL, folder: str, timeout: float, memory_mb: int, s
     except OSError:
         unprotected.append("user")
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError("a user without privileges cannot read Python's library: install Python where all may read it")
+        raise PermissionError("an unprivileged user cannot read Python's library: install Python where all users can read it")
     _limit(timeout, memory_mb)
     if _can_fork():
         if not separate:
-            raise PermissionError("processes can be neither limited nor put into a namespace")
+            raise PermissionError("the system allows neither a limit on processes nor a process namespace")
         unprotected.append("forks")
-    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)  # again, because a change of user clears it
-    os.setpgid(0, 0)  # only now out of reach of who kills the group, and out of the reach of the program the watcher
+    libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)  # changing the user cleared it
+    os.setpgid(0, 0)  # so that the program cannot kill the watcher; done last, because the caller kills the watcher's group
     os.write(verdict, json.dumps(unprotected).encode() + b"\n")
     for stream in range(3):
         os.dup2(null, stream)
@@ -208,7 +209,7 @@ def _contained(libc: ctypes.CDLL, folder: str, timeout: float, memory_mb: int, s
 
 
 def _change_root(libc: ctypes.CDLL, root: str) -> None:
-    """A root of nothing but libraries, read-only, and an empty /tmp; a root that was changed also forbids user namespaces."""
+    """Change to a root with only read-only libraries and an empty /tmp. This also rules out new user namespaces."""
 
     def mount(source: str | None, place: str, kind: str | None, flags: int, options: str | None = None) -> None:
         texts = [None if text is None else os.fsencode(text) for text in (source, place, kind, options)]
@@ -223,7 +224,7 @@ def _change_root(libc: ctypes.CDLL, root: str) -> None:
             inside = root + place
             Path(inside).mkdir(parents=True)
             mount(place, inside, None, BIND | RECURSIVE)
-            kept = os.statvfs(inside).f_flag & NO_EXEC  # which an ordinary user may not take off
+            kept = os.statvfs(inside).f_flag & NO_EXEC  # an ordinary user may not remove it
             mount(None, inside, None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEVICES | kept)
             bound.append(Path(place))
     Path(root, "tmp").mkdir()
@@ -232,7 +233,7 @@ def _change_root(libc: ctypes.CDLL, root: str) -> None:
 
 
 def _drop_privileges(libc: ctypes.CDLL) -> None:
-    """From root to nobody, for good; without any capability in a user namespace either."""
+    """Switch from root to nobody for good, and drop all capabilities, also in a user namespace."""
     try:
         if os.getuid() == 0:
             os.chown(".", NOBODY, NOBODY)
@@ -262,7 +263,7 @@ def _limit(timeout: float, memory_mb: int) -> None:
 
 
 def _can_fork() -> bool:
-    """Whether the limit of processes does not hold, as for root."""
+    """Whether the process can fork despite the limit, as root can."""
     try:
         child = os.fork()
     except OSError:
@@ -274,13 +275,13 @@ def _can_fork() -> bool:
 
 
 def _execute(program: bytes, secret: int, place: int, verdict: int) -> NoReturn:
-    """Run the program as a module; only behind its last line is the secret read, and sent."""
-    read, write, leave = os.pread, os.write, os._exit  # the program may put others in their places
+    """Run the program as a module. The secret is read and sent only after its last line."""
+    read, write, leave = os.pread, os.write, os._exit  # the program may replace them
     sys.argv = ["program"]
-    module = sys.modules["program"] = types.ModuleType("program")  # dataclasses look their module up
+    module = sys.modules["program"] = types.ModuleType("program")  # dataclasses look up their module
     try:
         exec(compile(program, "program", "exec", dont_inherit=True), vars(module))
-    except BaseException as error:  # SystemExit and KeyboardInterrupt are no pass either
+    except BaseException as error:  # SystemExit and KeyboardInterrupt do not pass either
         write(verdict, type(error).__name__.encode()[:64])
     else:
         write(verdict, read(secret, TOKEN, place))

@@ -218,3 +218,32 @@ training: {use_cpu: true, max_steps: 1, per_device_train_batch_size: 2, report_t
         found = json.loads(script("real_pair_gkd.py", tmp_path, "recipe.yaml", "gkd", *flags).splitlines()[-1])
         results = json.loads((tmp_path / "gkd" / "results.json").read_text())
         assert results["steps"] == 1 and results["metrics"]["gkd"]["kl"] == found["kl"] > 0
+
+
+@pytest.mark.slow
+def test_two_tokenizers(tmp_path):
+    """All cells, ours and TRL's, by one evaluation; nothing that is there runs again."""
+    template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    for name, layers, digits in (("source", 3, False), ("target", 2, True)):
+        tokenizer = two_tokenizers.byte_level(digits=digits, template=template)
+        tiny_llama(layers, 16, vocab=len(tokenizer), max_position_embeddings=2048).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [mbpp_row(number) for number in (*range(511, 525), *range(601, 620))]
+    (tmp_path / "mbpp.jsonl").write_text(json_lines(rows))
+    (tmp_path / "recipe.yaml").write_text("""
+source: source
+target: target
+output_dir: unused
+data: {task: mbpp, files: {train: mbpp.jsonl}, extract: 2, align: 8, eval: 2, max_new_tokens: 4}
+training: {use_cpu: true, num_train_epochs: 2, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, report_to: none}
+""")
+    cells = ["target", "sft", "kd", "semalign", "equal", "gold", "gold-corrected", "gold-hybrid", "uld"]
+    said = script("two_tokenizers.py", tmp_path, "recipe.yaml", "out", *cells)
+    content = json.loads((tmp_path / "out" / "table.json").read_text())["cells"]
+    assert content.keys() == set(cells) and (tmp_path / "out" / "table.md").read_text() in said
+    check(content, {"kl", "loss", "kl_per_byte", "bits_per_byte"})
+    assert {cell["steps"] for name, cell in content.items() if name != "target"} == {4}
+    assert len({cell["kl"] for cell in content.values()}) == len(cells)
+    assert content["equal"]["used"]["align"] < content["kd"]["used"]["align"]
+    assert " s\n" not in script("two_tokenizers.py", tmp_path, "recipe.yaml", "out", *cells)

@@ -187,6 +187,12 @@ class InOrder(GOLDTrainer):
         long = ("input_ids", "attention_mask", "labels", "byte_offsets")
         return {name: value[:, first:] if name in long else value for name, value in inputs.items()}
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's, and the source makes no logits of what all prompts begin with."""
+        prompts = self.teacher_tokenizer(inputs["original_prompt_text"])["input_ids"]
+        self.teacher_model.unread = min(map(len, prompts)) - 1
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
 
 class Remembering(nn.Module):
     """A source that runs over each row once: later its final states are read, and its head gives the logits.
@@ -200,17 +206,20 @@ class Remembering(nn.Module):
         super().__init__()
         self.model, self.config, self.place = model, model.config, place
         self.known: dict[tuple[int, ...], torch.Tensor] = torch.load(place) if place.is_file() else {}
-        self.begun_with = len(self.known)
+        self.begun_with, self.unread = len(self.known), 0
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> CausalLMOutput:
-        """Logits at all positions of rows that are padded on the right."""
+        """Logits of rows that are padded on the right; none at the first positions, ``unread``, before all answers."""
         keys = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
         if any(key not in self.known for key in keys):
             states = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
             self.known |= {key: row[: len(key)].clone() for key, row in zip(keys, states, strict=True)}
         states = nn.utils.rnn.pad_sequence([self.known[key] for key in keys], batch_first=True)
-        return CausalLMOutput(logits=self.model.get_output_embeddings()(states))
+        head = self.model.get_output_embeddings()
+        logits = states.new_zeros(*states.shape[:2], len(head.weight))
+        logits[:, self.unread :] = head(states[:, self.unread :])
+        return CausalLMOutput(logits=logits)
 
     def keep(self) -> None:
         """Write what is known for the cells to come."""

@@ -75,6 +75,7 @@ TRLS: dict[str, dict[str, Any]] = {
     "gold-hybrid": HYBRID,
     "uld": {"use_extended_uld": False},
 }
+ROWS = 2  # of a micro-batch of TRL's, whose full logits take memory
 MERGING = "_merge_probabilities_with_alignment_groups"
 CELLS = ("target", "sft", "kd", "semalign", "gold", "gold-corrected", "uld", "equal", "gold-hybrid", "sft-source")
 FIGURES = {"kl": "KL a position", "kl_per_byte": "KL a byte", "loss": "answer loss a token", "bits_per_byte": "bits a byte"}
@@ -125,10 +126,20 @@ class Run:
         target = load_model(resolve_model(self.recipe.target), precision=args.mixed_precision)
         source = load_model(resolve_model(self.recipe.source), precision=args.mixed_precision)
         settings = rivals._settings(args) | {"num_train_epochs": 1, "save_strategy": "no", "report_to": []}
+        share = ROWS / args.per_device_train_batch_size  # by which a smaller micro-batch counts, so that the gradient stays
+        settings["gradient_accumulation_steps"] = int(args.gradient_accumulation_steps / share)
+        settings["per_device_train_batch_size"] = ROWS
         trainer = InOrder(
             model=target,
             teacher_model=Remembering(source, self.root / "_source_states.pt"),
-            args=GOLDConfig(**settings, max_length=args.max_length, lmbda=0.0, use_uld_loss=True, **TRLS[name]),
+            args=GOLDConfig(
+                **settings,
+                max_length=args.max_length,
+                lmbda=0.0,
+                use_uld_loss=True,
+                uld_distillation_weight=share,
+                **TRLS[name],
+            ),
             train_dataset=Dataset.from_list([dict(asked[row]) for row in rows]),
             processing_class=self.tokenizer,
             peft_config=rivals._lora(target, args),

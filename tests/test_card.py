@@ -463,7 +463,7 @@ def test_a_card_of_two_tokenizers_says_what_its_kl_compares(record, results):
     two = render_card(record | {"tokenizers": {"classes": 39238, "aligned": {"align": 0.7887}}}, results)
     assert "nats per token of the reference answers" in one and "aligned" not in one
     assert "KL(source ‖ target) compares 39,238 classes of tokens, in nats per aligned position." in two
-    assert "78.9 % of the target's answer tokens in the align split are aligned with the source's." in two
+    assert "78.9 % of the target's answer tokens in the align split are used: they are aligned with the source's, and" in two
     assert "nats per token of the reference answers" not in two
 
 

@@ -64,6 +64,16 @@ def test_one_tokenizer_taken_for_two_gives_the_same_adapter(tmp_path, monkeypatc
     assert theirs["eval_kl_per_byte"] * text == pytest.approx(ours["eval_kl"] * tokens, rel=1e-5)
 
 
+def test_the_share_that_is_said_is_the_share_that_is_used(tmp_path, caplog):
+    caplog.set_level("INFO")
+    known = make(tmp_path, pair(tmp_path, byte_level, sentencepiece_bpe), "run").known
+    rows = known.splits["align"]
+    used = sum(rank >= 0 for ranks in rows["source_rank"] for rank in ranks)
+    share = used / sum(label != IGNORED for labels in rows["labels"] for label in labels[1:])
+    assert known.aligned["align"] == share
+    assert f"{100 * share:.1f} % of the target's answer tokens in the align split are used: aligned" in caplog.text
+
+
 @pytest.mark.parametrize("frontier", ["joint", "single"])
 @pytest.mark.parametrize(("source", "target"), [(byte_level, sentencepiece_bpe), (unigram, byte_level)])
 def test_cached_and_online_give_the_same_adapter(tmp_path, source, target, frontier):
@@ -239,7 +249,7 @@ def recipe(tmp_path):
 
 def test_a_recipe_runs_with_its_baselines(tmp_path, recipe, capsys):
     assert main(["train", "--config", str(recipe), "--dry-run"]) == 0
-    assert "aligned answer tokens" in capsys.readouterr().out
+    assert "answer tokens used" in capsys.readouterr().out
     assert main(["train", "--config", str(recipe)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"kl", "bits_per_byte", "kl_per_byte"} <= results["metrics"]["semalign"].keys()

@@ -69,7 +69,7 @@ class Plan:
         disk_bytes: signals and target prefix, at most.
         memory_bytes: estimate, by phase: the source's pass, and training; of a GPU's memory, or on a CPU of the process's.
         shared_tokens: rows of both heads that map and KL are over; with two tokenizers the map alone.
-        aligned: with two tokenizers, the share of the target's answer tokens that are aligned with the source's.
+        aligned: with two tokenizers, the share of the target's answer tokens that are used.
         machine: what the time is told for.
         flops: floating-point operations a second that it sustains.
     """
@@ -222,7 +222,7 @@ def plan_table(plan: Plan) -> Table:
         "stages (optimizer steps)": f"{len(spans)}: {', '.join(spans)}",
         "splits": "; ".join(splits),
         "shared tokens": f"{plan.shared_tokens:,}",
-        **({} if plan.aligned is None else {"aligned answer tokens": f"{plan.aligned:.1%}"}),
+        **({} if plan.aligned is None else {"answer tokens used": f"{plan.aligned:.1%}"}),
         "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
         "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
         "time": f"{timedelta(seconds=round(plan.seconds(plan.flops)))} at {plan.machine}",

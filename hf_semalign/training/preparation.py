@@ -69,7 +69,7 @@ class Preparation:
         source_splits: rows in the source's tokens; with one tokenizer, the same as ``splits``.
         source_collator: collator of the source's rows.
         tokenizers: correspondence of two tokenizers; ``None`` for one tokenizer.
-        aligned: share of the target's valid positions that are aligned, by split; empty for one tokenizer.
+        aligned: share of the target's valid positions that are used, by split; empty for one tokenizer.
     """
 
     source: Source

@@ -33,7 +33,7 @@ class PairedSplit:
         target: the same rows with the target's tokenizer and three more columns: ``source_id``, the source row's
             ``example_id``; ``source_rank`` ``[T]``, the rank of the aligned source position among the source's valid positions,
             or -1; and ``answer_bytes``, the number of bytes in the supervised tokens.
-        aligned: share of the target's valid positions that are aligned.
+        aligned: share of the target's valid positions that are used: aligned, and of one class with the source's.
     """
 
     source: Dataset
@@ -131,7 +131,11 @@ class TokenizerPair:
                 f"No answer token of the {split} split is aligned: the tokenizers split all of its answers differently. Use "
                 "longer answers, or choose a pair with one tokenizer."
             )
-        logger.info("%.1f %% of the target's answer tokens in the %s split are aligned.", 100 * aligned / valid, split)
+        logger.info(
+            "%.1f %% of the target's answer tokens in the %s split are used: aligned, and of one class with the source's.",
+            100 * aligned / valid,
+            split,
+        )
         return PairedSplit(source, target, aligned / valid)
 
     def _paired(

@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -75,7 +76,7 @@ TRLS: dict[str, dict[str, Any]] = {
     "gold-hybrid": HYBRID,
     "uld": {"use_extended_uld": False},
 }
-ROWS = 2  # of a micro-batch of TRL's, whose full logits take memory
+ROWS = 2  # of a micro-batch of TRL's, whose full logits take memory; it averages them, so that their number changes nothing
 MERGING = "_merge_probabilities_with_alignment_groups"
 CELLS = ("target", "sft", "kd", "semalign", "gold", "gold-corrected", "uld", "equal", "gold-hybrid", "sft-source")
 FIGURES = {"kl": "KL a position", "kl_per_byte": "KL a byte", "loss": "answer loss a token", "bits_per_byte": "bits a byte"}
@@ -126,9 +127,9 @@ class Run:
         target = load_model(resolve_model(self.recipe.target), precision=args.mixed_precision)
         source = load_model(resolve_model(self.recipe.source), precision=args.mixed_precision)
         settings = rivals._settings(args) | {"num_train_epochs": 1, "save_strategy": "no", "report_to": []}
-        share = ROWS / args.per_device_train_batch_size  # by which a smaller micro-batch counts, so that the gradient stays
-        settings["gradient_accumulation_steps"] = int(args.gradient_accumulation_steps / share)
-        settings["per_device_train_batch_size"] = ROWS
+        small = math.gcd(ROWS, args.per_device_train_batch_size)
+        settings["gradient_accumulation_steps"] = args.per_device_train_batch_size * args.gradient_accumulation_steps // small
+        settings["per_device_train_batch_size"] = small
         trainer = InOrder(
             model=target,
             teacher_model=Remembering(source, self.root / "_source_states.pt"),
@@ -137,7 +138,6 @@ class Run:
                 max_length=args.max_length,
                 lmbda=0.0,
                 use_uld_loss=True,
-                uld_distillation_weight=share,
                 **TRLS[name],
             ),
             train_dataset=Dataset.from_list([dict(asked[row]) for row in rows]),

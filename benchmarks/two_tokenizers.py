@@ -305,7 +305,8 @@ def main() -> None:
     paths = {name: options.folder / name / "cell.json" for name in CELLS}
     cells = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
     recipe = load_recipe(options.recipe, options.set)
-    pair = {"source": Path(recipe.source).name, "target": Path(recipe.target).name, "training": recipe.training}
+    training = {name: value for name, value in recipe.training.items() if name != "signals_dir"}
+    pair = {"source": Path(recipe.source).name, "target": Path(recipe.target).name, "training": training}
     (options.folder / "table.json").write_text(json.dumps({**pair, "cells": cells}, indent=1) + "\n")
     (options.folder / "table.md").write_text(table(cells))
     print(table(cells))

@@ -79,7 +79,12 @@ TRLS: dict[str, dict[str, Any]] = {
 ROWS = 2  # of a micro-batch of TRL's, whose full logits take memory; it averages them, so that their number changes nothing
 MERGING = "_merge_probabilities_with_alignment_groups"
 CELLS = ("target", "sft", "kd", "semalign", "gold", "gold-corrected", "uld", "equal", "gold-hybrid", "sft-source")
-FIGURES = {"kl": "KL a position", "kl_per_byte": "KL a byte", "loss": "answer loss a token", "bits_per_byte": "bits a byte"}
+FIGURES = {
+    "kl": "KL per position",
+    "kl_per_byte": "KL per byte",
+    "loss": "answer loss per token",
+    "bits_per_byte": "bits per byte",
+}
 Cell = dict[str, Any]
 
 

@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Score the source's layers on the extract split, and cache the scores in training.signals_dir for later runs.",
         "semalign attribute --config recipes/quickstart/semalign.yaml training.pairing=attribution",
     ))  # fmt: skip
-    _add_recipe(add(
+    _add_signals(add(
         "signals", _signals, "precompute the source's hidden states for a recipe",
         "Run the source over a recipe's data and cache its hidden states. Training, here or elsewhere, then never loads it.",
         "semalign signals --config recipes/quickstart/semalign.yaml training.signals_dir=signals",
@@ -136,6 +136,13 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     _add_overrides(command)
 
 
+def _add_signals(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument(
+        "--part", type=_part, metavar="I/N", help="compute the I-th of N parts alone, as one job of an array: 1/4 to 4/4"
+    )
+
+
 def _add_train(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--dry-run", action="store_true", help="print the plan and its cost; load no weights")
@@ -149,6 +156,14 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     _add_overrides(command, "changes to the comparison, or to all its recipes")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: %(default)s)")
     command.add_argument("--dry-run", action="store_true", help="print the cells and their cost; load no weights")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``3/8`` as the third of eight parts, counted from 0."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: expected I/N with I from 1 to N, such as 1/4")
+    return int(number) - 1, int(count)
 
 
 def _add_analyze(command: argparse.ArgumentParser) -> None:
@@ -247,7 +262,7 @@ def _signals(options: argparse.Namespace) -> None:
     from hf_semalign.experiments.recipe import load_recipe
     from hf_semalign.experiments.run import run_signals
 
-    folder = run_signals(load_recipe(options.config, options.overrides))
+    folder = run_signals(load_recipe(options.config, options.overrides), options.part)
     if _main_process():
         _console().print(f"Signals: {folder} (copy it under another signals_dir, or name it as a recipe's source)")
 

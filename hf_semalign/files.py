@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,36 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RECORD_NAME = "semalign.json"
 
 
-def writing_lock(folder: Path) -> FileLock:
-    """Lock for a folder that several processes share. One process writes while the others wait, then read what it wrote.
+Part = tuple[int, int]  # which part of a pass, and of how many
+WHOLE: Part = (0, 1)
 
-    Unlike a collective operation, waiting has no time limit. Machines that share no disk each do the work themselves.
+
+def writing_lock(folder: Path, part: Part = WHOLE) -> FileLock:
+    """Lock for a folder that several processes share, or for one part of its files.
+
+    One process writes while the others wait, then read what it wrote. Unlike a collective operation, waiting has no time
+    limit. Machines that share no disk each do the work themselves.
     """
-    return FileLock(folder / "writing.lock", is_singleton=True)  # reentrant
+    name = "writing" if part == WHOLE else f"writing-{part[0]}-of-{part[1]}"
+    return FileLock(folder / f"{name}.lock", is_singleton=True)  # reentrant
+
+
+def in_parts(work: Callable[..., bool], part: Part) -> None:
+    """Share work among processes that share a folder.
+
+    Each process does its own part first, and then what it finds undone of the others': the process that should do it has
+    died, or works on another machine without this folder. A part that is in progress elsewhere is waited for last. When this
+    returns, all parts are done.
+
+    Args:
+        work: called with a part, and ``wait=False`` or ``True``. It does nothing if the part is done, and returns False if
+            another process holds the part's lock and ``wait`` is False.
+        part: of this process, and the number of processes.
+    """
+    own, count = part
+    parts = [((own + k) % count, count) for k in range(count)]
+    for one in [one for one in parts if not work(one, wait=False)]:
+        work(one, wait=True)
 
 
 def digest(content: Any) -> str:
@@ -56,13 +80,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensor(tensor: torch.Tensor, path: Path) -> None:
+def save_tensor(tensor: torch.Tensor, path: Path, **others: torch.Tensor) -> None:
     """Write a tensor to a safetensors file atomically, with a checksum of its content and name.
 
     Hold the folder's lock while calling it.
+
+    Args:
+        tensor: what :func:`load_tensor` reads.
+        path: the file.
+        others: small tensors that are stored with it, by name.
     """
+    tensors = {"states": tensor.contiguous(), **others}
     with _whole(path) as unfinished:
-        save_file({"states": tensor.contiguous()}, unfinished, metadata={"checksum": digest([path.stem, checksum(tensor)])})
+        save_file(tensors, unfinished, metadata={"checksum": _checksum(tensors, path)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor], path: Path) -> str:
+    return digest([path.stem, *(checksum(tensor) for _, tensor in sorted(tensors.items()))])
 
 
 def keep_record(path: Path, record: Any) -> None:
@@ -103,22 +137,28 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def load_tensor(path: Path) -> torch.Tensor | None:
     """Memory-map what :func:`save_tensor` wrote; ``None`` if the file is missing or damaged. Damage is logged."""
+    tensors = load_tensors(path)
+    return None if tensors is None else tensors["states"]
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """Like :func:`load_tensor`, with the tensors that are stored beside it; the tensor itself is ``"states"``."""
     if not path.is_file():
         return None
     try:
-        tensor, recorded = open_tensor(path)
-        if recorded == digest([path.stem, checksum(tensor)]):
-            return tensor
+        tensors, recorded = open_tensors(path)
+        if recorded == _checksum(tensors, path) and "states" in tensors:
+            return tensors
     except SafetensorError:
         pass
     logger.warning("%s is damaged and will be recomputed.", Path(*path.parts[-3:]))
     return None
 
 
-def open_tensor(path: Path) -> tuple[torch.Tensor, str | None]:
+def open_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
     """Memory-map what :func:`save_tensor` wrote; also returns the checksum stored with it."""
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("states"), (file.metadata() or {}).get("checksum")
+        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("checksum")  # noqa: SIM118
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -105,6 +105,7 @@ class SemAlignTrainer(TransferTrainer):
                     precision=self._precision,
                     batch_size=args.per_device_eval_batch_size,
                     device=args.device,
+                    part=self._own_part,
                     progress=not args.disable_tqdm,
                 )
         except PrefixUnavailable as reason:

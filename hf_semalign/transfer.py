@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -20,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import PredictionOutput, align_special_tokens
 
 from hf_semalign.cache.scores import layer_scores
-from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, match_scales
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Reading, SourceSignals, match_scales
 from hf_semalign.cache.source import Source
 from hf_semalign.config import SemAlignConfig
 from hf_semalign.errors import InputError, brief
-from hf_semalign.files import digest, disk_errors_explained
+from hf_semalign.files import Part, digest, disk_errors_explained
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer, write_card
 from hf_semalign.hub.record import describe_run, save_adapter
 from hf_semalign.method.frontier import FrontierSchedule
@@ -35,7 +36,7 @@ from hf_semalign.models.anatomy import base_model, check_head, dissect
 from hf_semalign.models.hooks import capture, without_logits
 from hf_semalign.models.loading import device_name, licence_of, load_model, quietly
 from hf_semalign.models.lora import add_lora
-from hf_semalign.splits import encode, fingerprint, is_encoded
+from hf_semalign.splits import column_chunks, encode, fingerprint, is_encoded
 from hf_semalign.tokenization import Record
 from hf_semalign.training.engines import warn_of_slow_bf16
 from hf_semalign.training.layerwise import LayerwiseTrainer
@@ -272,8 +273,9 @@ class TransferTrainer(LayerwiseTrainer):
             model = self.source.model(self.args.device)
             signals: Any = OnlineSignals(model, self.pairing, self.semantic_map, own_rows=own_rows)
         else:
-            with timed("source signals", self.seconds):
-                signals = self._cache(self._signals_folder)
+            signals = self._cache(self._signals_folder)
+            with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
+                signals.prepare(self._readings(), self._own_part)
         if self.args.scale == "match":
             batches = self._batches(self.known.splits["extract"])
             (signals.scales,) = broadcast_object_list([match_scales(signals, cast(PeftModel, self.model), batches)])
@@ -284,8 +286,49 @@ class TransferTrainer(LayerwiseTrainer):
         """Factor on the mapped states of each pair."""
         return tuple(self.signals.scales) if self.args.scale == "match" else (1.0,) * self.frontier.num_layers
 
+    def _readings(self) -> list[Reading]:
+        """What training reads of the source's signals, stage by stage."""
+        args, stages = self.args, range(self.schedule.num_stages)
+        if not args.learns_from_source:
+            return []
+        layers = [self.frontier.supervised(stage) if args.relation_weight else range(0) for stage in stages]
+        rows = self.rows_by_stage()
+        if rows is None:
+            return [Reading(some) for some in layers]
+        name = "example_id" if self.known.tokenizers is None else "source_id"
+        ids = np.concatenate([chunk.to_numpy() for chunk in column_chunks(self.known.splits["align"], name)])
+        return [Reading(some, ids[numbers]) for some, numbers in zip(layers, rows, strict=True)]
+
+    def write_signals(self, part: Part | None = None) -> None:
+        """Compute the source's signals of all rows, so that runs with other seeds, schedules and numbers of processes find them
+        too: :meth:`prepare` computes only what the steps of this run read.
+
+        Args:
+            part: ``(i, n)`` for the i-th of n parts alone, counted from 0. Machines that share ``signals_dir``, or the jobs of
+                an array, compute the others.
+
+        Raises:
+            ValueError: ``signals="online"``.
+            OSError: too little space on the disk.
+        """
+        if self._signals_folder is None:
+            raise InputError("write_signals needs signals='cached'; got 'online'.")
+        layers = range(self.frontier.num_layers if self.args.relation_weight else 0)
+        readings = [Reading(layers)] if self.args.learns_from_source else []
+        signals = self._cache(self._signals_folder)
+        with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
+            if part is None:
+                signals.prepare(readings, self._own_part)
+            else:
+                signals.write(readings, part)
+
+    @property
+    def _own_part(self) -> Part:
+        """What this process computes first of what all of them need."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
     def _cache(self, root: Path) -> CachedSignals:
-        """The signals of all splits on disk; the source runs over what is missing."""
+        """The signals of all splits, of which nothing is computed yet."""
         args, two = self.args, self.known.tokenizers
         tokenizer = self.known.tokenizer if two is None else two.source_tokenizer
         signals = {
@@ -311,9 +354,6 @@ class TransferTrainer(LayerwiseTrainer):
             trained = sum(p.numel() for layer in self.lora_layers for p in layer)
             states = int(cached.training.examples.tokens.sum()) * self.objective.target_head.weight.shape[1] * 4
             cached.training.reserve = 2 * states + 5 * 12 * trained
-        layers = range(self.frontier.num_layers if args.relation_weight else 0)
-        with self._autocast(), disk_errors_explained(root):
-            cached.prepare(layers if args.learns_from_source else None)
         return cached
 
     def _source_batch(self, source_ids: torch.Tensor) -> dict[str, torch.Tensor]:

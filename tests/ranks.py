@@ -18,6 +18,7 @@ from test_trainer import adapter, make_trainer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from hf_semalign.cache import examples as examples_module
 from hf_semalign.cache.states import StateFolder
 from hf_semalign.training.stages import whole
 
@@ -52,18 +53,28 @@ class Note(TrainerCallback):
 
 @contextmanager
 def counted():
-    """The columns of states that this process writes inside the block."""
+    """The shards that this process writes inside the block."""
     written, write = [], StateFolder.write
 
-    def noted(self, number, states):
-        written.extend(column.name for column in states)
-        write(self, number, states)
+    def noted(self, number, states, places=None):
+        written.extend(f"{column.name} {number}" for column in states)
+        write(self, number, states, places)
 
     StateFolder.write = noted
     try:
         yield written
     finally:
         StateFolder.write = write
+
+
+@contextmanager
+def small_shards():
+    """Shards of some rows, so that there are some for every rank."""
+    examples_module.SHARD_TOKENS, usual = 48, examples_module.SHARD_TOKENS
+    try:
+        yield
+    finally:
+        examples_module.SHARD_TOKENS = usual
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,6 +95,7 @@ def make(folder: Path, case: str, ranks: int):
     return trainer, note
 
 
+@small_shards()
 def train(folder: Path, case: str, ranks: int):
     """One case from the start to the end."""
     with counted() as written:
@@ -102,6 +114,7 @@ def train(folder: Path, case: str, ranks: int):
         "history": torch.tensor(history),
         "metrics": ends,
         "written": sorted(gather_object(written)),
+        "writers": sum(gather_object([any(name.startswith("final") for name in written)])),
         "held": sum(local(p).numel() for p in trainer.target_anatomy.layers.parameters()),
     }
 
@@ -117,6 +130,7 @@ class Trouble(TrainerCallback):
             self.happen()
 
 
+@small_shards()
 def stopped(folder: Path, case: str, ranks: int):
     """One rank gets SIGTERM in step 5, amid an epoch and a stage: all end after it with a checkpoint, and go on to the end."""
     trainer, _ = make(folder, case, ranks)
@@ -130,6 +144,7 @@ def stopped(folder: Path, case: str, ranks: int):
     return {"code": code, "step": step, "agreed": note.agreed, "adapter": adapter(trainer)}
 
 
+@small_shards()
 def broken(folder: Path, case: str, ranks: int):
     """One rank's loss is not finite in step 5: all stop before anything is learnt from it, and say whose it was."""
     trainer, _ = make(folder, case, ranks)

@@ -81,6 +81,14 @@ def test_load(tmp_path):
 
 
 @pytest.mark.slow
+def test_signals(tmp_path):
+    smoke("signals.py", tmp_path, "--repeats", "1")
+    content = written("signals", tmp_path)
+    assert content["processes"].keys() == {"1", "2", "4"} and len(content["schedules"]) == 5
+    check([one["run"] for one in content["schedules"]], {"mb", "seconds"})
+
+
+@pytest.mark.slow
 def test_efficiency(tmp_path):
     smoke("efficiency.py", tmp_path)
     content = written("efficiency", tmp_path)

@@ -18,7 +18,7 @@ ORDER = (
     "method.frontier", "method.objective",
     "config",
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.signals", "cache.prefix",
-    "training.stages", "training.checkpoints", "training.engines", "training.two_tokenizers",
+    "training.order", "training.stages", "training.checkpoints", "training.engines", "training.two_tokenizers",
     "training.preparation", "training.layerwise",
     "hub.card", "hub.record", "hub.reading", "hub.loading", "hub.push", "hub.inspection",
     "transfer", "trainer",

@@ -1,6 +1,7 @@
 """Cached source signals: equal to running the source, computed once, and never used when stale or damaged."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from conftest import PAPER, random_rows, tiny_llama
 from datasets import Dataset
+from filelock import FileLock
 from test_trainer import EVEN, ROWS, adapter, make_trainer
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.cache import examples as examples_module
-from hf_semalign.cache.signals import CachedSignals, OnlineSignals, SourceSignals, prepare_signals
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Reading, SourceSignals, prepare_part, prepare_signals
 from hf_semalign.cache.source import Source
+from hf_semalign.files import writing_lock
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
 from hf_semalign.splits import Collator, encode, valid_positions
@@ -169,7 +172,7 @@ def test_columns_hold_valid_positions_only_in_the_dtype_of_the_source(online, da
     online.source.to(dtype)
     signals = prepare(online, data, tmp_path)
     answers = sum(int(valid_positions(torch.tensor([row["labels"]])).sum()) for row in data)
-    for column in (signals._final, signals._mapped(0)):
+    for column in (signals._final, signals._mapped(1)):
         states = signals._states.read(column, range(11))
         assert states.shape == (answers, column.width)
         assert states.dtype == dtype
@@ -188,7 +191,7 @@ def test_stale_signals_are_not_found(online, data, tmp_path, passes, change):
     once = len(passes)
     CHANGES[change](online)
     signals = make_signals(online, data, tmp_path)
-    assert signals._states.missing(signals._mapped(2))
+    assert signals._states.missing(signals._mapped(4))
     signals.prepare(range(3))
     assert len(passes) == 2 * once
 
@@ -268,7 +271,7 @@ def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, 
 def test_splits_are_told_apart_and_an_example_without_signals_is_an_error(online, data, tmp_path):
     parts = {"align": data.select(range(5)), "eval": data.select(range(5, 8))}
     cached = CachedSignals({name: make_signals(online, part, tmp_path) for name, part in parts.items()}, "align")
-    cached.prepare([1])
+    cached.prepare([Reading([1])])
     for part in parts.values():
         assert_equal_signals(cached, online, COLLATE(list(part)), [1])
     with pytest.raises(ValueError, match="No source signals for example"):
@@ -374,22 +377,99 @@ def test_locks_of_several_data_sets_are_taken_in_one_order(monkeypatch):
         def __init__(self, name):
             self.lock_file = name
 
-        def __enter__(self):
+        def acquire(self, blocking):
             taken.append(self.lock_file)
-
-        def __exit__(self, *_):
-            pass
+            return nullcontext()
 
     class Signals:
         def __init__(self, name):
-            self._states = SimpleNamespace(lock=Lock(name))
+            self._states = SimpleNamespace(lock=lambda part: Lock(name))
 
-        def _lacks(self, layers):
+        def _lacks(self, readings):
             return True
 
-        def _plan_pass(self, layers):
+        def _drop_abandoned(self, part):
+            pass
+
+        def _plan_pass(self, readings, part):
             return None
 
     for names in ("xy", "yx"):
-        prepare_signals({Signals(name): range(3) for name in names})
+        prepare_signals({Signals(name): [Reading(range(3))] for name in names})
     assert taken == ["x", "y", "x", "y"]
+
+
+def some(data, *numbers):
+    return torch.tensor(data["example_id"])[list(numbers)].numpy()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+def test_some_examples_of_some_layers(online, data, tmp_path, stream):
+    """And what is added later stands beside it."""
+    signals = make_signals(online, data, tmp_path, stream=stream)
+    prepare_signals({signals: [Reading([0], some(data, 1, 4, 7)), Reading([2], some(data, 4, 9)), Reading([], some(data, 0))]})
+    assert_equal_signals(signals, online, COLLATE([data[k] for k in (7, 1, 4)]), [0])
+    assert_equal_signals(signals, online, COLLATE([data[k] for k in (9, 4)]), [2])
+    assert_equal_signals(signals, online, COLLATE([data[k] for k in (0, 1, 4, 7, 9)]), [])
+    for layers, row in (([0], 9), ([2], 1), ([], 2)):
+        with pytest.raises(FileNotFoundError):
+            signals(COLLATE([data[row]]), layers)
+    signals.prepare(range(3))
+    assert_equal_signals(signals, online, COLLATE(list(data)))
+    assert not [path for path in signals.folder.iterdir() if "hidden" in path.name]
+
+
+def test_a_damaged_file_of_some_examples_is_made_again_and_does_not_stay(online, data, tmp_path, caplog):
+    readings = [Reading([0], some(data, 1, 4, 7))]
+    prepare_signals({make_signals(online, data, tmp_path): readings})
+    (path,) = [path for path in tmp_path.rglob("layer-*/*-*.safetensors")][:1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes(5))
+    prepare_signals({make_signals(online, data, tmp_path): readings})
+    assert path.read_bytes() == content and "is damaged" in caplog.text
+    path.write_bytes(content[:-5] + bytes(5))
+    signals = prepare(online, data, tmp_path)  # which wants other examples
+    assert not path.exists()
+    assert_equal_signals(signals, online, COLLATE(list(data)))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "stream"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_are_together_what_one_process_computes(online, data, tmp_path, passes, stream, count):
+    """Bit for bit, each with its share of the work."""
+    whole = prepare(online, data, tmp_path / "whole", stream=stream)
+    once, ran = len(passes), []
+    shards = len(whole.examples.shards)
+    for part in range(count):
+        del passes[:]
+        prepare_part({make_signals(online, data, tmp_path / "parts", stream=stream): [Reading(range(3))]}, (part, count))
+        ran.append(len(passes))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert sum(ran) == once and max(ran) <= -(-shards // count) * 2
+    assert not list((tmp_path / "parts").rglob("hidden-*"))
+
+
+def test_a_process_takes_over_what_another_has_left(online, data, tmp_path, passes):
+    """And leaves alone what another is at work on until that is done."""
+    signals = make_signals(online, data, tmp_path)
+    readings = {signals: [Reading(range(3))]}
+    with FileLock(writing_lock(signals.folder, (1, 2)).lock_file):
+        assert not prepare_part(readings, (1, 2), wait=False)
+        assert prepare_part(readings, (0, 2), wait=False)
+    assert set(signals._states.missing(signals._final)) == set(range(1, len(signals.examples.shards), 2))
+    prepare_signals(readings, (0, 2))
+    assert_equal_signals(signals, online, COLLATE(list(data)))
+
+
+def test_what_an_abandoned_pass_in_parts_left_is_deleted(online, data, tmp_path):
+    signals = make_signals(online, data, tmp_path, stream=True)
+    left, busy = (signals.folder / f"hidden-002-{part}-of-4" for part in (0, 1))
+    for folder in (left, busy):
+        folder.mkdir()
+    with FileLock(writing_lock(signals.folder, (1, 4)).lock_file):
+        signals.prepare(range(3))
+    assert not left.exists() and busy.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -68,10 +68,27 @@ class Examples:
         """Digest of what the examples are: ids, which stand for content, and counts."""
         return hashlib.sha256(np.stack([self.ids, self.tokens, self.answers]).tobytes()).hexdigest()[:32]
 
-    def batches(self, shard: slice, size: int) -> Iterator[list[dict]]:
-        """Rows of a shard, ``size`` at a time."""
-        for start in range(shard.start, shard.stop, size):
-            yield self.dataset.__getitems__(self._rows[start : min(start + size, shard.stop)].tolist())
+    def within(self, number: int, places: np.ndarray | None = None) -> np.ndarray:
+        """Places of a shard's examples; with ``places``, sorted, those of them that are in the shard."""
+        shard = self.shards[number]
+        if places is None:
+            return np.arange(shard.start, shard.stop)
+        first, last = places.searchsorted([shard.start, shard.stop])
+        return places[first:last]
+
+    def batches(self, number: int, size: int, places: np.ndarray | None = None) -> list[np.ndarray]:
+        """Places of the batches that a pass cuts a shard into: all its examples, or of ``places`` those that it has."""
+        inside = self.within(number, places)
+        return [inside[start : start + size] for start in range(0, len(inside), size)]
+
+    def rows(self, places: np.ndarray) -> list[dict]:
+        """The rows of some examples."""
+        return self.dataset.__getitems__(self._rows[places].tolist())
+
+    def positions(self, places: np.ndarray | None, *, everywhere: bool) -> int:
+        """Positions of some examples, or of all: everywhere, or valid ones only."""
+        counts = self.tokens if everywhere else self.answers
+        return int((counts if places is None else counts[places]).sum())
 
 
 def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from hf_semalign.cache.examples import Collate
-from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.cache.states import Column, Places, StateFolder
 from hf_semalign.errors import InputError
+from hf_semalign.files import WHOLE, Part
 from hf_semalign.models.anatomy import Anatomy
 from hf_semalign.models.hooks import bypass, capture, stop_after
 from hf_semalign.splits import valid_positions
@@ -23,7 +25,7 @@ SHARDS_HELD = 4  # at a time, one being made and the others written; fewer, but 
 BYTES_HELD = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Output:
     """What a pass writes into a column.
 
@@ -31,11 +33,42 @@ class Output:
         column: where it goes.
         layer: the decoder layer whose output it is; ``None`` for the decoder's final hidden state.
         transform: applied to the states of a batch, ``[N, D]`` to ``[N, width]``.
+        places: of the examples that are wanted.
     """
 
     column: Column
     layer: int | None
     transform: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+    places: Places = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for one shard.
+
+    Attributes:
+        lacking: places of the examples that each column lacks.
+        batches: places of the batches that run: those in which some column lacks an example.
+    """
+
+    lacking: dict[Column, np.ndarray]
+    batches: list[np.ndarray]
+
+
+def work_of(
+    folder: StateFolder, outputs: Sequence[Output], batch_size: int, among: Places = None, part: Part = WHOLE
+) -> dict[int, Work]:
+    """What a pass has to do, by shard; arguments as in :func:`layer_pass`."""
+    lacking: dict[int, dict[Column, np.ndarray]] = {}
+    for output in outputs:
+        for number, places in folder.missing(output.column, output.places, part).items():
+            lacking.setdefault(number, {})[output.column] = places
+    work = {}
+    for number, columns in sorted(lacking.items()):
+        wanted = np.unique(np.concatenate(list(columns.values())))
+        batches = folder.examples.batches(number, batch_size, among)
+        work[number] = Work(columns, [batch for batch in batches if np.isin(batch, wanted).any()])
+    return work
 
 
 class _ShardWriter:
@@ -44,16 +77,16 @@ class _ShardWriter:
 
     Args:
         folder: takes the shards; its lock is held.
-        lacking: the columns of each shard that is going to be written.
+        work: what is going to be written.
         device: where the states come from.
     """
 
-    def __init__(self, folder: StateFolder, lacking: Mapping[int, Sequence[Column]], device: torch.device) -> None:
+    def __init__(self, folder: StateFolder, work: Mapping[int, Work], device: torch.device) -> None:
         self._folder = folder
         self._rows: dict[Column, int] = {}
-        for number, columns in lacking.items():
-            for column in columns:
-                self._rows[column] = max(self._rows.get(column, 0), column.positions(folder.examples, number))
+        for shard in work.values():
+            for column, places in shard.lacking.items():
+                self._rows[column] = max(self._rows.get(column, 0), column.positions(folder.examples, places))
         size = sum(rows * column.width * column.dtype.itemsize for column, rows in self._rows.items())
         self._ahead = min(SHARDS_HELD, max(2, BYTES_HELD // max(size, 1)))
         self._pinned = device.type == "cuda" and self._ahead * size <= BYTES_HELD  # which torch keeps for the next pass
@@ -81,10 +114,13 @@ class _ShardWriter:
             for column, rows in self._rows.items()
         }
 
-    def write(self, number: int, memory: dict[Column, torch.Tensor], rows: Mapping[Column, int]) -> None:
-        """Begin to write so many rows of each column, after which the memory is free again."""
-        columns = [{column: memory[column][:count]} for column, count in rows.items()]
-        self._busy.append(([self._pool.submit(self._folder.write, number, states) for states in columns], memory))
+    def write(self, number: int, memory: dict[Column, torch.Tensor], lacking: Mapping[Column, np.ndarray]) -> None:
+        """Begin to write the states of some examples of each column, after which the memory is free again."""
+        futures = []
+        for column, places in lacking.items():
+            states = {column: memory[column][: column.positions(self._folder.examples, places)]}
+            futures.append(self._pool.submit(self._folder.write, number, states, places))
+        self._busy.append((futures, memory))
 
     def _wait(self) -> dict[Column, torch.Tensor]:
         futures, memory = self._busy.popleft()
@@ -114,16 +150,18 @@ def layer_pass(
     collate: Collate,
     *,
     start: int = 0,
-    entering: Callable[[Sequence[int]], torch.Tensor] | None = None,
+    entering: Callable[[np.ndarray], torch.Tensor] | None = None,
     as_tuples: bool = False,
     batch_size: int,
     device: torch.device | str,
+    among: Places = None,
+    part: Part = WHOLE,
     progress: str | None = None,
 ) -> None:
     """Run frozen decoder layers over a data set once, and write what comes out.
 
     The pass begins at layer ``start`` and ends with the deepest output that is wanted; what the folder already has is left
-    alone.
+    alone. Call it under the lock of ``part``.
 
     Args:
         anatomy: the model's parts; only the layers from ``start`` on need weights, and the embeddings where ``start`` is 0.
@@ -135,47 +173,74 @@ def layer_pass(
         as_tuples: whether the layers give tuples, see :func:`hf_semalign.models.hooks.gives_tuples`.
         batch_size: examples a forward.
         device: where the layers are.
+        among: the examples that batches are made of, which include all that are wanted. It alone says which examples run
+            together, so that states are the same whatever of them was there before.
+        part: the shards that are looked at, see :meth:`StateFolder.missing`.
         progress: label of a progress bar; none without.
     """
-    with ExitStack() as held:
-        held.enter_context(folder.lock)
-        lacking = folder.lacking([output.column for output in outputs])
-        writer = held.enter_context(_ShardWriter(folder, lacking, torch.device(device)))
-        counts = {number: folder.examples.shards[number] for number in lacking}
-        total = sum(shard.stop - shard.start for shard in counts.values())
+    work = work_of(folder, outputs, batch_size, among, part)
+    with _ShardWriter(folder, work, torch.device(device)) as writer:
+        total = sum(len(places) for shard in work.values() for places in shard.batches)
         bar = tqdm(total=total, desc=progress, unit="ex", disable=not (progress and total))
-        for number, columns in lacking.items():
-            wanted = [output for output in outputs if output.column in columns]
-            layers = sorted({output.layer for output in wanted if output.layer is not None})
-            through = any(output.layer is None for output in wanted)
-            memory, rows_made = writer.memory(), dict.fromkeys(columns, 0)
-            place = counts[number].start
-            for rows in folder.examples.batches(counts[number], batch_size):
-                batch = {key: tensor.to(device) for key, tensor in collate(rows).items()}
-                mask = batch["attention_mask"].bool()
-                inputs: dict[str, torch.Tensor] = {"input_ids": batch["input_ids"]}
-                with ExitStack() as stack:
-                    if entering is not None:
-                        below = spread(entering(range(place, place + len(rows))), mask)
-                        inputs = {"inputs_embeds": torch.full_like(below, torch.nan)}  # nothing above may read them
-                        stack.enter_context(bypass(anatomy.layers[:start], below, as_tuples=as_tuples))
-                    captures = dict(zip(layers, stack.enter_context(capture([anatomy.layers[k] for k in layers])), strict=True))
-                    if not through:
-                        stack.enter_context(stop_after(anatomy.layers[layers[-1]]))
-                    final = anatomy.decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False)[0]
-                valid = valid_positions(batch["labels"])
+        for number, shard in work.items():
+            wanted = [output for output in outputs if output.column in shard.lacking]
+            memory, made = writer.memory(), dict.fromkeys(shard.lacking, 0)
+            finite = torch.ones((), dtype=torch.bool, device=device)
+            for places in shard.batches:
+                batch = collate(folder.examples.rows(places))
+                # Positions are found on the host: a GPU that looks for them makes it wait.
+                positions = {True: batch["attention_mask"].bool(), False: valid_positions(batch["labels"])}
+                below = None if entering is None else entering(places)
+                outcome = _run(anatomy, batch, [output.layer for output in wanted], start, below, as_tuples, device)
                 for output in wanted:
-                    full = final if output.layer is None else captures[output.layer].output
-                    chosen = full[mask if output.column.everywhere else valid]
-                    if entering is not None and not chosen.isfinite().all():
-                        raise InputError(
-                            f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
-                            "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
-                        )
-                    states, first = output.transform(chosen), rows_made[output.column]
-                    rows_made[output.column] += len(states)
-                    memory[output.column][first : rows_made[output.column]] = states
-                place += len(rows)
-                bar.update(len(rows))
-            writer.write(number, memory, rows_made)
+                    lacks = torch.from_numpy(np.isin(places, shard.lacking[output.column])).unsqueeze(1)
+                    where = (positions[output.column.everywhere] & lacks).flatten().nonzero().squeeze(1)
+                    chosen = outcome[output.layer].flatten(0, 1).index_select(0, where.to(device, non_blocking=True))
+                    finite &= chosen.isfinite().all()
+                    first, made[output.column] = made[output.column], made[output.column] + len(chosen)
+                    memory[output.column][first : made[output.column]].copy_(output.transform(chosen), non_blocking=True)
+                bar.update(len(places))
+            if not finite and entering is not None:  # the host waits for a GPU here, once a shard
+                raise InputError(
+                    f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
+                    "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
+                )
+            writer.write(number, memory, shard.lacking)
         bar.close()
+
+
+def _run(
+    anatomy: Anatomy,
+    batch: Mapping[str, torch.Tensor],
+    wanted: Sequence[int | None],
+    start: int,
+    below: torch.Tensor | None,
+    as_tuples: bool,
+    device: torch.device | str,
+) -> dict[int | None, torch.Tensor]:
+    """Outputs ``[B, T, D]`` of some layers on a batch, and under ``None`` the decoder's final states.
+
+    Args:
+        anatomy: the model's parts.
+        batch: ``input_ids, attention_mask`` ``[B, T]`` on the host.
+        wanted: layers, or ``None``; the forward ends with the deepest.
+        start: first layer that runs.
+        below: its inputs ``[N, D]``; ``None`` where ``start`` is 0.
+        as_tuples: whether the layers give tuples.
+        device: where the layers are.
+    """
+    layers = sorted({layer for layer in wanted if layer is not None})
+    mask, outcome = batch["attention_mask"].to(device), dict[int | None, torch.Tensor]()
+    with ExitStack() as stack:  # which the forward leaves at its deepest layer
+        if below is None:
+            inputs = {"input_ids": batch["input_ids"].to(device)}
+        else:
+            where = batch["attention_mask"].flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+            padded = spread(below, mask, where)
+            inputs = {"inputs_embeds": torch.full_like(padded, torch.nan)}  # nothing above may read them
+            stack.enter_context(bypass(anatomy.layers[:start], padded, as_tuples=as_tuples))
+        captures = stack.enter_context(capture([anatomy.layers[k] for k in layers]))
+        if None not in wanted:
+            stack.enter_context(stop_after(anatomy.layers[layers[-1]]))
+        outcome[None] = anatomy.decoder(**inputs, attention_mask=mask, use_cache=False)[0]
+    return outcome | {k: state.output for k, state in zip(layers, captures, strict=True)}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 from torch import nn
 
 from hf_semalign.cache.examples import Collate, Examples
@@ -17,7 +18,7 @@ from hf_semalign.cache.layer_pass import Output, layer_pass, spread
 from hf_semalign.cache.source import config_facts
 from hf_semalign.cache.states import Column, StateFolder
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.files import checksum, digest, writing_lock
+from hf_semalign.files import WHOLE, Part, checksum, digest, in_parts, writing_lock
 from hf_semalign.method.frontier import Frontier
 from hf_semalign.models.anatomy import CausalLM, base_model, dissect
 from hf_semalign.models.hooks import bypass, capture, gives_tuples, stop_after
@@ -63,6 +64,7 @@ class TargetPrefix:
         precision: mixed precision of the run, which the states depend on; the caller holds its autocast context.
         batch_size: examples a forward.
         device: where the target is.
+        part: of a pass that this process runs first, see :func:`hf_semalign.files.in_parts`.
         progress: show a progress bar.
 
     Attributes:
@@ -84,6 +86,7 @@ class TargetPrefix:
         precision: str = "no",
         batch_size: int = 16,
         device: torch.device | str = "cpu",
+        part: Part = WHOLE,
         progress: bool = True,
     ) -> None:
         self.layer = 0
@@ -91,13 +94,13 @@ class TargetPrefix:
         self._lora_layers = lora_layers
         self._examples = examples
         self._collate, self._batch_size, self._device, self._progress = collate, batch_size, device, progress
+        self._part = part
         self._root = root
         self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
         self._column = self._probe()
         root.mkdir(parents=True, exist_ok=True)
-        self._lock = writing_lock(root)
         needed = 2 * self._column.size(examples)
-        with self._lock:
+        with writing_lock(root):
             free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         if needed > free:
             self.close()
@@ -115,20 +118,32 @@ class TargetPrefix:
         below = [[checksum(p) for p in parameters] for parameters in self._lora_layers[:layer]]
         latest, self._folder = self._folder, self._generation(below) if layer else None
         if self._folder is not None:
-            with self._lock:
-                self._advance(self._folder, latest, below)
+            in_parts(partial(self._advance, self._folder, latest, below), self._part)
         self.layer = layer
 
-    def _advance(self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]]) -> None:
-        """Fill a generation from the deepest one below it that is whole, and delete all others."""
+    def _advance(
+        self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]], part: Part, *, wait: bool
+    ) -> bool:
+        """Fill a part of a generation from the deepest one below it that is whole, and delete all others; False if another
+        process is at work on it.
+        """
+        try:
+            with writing_lock(self._root, part).acquire(blocking=wait):
+                self._fill(folder, latest, below, part)
+        except Timeout:
+            return False
+        return True
+
+    def _fill(self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]], part: Part) -> None:
         layer = len(below)
-        if folder.missing(self._column):
+        if lacking := folder.missing(self._column, part=part):
             earlier = ((k, self._generation(below[:k], latest)) for k in range(layer - 1, 0, -1))
             start, before = next(((k, one) for k, one in earlier if not one.missing(self._column)), (0, None))
             for path in self._root.iterdir():
                 if path.is_dir() and path not in (folder.path, None if before is None else before.path):
-                    shutil.rmtree(path)
-            needed, free = self._column.size(self._examples), folder.free
+                    shutil.rmtree(path, ignore_errors=True)  # another process may be deleting it
+            needed = sum(self._column.size(self._examples, places) for places in lacking.values())
+            free = folder.free
             if needed > free:
                 raise PrefixUnavailable(
                     f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root.name}, with {free / 1e9:.1f} GB free"
@@ -143,6 +158,7 @@ class TargetPrefix:
                 as_tuples=self._as_tuples,
                 batch_size=self._batch_size,
                 device=self._device,
+                part=part,
                 progress=f"target prefix, layer {layer}" if self._progress else None,
             )
 
@@ -176,7 +192,7 @@ class TargetPrefix:
     @torch.no_grad()
     def _probe(self) -> Column:
         """The column of the states, after a look at whether entering at every layer gives what the whole target gives."""
-        batch = self._collate(next(self._examples.batches(self._examples.shards[-1], 2)))
+        batch = self._collate(self._examples.rows(self._examples.batches(len(self._examples.shards) - 1, 2)[0]))
         inputs = {key: batch[key].to(self._device) for key in ("input_ids", "attention_mask")}
         mask, layers = inputs["attention_mask"].bool(), self._anatomy.layers
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -98,8 +99,9 @@ def attribute_streamed(
     facts = {"source": source.identity, "precision": precision, "purpose": "attribution"}
     folder = StateFolder(source.folder(root), facts, examples)
     columns = [Column(f"hidden-{k:03d}", source.width, source.dtype, everywhere=True) for k in range(last + 1)]
-    with folder.lock:
-        folder.check_space(folder.bytes_missing(columns[1:]), "set signals_dir to a larger disk, or name a pairing")
+    with folder.lock():
+        lacking = [column.size(examples, places) for column in columns[1:] for places in folder.missing(column).values()]
+        folder.check_space(sum(lacking), "set signals_dir to a larger disk, or name a pairing")
         as_tuples = source.as_tuples  # before a layer is on the device
         for k in range(last):
             with source.layer(k, device) as anatomy:
@@ -115,7 +117,7 @@ def attribute_streamed(
                     device=device,
                     progress=f"attribution, source layer {k + 1}/{last + 1}" if progress else None,
                 )
-        batches = [collate(rows) for shard in examples.shards for rows in examples.batches(shard, 1)]
+        batches = [collate(examples.rows(np.array([place]))) for place in range(len(examples.ids))]
         head = source.head(root).to(device)
         gradients: list[torch.Tensor] = []  # of each example's loss, at the outputs of the layer in turn
         scores: list[torch.Tensor] = [torch.empty(0)] * (last + 1)

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
+from filelock import Timeout
 from transformers import PreTrainedModel
 
 from hf_semalign.cache.examples import Collate, Examples
-from hf_semalign.cache.layer_pass import Output, layer_pass, spread
+from hf_semalign.cache.layer_pass import Output, layer_pass, spread, work_of
 from hf_semalign.cache.source import Source
-from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.cache.states import Column, Places, StateFolder
 from hf_semalign.errors import InputError
+from hf_semalign.files import WHOLE, Part, in_parts
 from hf_semalign.method.objective import BatchSignals
 from hf_semalign.method.pairing import LayerPairing
 from hf_semalign.method.semantic_map import SemanticMap
@@ -50,6 +54,18 @@ def aligned_rows(ranks: torch.Tensor, taught: torch.Tensor, counts: torch.Tensor
     """
     before = counts.cumsum(0) - counts
     return (ranks + before.unsqueeze(1))[taught]
+
+
+class Reading(NamedTuple):
+    """Signals that are going to be read: the final states of some examples, and their supervision at some target layers.
+
+    Attributes:
+        target_layers: whose supervision is read.
+        examples: example ids, as :func:`example_ids` gives them; ``None`` for all of the data set.
+    """
+
+    target_layers: Sequence[int]
+    examples: np.ndarray | None = None
 
 
 class OnlineSignals:
@@ -207,83 +223,86 @@ class SourceSignals:
 
         def read(target_layers: Sequence[int]) -> BatchSignals:
             supervision = [
-                spread(states(self._mapped(layer)), taught, where).float() * self.scales[layer] for layer in target_layers
+                spread(states(self._mapped(self.pairing.source_layers[k])), taught, where).float() * self.scales[k]
+                for k in target_layers
             ]
             return BatchSignals(taught, supervision, states(self._final))
 
         return read
 
     def prepare(self, target_layers: Sequence[int]) -> None:
-        """Have the final states and those of some target layers on disk, see :func:`prepare_signals`."""
-        prepare_signals({self: target_layers})
+        """Have the final states and those of some target layers on disk, of all examples; see :func:`prepare_signals`."""
+        prepare_signals({self: [Reading(target_layers)]})
 
-    def _lacks(self, target_layers: Sequence[int]) -> bool:
-        columns = [self._final, *(self._mapped(k) for k in target_layers)]
-        return any(self._states.missing(column) for column in columns)
+    def _lacks(self, readings: Sequence[Reading], part: Part = WHOLE) -> bool:
+        return any(self._states.missing(output.column, output.places, part) for output in self._outputs(readings))
 
-    def _plan_pass(self, target_layers: Sequence[int]) -> _SourcePass | None:
-        """The pass of the source that makes what is missing; ``None`` where all is there.
+    def _plan_pass(self, readings: Sequence[Reading], part: Part) -> _SourcePass | None:
+        """The pass of the source that makes what is missing of a part of the shards; ``None`` where all is there.
 
         Raises:
             OSError: too little space on the disk.
         """
-        if not self._lacks(target_layers):
+        examples, last = self._states.examples, self.source.num_layers - 1
+        outputs, size = [], 0
+        for output in self._outputs(readings):
+            if lacking := self._states.missing(output.column, output.places, part):
+                outputs.append(output)
+                size += sum(output.column.size(examples, places) for places in lacking.values())
+        if not outputs:
             return None
-        states, last = self._states, self.source.num_layers - 1
-        states.check_space(self._size(target_layers), "set signals_dir to a larger disk, or signals='online'", self.reserve)
-        outputs = [output for output in self._outputs(target_layers) if states.missing(output.column)]
+        among = self._places(readings)
         depths = [last if output.layer is None else output.layer for output in outputs]
-        start = max((k for k in range(1, min(depths) + 1) if self._is_kept(k)), default=0)
-        return _SourcePass(self, outputs, start, max(depths))
+        one_pass = _SourcePass(self, outputs, 0, max(depths), among, part)
+        if self._stream:
+            work = work_of(self._states, outputs, self._batch_size, among, part)
+            running = np.concatenate([places for shard in work.values() for places in shard.batches])
+            kept = [k for k in range(1, last + 1) if (self.folder / self._hidden(k, part).name).is_dir()]
+            whole = [k for k in kept if k <= min(depths) and not self._states.missing(self._hidden(k, part), running, part)]
+            one_pass = replace(one_pass, start=max(whole, default=0), running=running)
+            size += (2 - bool(kept)) * self._hidden(0, part).size(examples, running)  # one is read while one is written
+        self._states.check_space(size, "set signals_dir to a larger disk, or signals='online'", self.reserve)
+        return one_pass
 
-    def _tidy(self, kept: int | None = None) -> None:
-        """Delete the source's own states, but for the inputs of one layer."""
-        for path in self.folder.glob("hidden-*"):
-            if (k := int(path.name.removeprefix("hidden-"))) != kept:
-                self._states.drop(self._hidden(k))
+    def _places(self, readings: Sequence[Reading]) -> Places:
+        """Places of the examples of some readings."""
+        some = [reading.examples for reading in readings if reading.examples is not None]
+        if len(some) < len(readings):
+            return None
+        places = np.unique(self.examples.places(torch.from_numpy(np.concatenate(some))))
+        return None if len(places) == len(self.examples.ids) else places
 
-    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:
-        layer_pass(
-            anatomy,
-            self._states,
-            outputs,
-            self._collate,
-            start=start,
-            entering=partial(self._states.read, self._hidden(start), device=self._device) if start else None,
-            as_tuples=as_tuples,
-            batch_size=self._batch_size,
-            device=self._device,
-            progress=label if self._progress else None,
-        )
-
-    def _outputs(self, target_layers: Sequence[int]) -> list[Output]:
-        mapped = {self._mapped(k): self.pairing.source_layers[k] for k in target_layers}
-        return [
-            *(Output(column, layer, lambda states: self.semantic_map(states.float())) for column, layer in mapped.items()),
-            Output(self._final, None),
+    def _outputs(self, readings: Sequence[Reading]) -> list[Output]:
+        """What the source has to give for some readings: mapped states of each paired source layer, and the final ones."""
+        by_layer: dict[int, list[Reading]] = {}  # several target layers may be paired with one source layer
+        for reading in readings:
+            for source_layer in {self.pairing.source_layers[k] for k in reading.target_layers}:
+                by_layer.setdefault(source_layer, []).append(reading)
+        mapped = [
+            Output(self._mapped(layer), layer, lambda states: self.semantic_map(states.float()), self._places(some))
+            for layer, some in by_layer.items()
         ]
+        return [*mapped, Output(self._final, None, places=self._places(readings))]
 
-    def _size(self, target_layers: Sequence[int]) -> int:
-        """Bytes that a pass would add at its largest: what is missing, and generations of the source's own states."""
-        missing = self._states.bytes_missing([output.column for output in self._outputs(target_layers)])
-        if not (missing and self._stream):
-            return missing
-        kept = any((self.folder / self._hidden(k).name).is_dir() for k in range(1, self.source.num_layers))
-        return missing + (2 - kept) * self._hidden(0).size(self._states.examples)  # one is read while one is written
-
-    def _mapped(self, target_layer: int) -> Column:
-        name = f"layer-{self.pairing.source_layers[target_layer]:03d}-{self.semantic_map.fingerprint[:16]}"
+    def _mapped(self, source_layer: int) -> Column:
+        name = f"layer-{source_layer:03d}-{self.semantic_map.fingerprint[:16]}"
         half = self.source.dtype == torch.float16  # whose range a mapped state may leave
         dtype = torch.float32 if half else self.source.dtype
         return Column(f"{name}-float32" if half else name, self.semantic_map.matrix.shape[0], dtype)
 
-    def _hidden(self, layer: int) -> Column:
-        """Inputs of a source layer at all positions, in the dtype that they have there."""
-        return Column(f"hidden-{layer:03d}", self.source.width, self.source.dtype, everywhere=True)
+    def _drop_abandoned(self, part: Part) -> None:
+        """Delete the source's own states that passes in other parts have left, where nobody is at work on them."""
+        for path in self.folder.glob("hidden-*"):
+            _, layer, *of = path.name.replace("-of-", "-").split("-")
+            other = (int(of[0]), int(of[1])) if of else WHOLE
+            if other != part:
+                with suppress(Timeout), self._states.lock(other).acquire(blocking=False):
+                    self._states.drop(self._hidden(int(layer), other))
 
-    def _is_kept(self, layer: int) -> bool:
-        column = self._hidden(layer)
-        return (self.folder / column.name).is_dir() and not self._states.missing(column)
+    def _hidden(self, layer: int, part: Part) -> Column:
+        """Inputs of a source layer at all positions, in the dtype that they have there; each part of a pass has its own."""
+        name = f"hidden-{layer:03d}" if part == WHOLE else f"hidden-{layer:03d}-{part[0]}-of-{part[1]}"
+        return Column(name, self.source.width, self.source.dtype, everywhere=True)
 
 
 class CachedSignals:
@@ -308,15 +327,23 @@ class CachedSignals:
         for signals in self.splits.values():
             signals.scales = scales
 
-    def prepare(self, target_layers: Sequence[int] | None) -> None:
-        """Have these layers of the training split on disk, nothing of it without any, and everything of the other splits."""
-        everything = range(len(self.scales))
-        wanted: dict[SourceSignals, Sequence[int]] = {
-            signals: everything for signals in self.splits.values() if signals is not self.training
-        }
-        if target_layers is not None:
-            wanted[self.training] = target_layers
-        prepare_signals(wanted)
+    def prepare(self, readings: Sequence[Reading], part: Part = WHOLE) -> None:
+        """Have on disk what is going to be read of the training split, and everything of the other splits.
+
+        Args:
+            readings: of the training split.
+            part: of this process, see :func:`prepare_signals`.
+        """
+        prepare_signals(self._wanted(readings), part)
+
+    def write(self, readings: Sequence[Reading], part: Part) -> None:
+        """One part of that, see :func:`prepare_part`."""
+        prepare_part(self._wanted(readings), part)
+
+    def _wanted(self, readings: Sequence[Reading]) -> dict[SourceSignals, Sequence[Reading]]:
+        everything = [Reading(range(len(self.scales)))]
+        wanted = {signals: readings if signals is self.training else everything for signals in self.splits.values()}
+        return {signals: some for signals, some in wanted.items() if some}
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:
         """Signals of a batch of one split.
@@ -348,59 +375,123 @@ class CachedSignals:
 
 @dataclass(frozen=True)
 class _SourcePass:
-    """A pass of the source over one data set, from layer ``start`` to ``depth``, and what it writes."""
+    """A pass of the source over a part of one data set, and what it writes.
+
+    Attributes:
+        signals: of the data set.
+        outputs: what is written.
+        start: first layer that runs.
+        depth: the last one.
+        among: the examples that batches are made of.
+        part: of the shards.
+        running: places of the examples that run, where layers run one at a time.
+    """
 
     signals: SourceSignals
     outputs: list[Output]
     start: int
     depth: int
+    among: Places
+    part: Part
+    running: Places = None
 
-    def of_layer(self, k: int, last: int) -> list[Output]:
-        """What one layer gives: wanted outputs, and the inputs of the next."""
-        here = [output for output in self.outputs if output.layer == k or (output.layer is None and k == last)]
+    def run(self, anatomy: Anatomy, as_tuples: bool) -> None:
+        """All layers."""
+        self._pass(anatomy, self.outputs, 0, as_tuples, "source signals")
+
+    def run_layer(self, k: int, anatomy: Anatomy, as_tuples: bool) -> None:
+        """One layer: the outputs that it gives, and the inputs of the next. Its own inputs are deleted after."""
+        if not self.start <= k <= self.depth:
+            return
+        last = self.signals.source.num_layers - 1
+        outputs = [one for one in self.outputs if one.layer == k or (one.layer is None and k == last)]
         if k < self.depth:
-            here.append(Output(self.signals._hidden(k + 1), k))
-        return here
+            outputs.append(Output(self.signals._hidden(k + 1, self.part), k, places=self.running))
+        self._pass(anatomy, outputs, k, as_tuples, f"source signals, layer {k}/{last}")
+        self.tidy(kept=k + 1)
+
+    def tidy(self, kept: int | None = None) -> None:
+        """Delete the source's own states of this part, but for the inputs of one layer."""
+        for k in range(1, self.signals.source.num_layers):
+            if k != kept:
+                self.signals._states.drop(self.signals._hidden(k, self.part))
+
+    def _pass(self, anatomy: Anatomy, outputs: Sequence[Output], start: int, as_tuples: bool, label: str) -> None:
+        signals = self.signals
+        hidden = signals._hidden(start, self.part)
+        layer_pass(
+            anatomy,
+            signals._states,
+            outputs,
+            signals._collate,
+            start=start,
+            entering=partial(signals._states.read, hidden, device=signals._device) if start else None,
+            as_tuples=as_tuples,
+            batch_size=signals._batch_size,
+            device=signals._device,
+            among=self.among,
+            part=self.part,
+            progress=label if signals._progress else None,
+        )
 
 
-def prepare_signals(wanted: Mapping[SourceSignals, Sequence[int]]) -> None:
+def prepare_signals(wanted: Mapping[SourceSignals, Sequence[Reading]], part: Part = WHOLE) -> None:
     """Have signals of one source for several data sets on disk; the source runs over what is missing, and only then is loaded.
 
     Whole, or with one layer at a time and all data sets through it, so that each weight is read once.
 
+    Several processes that share the folders share the work, see :func:`hf_semalign.files.in_parts`.
+
     Args:
-        wanted: the target layers whose supervision is needed, by data set.
+        wanted: what is going to be read, by data set.
+        part: of this process, and how many processes there are.
 
     Raises:
         OSError: too little space on a disk, before the source runs.
         ValueError: the source has no weights, see :class:`Source`.
     """
-    if not any(signals._lacks(layers) for signals, layers in wanted.items()):
+    if not any(signals._lacks(readings) for signals, readings in wanted.items()):
         return  # and wait for no other run's lock
+    in_parts(partial(prepare_part, wanted), part)
+
+
+def prepare_part(wanted: Mapping[SourceSignals, Sequence[Reading]], part: Part, *, wait: bool = True) -> bool:
+    """One part of :func:`prepare_signals`.
+
+    Args:
+        wanted: what is going to be read, by data set.
+        part: of the shards.
+        wait: for a process that is at work on it.
+
+    Returns:
+        False where another process is at work on it.
+    """
     with ExitStack() as stack:
         # In one order for all runs, lest two that share folders wait for each other.
-        for lock in sorted((signals._states.lock for signals in wanted), key=lambda lock: str(lock.lock_file)):
-            stack.enter_context(lock)
-        passes = [one for signals, layers in wanted.items() if (one := signals._plan_pass(layers))]
+        for lock in sorted((signals._states.lock(part) for signals in wanted), key=lambda lock: str(lock.lock_file)):
+            try:
+                stack.enter_context(lock.acquire(blocking=wait))
+            except Timeout:
+                return False
+        for signals in wanted:
+            signals._drop_abandoned(part)
+        passes = [one for signals, readings in wanted.items() if (one := signals._plan_pass(readings, part))]
         if not passes:
-            return
+            return True
         first = passes[0].signals
-        source, last = first.source, first.source.num_layers - 1
+        source, as_tuples = first.source, first.source.as_tuples  # before a layer is on the device
         if first._stream:
-            as_tuples = source.as_tuples  # before a layer is on the device
             for k in range(min(one.start for one in passes), max(one.depth for one in passes) + 1):
                 with source.layer(k, first._device) as anatomy:
                     for one in passes:
-                        if one.start <= k <= one.depth:
-                            label = f"source signals, layer {k}/{last}"
-                            one.signals._pass(anatomy, one.of_layer(k, last), k, as_tuples, label)
-                            one.signals._tidy(kept=k + 1)
+                        one.run_layer(k, anatomy, as_tuples)
         else:
             anatomy = dissect(source.model(first._device))
             for one in passes:
-                one.signals._pass(anatomy, one.outputs, one.start, source.as_tuples, "source signals")
+                one.run(anatomy, as_tuples)
         for one in passes:
-            one.signals._tidy()
+            one.tidy()
+    return True
 
 
 @torch.no_grad()

@@ -9,22 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from hf_semalign.cache.examples import Examples
-from hf_semalign.errors import StorageError
-from hf_semalign.files import digest, load_tensor, open_tensor, save_tensor, write_text, writing_lock
+from hf_semalign.errors import MissingFileError, StorageError
+from hf_semalign.files import WHOLE, Part, digest, load_tensors, open_tensors, save_tensor, write_text, writing_lock
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-MAX_OPEN = 10_000  # shards of a folder that are mapped at a time; a process can map some 65,000 files
+MAX_OPEN = 10_000  # files of a folder that are mapped at a time; a process can map some 65,000
+Places = np.ndarray | None  # of examples, sorted; None stands for all
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,43 @@ class Column:
     dtype: torch.dtype
     everywhere: bool = False
 
-    def positions(self, examples: Examples, number: int) -> int:
-        """Positions of one shard."""
-        shard, offsets = examples.shards[number], examples.offsets[self.everywhere]
-        return int(offsets[shard.stop] - offsets[shard.start])
+    def positions(self, examples: Examples, places: Places = None) -> int:
+        """Positions of some examples."""
+        return examples.positions(places, everywhere=self.everywhere)
 
-    def size(self, examples: Examples, numbers: Iterable[int] | None = None) -> int:
-        """Bytes of some shards, or of all."""
-        numbers = range(len(examples.shards)) if numbers is None else numbers
-        return sum(self.positions(examples, number) for number in numbers) * self.width * self.dtype.itemsize
+    def size(self, examples: Examples, places: Places = None) -> int:
+        """Bytes of the states of some examples."""
+        return self.positions(examples, places) * self.width * self.dtype.itemsize
+
+
+class _Piece(NamedTuple):
+    """A memory-mapped file: states of some examples of a shard, one example after another.
+
+    Attributes:
+        states: ``[N, width]``.
+        places: of the examples, sorted.
+        ends: position in ``states`` at which each example ends.
+    """
+
+    states: torch.Tensor
+    places: np.ndarray
+    ends: np.ndarray
+
+    def of(self, place: int) -> torch.Tensor | None:
+        """States of one example, if they are here."""
+        k = int(self.places.searchsorted(place))
+        if k == len(self.places) or self.places[k] != place:
+            return None
+        return self.states[self.ends[k - 1] if k else 0 : self.ends[k]]
 
 
 class StateFolder:
-    """Columns of states of one data set, in memory-mapped safetensors shards.
+    """Columns of states of one data set, in memory-mapped safetensors files.
 
-    A shard appears whole, with a checksum in its header: an interrupted pass goes on after its last whole shard, and a
-    shard that is truncated or altered is named in the log and computed again. Runs may share a folder: whoever writes holds
-    its lock.
+    A file holds the states of a shard, ``00012.safetensors``, or of some of its examples, ``00012-3fb0c1d2.safetensors``, and
+    then also their places. It appears whole, with a checksum in its header: an interrupted pass resumes after its last file,
+    and a file that is truncated or altered is named in the log and computed again. Runs may share a folder: a process that
+    writes holds the lock of the part of the shards that it writes.
 
     Args:
         root: where the folder goes; its name is a digest of ``facts`` and of the examples, so that nothing stale is found.
@@ -72,37 +94,53 @@ class StateFolder:
         self.examples = examples
         self.path = root / digest(facts)[:16]
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = writing_lock(self.path)
-        self._whole: dict[str, set[int]] = {}  # shards by column that were written or verified in this process
-        self._mapped = lru_cache(MAX_OPEN)(lambda path: open_tensor(path)[0])
+        self._found: dict[str, dict[int, dict[Path, Places]]] = {}  # places by column, shard and file: verified, or written
+        self._damaged: set[Path] = set()
+        self._open = lru_cache(MAX_OPEN)(self._piece)
         manifest, text = self.path / MANIFEST, json.dumps(facts, indent=1)
         known = manifest.read_bytes() if manifest.is_file() else None
         if known != text.encode():
             if known is not None:
                 logger.warning("%s of %s is damaged, and is written again.", MANIFEST, self.path.name)
-            with self.lock:
+            with self.lock():
                 write_text(manifest, text)
 
-    def missing(self, column: Column) -> list[int]:
-        """Numbers of the shards that a column lacks; every file is verified once a process."""
-        whole = self._whole.setdefault(column.name, set())
-        for number in set(range(len(self.examples.shards))) - whole:
-            states = load_tensor(self._path(column, number))
-            if states is not None and len(states) == column.positions(self.examples, number):
-                whole.add(number)
-        return sorted(set(range(len(self.examples.shards))) - whole)
+    def lock(self, part: Part = WHOLE) -> FileLock:
+        """Held by the process that writes a part of the shards, see :func:`hf_semalign.files.writing_lock`."""
+        return writing_lock(self.path, part)
 
-    def lacking(self, columns: Sequence[Column]) -> dict[int, list[Column]]:
-        """The columns that each shard lacks."""
-        lacking: dict[int, list[Column]] = {}
-        for column in columns:
-            for number in self.missing(column):
-                lacking.setdefault(number, []).append(column)
-        return dict(sorted(lacking.items()))
+    def missing(self, column: Column, places: Places = None, part: Part = WHOLE) -> dict[int, np.ndarray]:
+        """Places of the examples that a column lacks, by shard; every file is verified once a process.
 
-    def bytes_missing(self, columns: Sequence[Column]) -> int:
-        """Size of what some columns lack."""
-        return sum(column.size(self.examples, self.missing(column)) for column in columns)
+        Args:
+            column: the column.
+            places: examples that are wanted.
+            part: which of the shards are looked at: of ``(i, n)`` every n-th from the i-th on.
+        """
+        found, lacking = self._verified(column), {}
+        for number in range(part[0], len(self.examples.shards), part[1]):
+            wanted = self.examples.within(number, places)
+            for there in found.get(number, {}).values():
+                wanted = wanted[:0] if there is None else np.setdiff1d(wanted, there, assume_unique=True)
+            if len(wanted):
+                lacking[number] = wanted
+        return lacking
+
+    def _verified(self, column: Column) -> dict[int, dict[Path, Places]]:
+        """The undamaged files of a column, by shard, with the places of their examples; ``None`` for the whole shard."""
+        found = self._found.setdefault(column.name, {})
+        for path in sorted((self.path / column.name).glob("*.safetensors")):
+            number = _number(path)
+            if path in found.get(number, {}):
+                continue
+            if (tensors := load_tensors(path)) is None:
+                self._damaged.add(path)
+                continue
+            places = tensors["places"].numpy() if "places" in tensors else None
+            inside = self.examples.within(number) if places is None else places
+            if len(tensors["states"]) == column.positions(self.examples, inside):
+                found.setdefault(number, {})[path] = places
+        return found
 
     @property
     def free(self) -> int:
@@ -122,43 +160,66 @@ class StateFolder:
                 f"{self.free / 1e9:.1f} GB are free: {advice}."
             )
 
-    def write(self, number: int, states: Mapping[Column, torch.Tensor]) -> None:
-        """Write one shard of some columns; call it under the lock, from any thread."""
+    def write(self, number: int, states: Mapping[Column, torch.Tensor], places: Places = None) -> None:
+        """Write states of one shard, or of some of its examples; call it under the lock, from any thread."""
+        if places is not None and len(places) == len(self.examples.within(number)):
+            places = None
+        name = f"{number:05d}" if places is None else f"{number:05d}-{digest(places.tolist())[:8]}"
         for column, tensor in states.items():
-            path = self._path(column, number)
+            path = self.path / column.name / f"{name}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            save_tensor(tensor, path)
-            self._whole.setdefault(column.name, set()).add(number)
-        self._mapped.cache_clear()
+            save_tensor(tensor, path, **({} if places is None else {"places": torch.from_numpy(places)}))
+            self._found.setdefault(column.name, {}).setdefault(number, {})[path] = places
+            self._damaged.discard(path)
+            for other in [other for other in self._damaged if other.parent == path.parent and _number(other) == number]:
+                other.unlink(missing_ok=True)
+                self._damaged.discard(other)
+        self._open.cache_clear()
 
     def drop(self, column: Column) -> None:
         """Delete a column."""
-        self._whole.pop(column.name, None)
-        self._mapped.cache_clear()
+        self._found.pop(column.name, None)
+        self._open.cache_clear()
         shutil.rmtree(self.path / column.name, ignore_errors=True)
 
     def read(self, column: Column, places: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """States of some examples, one after another, ``[N, width]``.
 
         Args:
-            column: a whole column.
+            column: the column.
             places: places of the examples, see :meth:`Examples.places`.
             device: where they are wanted.
+
+        Raises:
+            FileNotFoundError: the column lacks an example.
         """
         if not len(places):
             return torch.empty(0, column.width, dtype=column.dtype, device=device)
-        places = np.asarray(places)
+        found = self._found.get(column.name) or self._verified(column)
         shards = self.examples.starts.searchsorted(places, side="right") - 1
-        offsets = self.examples.offsets[column.everywhere]
-        before = offsets[self.examples.starts[shards]]
-        spans = zip(shards.tolist(), (offsets[places] - before).tolist(), (offsets[places + 1] - before).tolist(), strict=True)
-        mapped = {shard: self._mapped(self._path(column, shard)) for shard in set(shards.tolist())}
-        states = [mapped[shard][first:last] for shard, first, last in spans]
+        pieces = {shard: [self._open(column, path) for path in found.get(shard, ())] for shard in set(shards.tolist())}
+        states = [_states(pieces[shard], place) for shard, place in zip(shards.tolist(), places, strict=True)]
         if torch.device(device).type != "cuda":
             return torch.cat(states).to(device)
         # torch keeps pinned memory for the next batch: fresh memory costs more than the copy, and a copy from it need not wait.
         pinned = torch.empty(sum(map(len, states)), column.width, dtype=column.dtype, pin_memory=True)
         return torch.cat(states, out=pinned).to(device, non_blocking=True)
 
-    def _path(self, column: Column, number: int) -> Path:
-        return self.path / column.name / f"{number:05d}.safetensors"
+    def _piece(self, column: Column, path: Path) -> _Piece:
+        places = self._found[column.name][_number(path)][path]
+        places = self.examples.within(_number(path)) if places is None else places
+        counts = self.examples.tokens if column.everywhere else self.examples.answers
+        return _Piece(open_tensors(path)[0]["states"], places, counts[places].cumsum())
+
+
+def _number(path: Path) -> int:
+    """The shard of a file."""
+    return int(path.stem.partition("-")[0])
+
+
+def _states(pieces: Sequence[_Piece], place: int) -> torch.Tensor:
+    """States of one example, from the first file that has them."""
+    for piece in pieces:
+        if (states := piece.of(place)) is not None:
+            return states
+    raise MissingFileError(f"There are no states of the example at {place}.")

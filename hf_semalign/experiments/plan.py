@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.ticker import EngFormatter
 from rich.filesize import decimal
@@ -37,8 +38,9 @@ from hf_semalign.method.losses import LOGIT_ROWS
 from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import Size, dissect
 from hf_semalign.models.loading import product_seconds
-from hf_semalign.splits import check_disjoint
+from hf_semalign.splits import check_disjoint, column_chunks
 from hf_semalign.tokenization import IGNORED, prompt_ids
+from hf_semalign.training.order import rows_by_stage
 from hf_semalign.training.preparation import Counts, Preparation, prepare
 
 logger = logging.getLogger(__name__)
@@ -250,8 +252,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     source = replace(stored, bytes=known.source.dtype.itemsize)
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
     align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
-    mapped = distinct if args.relation_weight else 0
-    prefix, seen = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
+    seen_tokens, final, mapped = _read(known, args)
+    prefix, batch = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
     cost = {}
     if answers != "dataset":
         cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
@@ -259,11 +261,11 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         extract = read["extract"]  # layers run again on the way back for what is in them
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
-        cost["signals"] = source.forward(read["align"].tokens) + read["align"].valid * mapped * source.width * target.width
+        cost["signals"] = source.forward(seen_tokens) + mapped * source.width * target.width
     if prefix:
         cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
     example = align.tokens / align.rows, align.valid / align.rows
-    cost["training"] = seen * sum(
+    cost["training"] = batch * sum(
         known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
         for stage in range(known.schedule.num_stages)
     )
@@ -272,7 +274,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     evaluated = sum(counts.valid for name, counts in read.items() if name.startswith("eval"))
     disk = evaluated * (source.width + distinct * target.width) * source.bytes
     if args.learns_from_source:
-        disk += read["align"].valid * (source.width + mapped * target.width) * source.bytes
+        disk += (final * source.width + mapped * target.width) * source.bytes
     return Plan(
         method,
         known.source.name,
@@ -288,6 +290,24 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         known.shared_tokens,
         known.aligned.get("align"),
     )
+
+
+def _read(known: Preparation, args: SemAlignConfig) -> tuple[int, int, int]:
+    """What training reads of the source: tokens of the examples that it sees, and positions of their final states and of
+    mapped states, those of all paired source layers together.
+    """
+    rows, stages = known.source_splits["align"], range(known.schedule.num_stages)
+    examples, by_stage = Examples(rows), rows_by_stage(args, known.schedule, len(rows))
+    ids = np.concatenate([chunk.to_numpy() for chunk in column_chunks(rows, "example_id")])
+    places = examples.places(torch.from_numpy(ids.copy()))
+    read = [places if by_stage is None else places[by_stage[stage]] for stage in stages]
+    seen = np.unique(np.concatenate(read))
+    by_layer: dict[int, list[np.ndarray]] = {}
+    for stage in stages if args.relation_weight else ():
+        for k in known.frontier.supervised(stage):
+            by_layer.setdefault(known.pairing.source_layers[k] if known.pairing else k, []).append(read[stage])
+    mapped = sum(int(examples.answers[np.unique(np.concatenate(some))].sum()) for some in by_layer.values())
+    return int(examples.tokens[seen].sum()), int(examples.answers[seen].sum()), mapped
 
 
 def _batch(known: Preparation, args: SemAlignConfig) -> int:

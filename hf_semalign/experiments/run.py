@@ -37,6 +37,7 @@ from hf_semalign.experiments.recipe import Recipe, load_tokenizer
 from hf_semalign.experiments.rounds import make_trainer, start_of, tokenizer_of_source, train_recipe, with_answers
 from hf_semalign.experiments.tasks import BENCHMARKS, TaskData
 from hf_semalign.files import (
+    Part,
     checksum,
     claimed,
     digest,
@@ -173,8 +174,13 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
     return results
 
 
-def run_signals(recipe: Recipe) -> Path:
-    """Precompute what a recipe's run needs of the source, and keep it under ``signals_dir``.
+def run_signals(recipe: Recipe, part: Part | None = None) -> Path:
+    """Precompute the source's hidden states of all rows of a recipe, and keep them under ``signals_dir``.
+
+    Args:
+        recipe: the recipe.
+        part: ``(i, n)`` for the i-th of n parts alone, counted from 0. When all parts are there, a call without it measures the
+            source, which also belongs to what is kept.
 
     Returns:
         The folder of what it said. A run finds it there by itself, also under another ``signals_dir`` that it was copied into;
@@ -194,6 +200,9 @@ def run_signals(recipe: Recipe) -> Path:
         raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
     trainer = make_trainer(recipe, recipe.method, source, args, rows, tokenizer)
+    trainer.write_signals(part)
+    if part is not None:
+        return source.folder(signals_root(args))
     trainer.prepare()
     _measure_source(recipe, trainer, data, tokenizer)
     _score_source(recipe, trainer, tokenizer)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
@@ -49,6 +50,7 @@ from hf_semalign.training.checkpoints import (
     step_of,
 )
 from hf_semalign.training.engines import autocast_under_zero, check_sharded, check_shards, part_by_layer
+from hf_semalign.training.order import rows_by_stage
 from hf_semalign.training.stages import (
     FrontierCallback,
     StageLog,
@@ -141,6 +143,15 @@ class LayerwiseTrainer(Trainer):
 
     def begin_training(self) -> None:
         """Called before the first step, when optimizer and checkpoint are loaded."""
+
+    def rows_by_stage(self) -> list[np.ndarray] | None:
+        """Numbers of the rows that each stage reads; ``None`` where they are not known before training, as in a subclass that
+        draws rows in its own way.
+        """
+        order = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
+        if any(getattr(type(self), name) is not getattr(Trainer, name) for name in order):
+            return None
+        return rows_by_stage(self.args, self.schedule, len(cast(Dataset, self.train_dataset)))
 
     # Precision
 

@@ -85,7 +85,7 @@ def part(spec: dict[str, Any], folder: str, number: int, count: int) -> dict[str
 
     trainer = trainer_of(spec, str(Path(folder, f"run-{number}")), "joint", 1)
     trainer.args.signals_dir = str(Path(folder, "signals"))
-    signals = trainer._cache(Path(folder, "signals"))
+    signals = trainer._cached_signals
     wrote, write = [0], type(signals.training._states).write
 
     def noted(self: Any, *args: Any) -> None:

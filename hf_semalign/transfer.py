@@ -273,7 +273,7 @@ class TransferTrainer(LayerwiseTrainer):
             model = self.source.model(self.args.device)
             signals: Any = OnlineSignals(model, self.pairing, self.semantic_map, own_rows=own_rows)
         else:
-            signals = self._cache(self._signals_folder)
+            signals = self._cached_signals
             with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
                 signals.prepare(self._readings(), self._own_part)
         if self.args.scale == "match":
@@ -315,7 +315,7 @@ class TransferTrainer(LayerwiseTrainer):
             raise InputError("write_signals needs signals='cached'; got 'online'.")
         layers = range(self.frontier.num_layers if self.args.relation_weight else 0)
         readings = [Reading(layers)] if self.args.learns_from_source else []
-        signals = self._cache(self._signals_folder)
+        signals = self._cached_signals
         with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
             if part is None:
                 signals.prepare(readings, self._own_part)
@@ -327,7 +327,8 @@ class TransferTrainer(LayerwiseTrainer):
         """What this process computes first of what all of them need."""
         return self.accelerator.process_index, self.accelerator.num_processes
 
-    def _cache(self, root: Path) -> CachedSignals:
+    @cached_property
+    def _cached_signals(self) -> CachedSignals:
         """The signals of all splits, of which nothing is computed yet."""
         args, two = self.args, self.known.tokenizers
         tokenizer = self.known.tokenizer if two is None else two.source_tokenizer
@@ -337,7 +338,7 @@ class TransferTrainer(LayerwiseTrainer):
                 self.pairing,
                 self.semantic_map,
                 rows,
-                root,
+                signals_root(args),
                 self.known.source_collator,
                 tokenizer=digest(tokenizer.get_vocab()) if tokenizer else None,
                 precision=self._precision,

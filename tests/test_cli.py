@@ -17,6 +17,7 @@ import pytest
 
 import hf_semalign
 from hf_semalign import cli
+from hf_semalign.cache import examples as examples_module
 from hf_semalign.cache.scores import layer_scores
 from hf_semalign.cli import QUICKSTART, main, make_parser
 from hf_semalign.errors import NotFiniteError
@@ -157,3 +158,33 @@ def test_a_kernel_that_is_never_used_is_not_missed(tmp_path):
     """Of 4-bit products, by bitsandbytes on some CPUs, when peft imports it."""
     assert main(["report", str(tmp_path)]) == 2
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+def test_signals_in_parts_are_those_of_one_command(tmp_path, monkeypatch):
+    """And training on them asks nothing of the source, whatever its seed."""
+    monkeypatch.setattr(examples_module, "SHARD_TOKENS", 2**8)
+
+    def command(name, folder, *more):
+        settings = ["data.align=60", "data.eval=16", "training.max_steps=4", "baselines=[]", "training.frontier=single"]
+        places = [f"output_dir={tmp_path / folder}", f"training.signals_dir={tmp_path / folder / 'signals'}"]
+        return main([name, "--config", "recipes/quickstart/semalign.yaml", *settings, *places, *more])
+
+    def states(folder):
+        return {
+            path.relative_to(tmp_path / folder): path.read_bytes() for path in (tmp_path / folder).rglob("*/0*.safetensors")
+        }
+
+    assert command("signals", "whole") == 0
+    assert command("signals", "parts", "--part", "2/2") == 0
+    assert 0 < len(states("parts")) < len(states("whole"))
+    assert command("signals", "parts", "--part", "1/2") == 0
+    assert states("parts") == states("whole")
+    monkeypatch.setattr("hf_semalign.cache.signals.layer_pass", lambda *_, **__: pytest.fail("the source ran"))
+    assert command("train", "parts", "training.seed=7") == 0
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_part_that_is_none_is_refused(part, capsys):
+    with pytest.raises(SystemExit):
+        main(["signals", "--config", "recipes/quickstart/semalign.yaml", "--part", part])
+    assert f"{part!r} is no part: expected I/N with I from 1 to N, such as 1/4" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The trainer against the losses it wires together, and against the traps of transformers, peft and accelerate."""
 
+import copy
 import json
 import math
 
@@ -66,6 +67,7 @@ def test_the_source_runs_over_the_data_when_it_is_first_wanted(tmp_path, first):
     trainer.prepare()
     trainer.evaluate()
     assert not ran
+    assert copy.deepcopy(trainer).evaluate()["eval_kl"] == trainer.evaluate()["eval_kl"]  # as callbacks and sweeps do
 
 
 def lora_state(trainer) -> list[list[torch.Tensor]]:

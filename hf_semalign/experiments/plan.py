@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -89,7 +90,7 @@ class Plan:
     memory_bytes: dict[str, int]
     shared_tokens: int
     aligned: float | None = None
-    machine: str = "100 TFLOP/s sustained"
+    machine: str = "100 TFLOP/s sustained, as on a large GPU (training.use_cpu=true: on this CPU)"
     flops: float = GPU_FLOPS
 
     @property
@@ -227,7 +228,7 @@ def plan_table(plan: Plan) -> Table:
         **({} if plan.aligned is None else {"answer tokens used": f"{plan.aligned:.1%}"}),
         "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
         "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
-        "time": f"{timedelta(seconds=round(plan.seconds(plan.flops)))} at {plan.machine}",
+        "time": f"{timedelta(seconds=math.ceil(plan.seconds(plan.flops)))} at {plan.machine}",
         "disk": f"{decimal(plan.disk_bytes)} at most",
         "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
     }

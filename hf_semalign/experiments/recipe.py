@@ -214,7 +214,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             wrong type, or an override is malformed.
     """
     if not Path(path).is_file():
-        raise MissingFileError(f"No recipe {str(path)!r}: pass a YAML file, such as recipes/quickstart/semalign.yaml.")
+        raise MissingFileError(f"No recipe {str(path)!r}: check the path of the YAML file.")
     content = read_yaml(Path(path).read_bytes(), f"The recipe {path}")
     if not isinstance(content, dict):
         raise InputError(f"The recipe {path} is a {type(content).__name__}: expected keys and values.")

@@ -236,7 +236,7 @@ def results_table(results: dict[str, Any]) -> Table:
     """The result for the terminal: benchmarks, exact match by skill; KL(source || target) and answer loss in nats a token."""
     scored = [entry["task"] for entry in benchmark_scores(results["metrics"]["target"])]
     skills = list(results["metrics"]["target"].get("exact_match", {}))
-    table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps a method")
+    table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps per method")
     table.add_column("", no_wrap=True)
     for heading in (*(f"{name} %" for name in (*scored, *map(printable, skills))), "KL", "loss"):
         table.add_column(Text(heading), justify="right", no_wrap=True)

@@ -165,6 +165,7 @@ def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | No
 def _check_files(task: str, files: Files | None, roles: Sequence[str], optional: Sequence[str] = ()) -> None:
     if files is not None and not (isinstance(files, Mapping) and set(roles) <= set(files) <= {*roles, *optional}):
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
+        wanted += ", or train alone" if "align" in roles else ""
         wanted += "".join(f", and optionally {role}" for role in optional)
         given = sorted(files) if isinstance(files, Mapping) else files
         raise InputError(f"Task {task!r} got files for {given}: expected {wanted}.")

@@ -282,7 +282,9 @@ def published_files(folder: Path) -> dict[str, Path]:
             contains a local path.
     """
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-        raise MissingFileError(f"{folder} lacks {missing}: push the folder of a finished `semalign train`.")
+        raise MissingFileError(
+            f"{folder} lacks {missing}: push the folder of a finished `semalign train`, or call trainer.push_to_hub()."
+        )
     found = [path for pattern in PUBLISHED for path in sorted(folder.glob(pattern)) if path.is_file()]
     if outside := [path.name for path in found if not path.resolve().is_relative_to(folder.resolve())]:
         raise InputError(f"{outside} are links out of the folder {folder}: replace them by copies of the files.")

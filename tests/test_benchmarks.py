@@ -57,6 +57,7 @@ def check(content: Any, positive: set[str]) -> None:
     assert [(name, value) for name, value in numbers if name in positive and value <= 0] == []
 
 
+@pytest.mark.slow
 def test_seeking_start(tmp_path):
     smoke("seeking_start.py", tmp_path)
     content = written("seeking_start", tmp_path)
@@ -64,6 +65,7 @@ def test_seeking_start(tmp_path):
     check(content["results"], {"kl", "loss"})
 
 
+@pytest.mark.slow
 def test_wall_time(tmp_path):
     smoke("wall_time.py", tmp_path, "--seeds", "1")
     content = written("wall_time", tmp_path)

@@ -35,7 +35,7 @@ def alone(tmp_path_factory):
     return {case: train(tmp_path_factory.mktemp("alone"), case, 1) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """What several learn, and how many they are."""
     folder = tmp_path_factory.mktemp("ranks")

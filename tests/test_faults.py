@@ -59,15 +59,15 @@ ORDER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path, undisturbed, seed):
-    """In every phase at a random moment; what was finished is not done again."""
+@pytest.mark.parametrize(("seed", "order"), [(0, list(dict.fromkeys(ORDER))), pytest.param(1, ORDER, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path, undisturbed, seed, order):
+    """In every phase at a random moment, slowly in some phases twice; what was finished is not done again."""
     draw, folder, kills = random.Random(seed), tmp_path / "run", []
     done: set[str] = set()  # phases that were over
     expected, counts, everything = undisturbed
     first = next(place for place, event in enumerate(everything) if event.startswith("attribution: "))
     counts = {**counts, "start": 4 * first}  # what comes before anything is finished
-    for number, phase in enumerate([*ORDER, None]):
+    for number, phase in enumerate([*order, None]):
         before = last_checkpoint(folder) if folder.is_dir() else None
         moment = None if phase is None else (phase, draw.randint(1, max(1, counts[phase] // 4)))
         code, events = run(folder, command(folder), tmp_path / f"{number}.log", moment)
@@ -116,9 +116,9 @@ def damage(path, draw):
 ROUNDS, AT_ONCE = 10, 10
 
 
-@pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 3)) for seed in range(ROUNDS)])
 def test_damaged_files_are_named_and_made_again(tmp_path, undisturbed, interrupted, seed):
-    """A hundred random damages, ten at once; the adapter is that of a run that nothing happened to."""
+    """A hundred random damages, ten at once, sixty of them in the slow tests; the adapter is that of an undisturbed run."""
     draw, folder = random.Random(seed), tmp_path / "run"
     shutil.copytree(interrupted, folder)
     damaged = {path: damage(folder / path, draw) for path in draw.sample(files(folder), AT_ONCE)}

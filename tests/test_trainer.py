@@ -154,7 +154,7 @@ def test_loss_is_the_objective_of_equation_9(tmp_path, stage, layer_loss):
     settings = {"relation_weight": 0.3, "kl_weight": 0.7, "layer_loss": layer_loss, "scale": "match", "pairing": "uniform"}
     trainer = make_trainer(tmp_path, **settings)
     trainer.state.global_step = 2 * stage
-    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
+    batch = trainer.data_collator([trainer.train_dataset[int(row)] for row in trainer.rows_by_stage()[stage][:5]])
     layer_term, kl = expected_loss(trainer, batch, stage, layer_loss)
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     torch.testing.assert_close(loss, 0.3 * layer_term + 0.7 * kl)
@@ -198,7 +198,7 @@ def test_version_1_of_the_paper_is_two_cosines(tmp_path):
     version_1 = {"pairing": "proportional", "map_kind": "cosine", "layer_loss": "steering", "output_loss": "cosine"}
     trainer = make_trainer(tmp_path, **version_1)
     assert trainer.pairing.source_layers == (1, 2, 4)
-    batch = trainer.data_collator(list(trainer.train_dataset)[:5])
+    batch = trainer.data_collator([trainer.train_dataset[int(row)] for row in trainer.rows_by_stage()[0][:5]])
     inputs, valid = {key: batch[key] for key in ("input_ids", "attention_mask")}, valid_positions(batch["labels"])
     target = trainer.model.get_base_model()
     with capture([target.model.layers[0], target.model]) as (state, final):

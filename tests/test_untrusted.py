@@ -314,7 +314,7 @@ def test_the_terminal_shows_names_to_the_letter():
 def test_the_terminal_shows_folders_to_the_letter(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "[red]runs[/]"
     monkeypatch.setattr("hf_semalign.experiments.run.run_recipe", lambda _: RESULTS)
-    monkeypatch.setattr("hf_semalign.experiments.run.run_signals", lambda _: folder)
+    monkeypatch.setattr("hf_semalign.experiments.run.run_signals", lambda *_: folder)
     monkeypatch.setattr("hf_semalign.experiments.studies.run_analysis", lambda *_: folder / "cka.png")
     for command in (["train", "--config"], ["signals", "--config"], ["analyze", "cka"]):
         assert cli.main([*command, str(QUICKSTART), f"output_dir={folder}"]) == 0

@@ -119,7 +119,10 @@ def test_a_family_teaches_and_learns(tmp_path, family):
     assert (theirs - before)[valid].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("Llama", "Gemma3", "GPT2", "Bloom", "Mixtral", "FalconH1")  # one of each kind
+
+
+@pytest.mark.parametrize("family", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in FAMILIES])
 def test_cached_training_with_a_prefix_is_online_training(tmp_path, family):
     source = build(family, layers=LAYERS + 1, width=32, vocab=VOCAB, seed=1)
     target = build(family, layers=LAYERS, width=16, vocab=VOCAB, seed=2)

@@ -174,6 +174,7 @@ def script(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_prompts_of_the_standard_library(tmp_path):
     """No body of a function, and no function that a test row asks for."""
     row = {**mbpp_row(11), "code": "def fmean(data):\n    return 1", "test_list": ["assert fmean([1]) == 1"]}
@@ -186,6 +187,7 @@ def test_prompts_of_the_standard_library(tmp_path):
     assert f"{len(rows)} prompts" in said and "13 words in a row with one of 1 test rows" in said
 
 
+@pytest.mark.slow
 def test_table_of_the_real_pair(tmp_path):
     """Both benchmarks count together, problem by problem; a run without its end stands below."""
     ends = {

@@ -164,6 +164,7 @@ def test_a_second_gram_matrix_is_taken_from_the_tolerance_on(share, taken, monke
     assert len(grams) == taken
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_square_matrices_and_chunks():
     """The greediest kind, of ill-conditioned heads in bfloat16, whose bases in float64 would take 143 MB."""

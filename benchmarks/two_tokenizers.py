@@ -221,7 +221,7 @@ class Remembering(nn.Module):
     def __init__(self, model: PreTrainedModel, place: Path) -> None:
         super().__init__()
         self.model, self.config, self.place = model, model.config, place
-        self.known: dict[tuple[int, ...], torch.Tensor] = torch.load(place) if place.is_file() else {}
+        self.known: dict[tuple[int, ...], torch.Tensor] = torch.load(place, weights_only=True) if place.is_file() else {}
         self.begun_with, self.unread = len(self.known), 0
 
     @torch.no_grad()

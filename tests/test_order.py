@@ -1,4 +1,4 @@
-"""Signals are computed for what training reads and no more, by as many processes as there are."""
+"""The rows of each stage are known before training, and signals are computed for these rows alone."""
 
 import pytest
 import torch

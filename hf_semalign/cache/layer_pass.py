@@ -199,6 +199,7 @@ def layer_pass(
                     finite &= chosen.isfinite().all()
                     first, made[output.column] = made[output.column], made[output.column] + len(chosen)
                     memory[output.column][first : made[output.column]].copy_(output.transform(chosen), non_blocking=True)
+                del batch, below, outcome, chosen  # two batches at a time would take more memory
                 bar.update(len(places))
             if not finite and entering is not None:  # the host waits for a GPU here, once a shard
                 raise InputError(

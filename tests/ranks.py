@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_semalign.cache import examples as examples_module
+from hf_semalign.cache import signals as signals_module
 from hf_semalign.cache.states import StateFolder
 from hf_semalign.training.stages import whole
 
@@ -53,18 +54,22 @@ class Note(TrainerCallback):
 
 @contextmanager
 def counted():
-    """The shards that this process writes inside the block."""
-    written, write = [], StateFolder.write
+    """The shards that this process writes inside the block, and the parts of the source's pass that it asks for."""
+    written, parts, write, in_parts = [], [], StateFolder.write, signals_module.in_parts
 
     def noted(self, number, states, places=None):
         written.extend(f"{column.name} {number}" for column in states)
         write(self, number, states, places)
 
-    StateFolder.write = noted
+    def asked(work, part):
+        parts.append(part)
+        in_parts(work, part)
+
+    StateFolder.write, signals_module.in_parts = noted, asked
     try:
-        yield written
+        yield written, parts
     finally:
-        StateFolder.write = write
+        StateFolder.write, signals_module.in_parts = write, in_parts
 
 
 @contextmanager
@@ -98,7 +103,7 @@ def make(folder: Path, case: str, ranks: int):
 @small_shards()
 def train(folder: Path, case: str, ranks: int):
     """One case from the start to the end."""
-    with counted() as written:
+    with counted() as (written, parts):
         trainer, note = make(folder, case, ranks)
         trainer.evaluate()  # it prepares the model, after which accelerate would not wrap it for training
         trainer.train()
@@ -114,7 +119,7 @@ def train(folder: Path, case: str, ranks: int):
         "history": torch.tensor(history),
         "metrics": ends,
         "written": sorted(gather_object(written)),
-        "writers": sum(gather_object([any(name.startswith("final") for name in written)])),
+        "parts": sorted(gather_object(parts)),
         "held": sum(local(p).numel() for p in trainer.target_anatomy.layers.parameters()),
     }
 

@@ -227,22 +227,11 @@ class Bench:
         from hf_semalign.cache.prefix import TargetPrefix
         from hf_semalign.splits import Collator
 
-        model, moves = self.model("target"), range(1, self.spec["target"][0])
-        lora = [[parameter for parameter in layer.parameters()][:1] for layer in model.model.layers]
+        model, moves = self.model("target"), self.spec["target"][0] - 1
         with phase("prefix", self.phases):
-            prefix = TargetPrefix(
-                model,
-                lora,
-                Examples(self._encoded()),
-                Collator(0),
-                self.folder / "prefix",
-                batch_size=self.spec["batch"],
-                progress=False,
-            )
-            for layer in moves:
-                prefix.move(layer)
-        self.phases["prefix"] |= {"disk_mb": _size(self.folder / "prefix"), "moves": len(moves)}
-        prefix.close()
+            prefix = TargetPrefix(model, Examples(self._encoded()), Collator(0), batch_size=self.spec["batch"], progress=False)
+            prefix.move(moves)
+        self.phases["prefix"] |= {"moves": moves}
 
     def training(self) -> None:
         """A trainer over all of the data, some steps of every stage, and an evaluation."""
@@ -250,7 +239,7 @@ class Bench:
         from transformers import TrainerCallback
 
         from hf_semalign import SemAlignConfig, SemAlignTrainer
-        from hf_semalign import trainer as trainer_module
+        from hf_semalign.cache import prefix
 
         class Clock(TrainerCallback):
             """When each step begins and ends, in CPU seconds."""
@@ -267,7 +256,7 @@ class Bench:
                 """Keep the time."""
                 self.ends.append(time.process_time())
 
-        trainer_module.PREFIX_PAYS = 0  # on a few steps it would not be made
+        prefix.LEAST_EPOCHS = 0  # so few steps would not get a prefix
         source, target, clock, batch = self.model("source"), self.model("target"), Clock(), self.spec["batch"]
         args = SemAlignConfig(
             output_dir=str(self.folder / "run"), max_steps=self.spec["steps"], pairing="uniform", max_length=None,

@@ -33,6 +33,7 @@ CHOICES = {
     "frontier": FRONTIERS,
     "signals": ("cached", "online"),
     "source_memory": ("resident", "stream"),
+    "prefix_memory": ("auto", "device", "host", "none"),
 }
 WIDER: dict[str, Any] = {  # types that are wider than the annotations of TrainingArguments
     "resume_from_checkpoint": str | bool | None, "debug": str | list | None, "accelerator_config": Any, "pairing": Any,
@@ -124,6 +125,13 @@ class SemAlignConfig(TrainingArguments):
     source_memory: str = field(
         default="resident",
         metadata={"help": "resident: load the whole source; stream: load one of its layers at a time."},
+    )
+    prefix_memory: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the target prefix of frontier='single' is held: device, host, none, or auto: on the device if a "
+            "quarter of its free memory is enough, otherwise on the host."
+        },
     )
     source_parts: dict | str | None = field(
         default=None,

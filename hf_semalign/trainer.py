@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
@@ -21,7 +20,6 @@ from hf_semalign.splits import taught_positions, valid_positions
 from hf_semalign.transfer import TransferTrainer
 
 logger = logging.getLogger(__name__)
-PREFIX = "_prefix"  # in the run folder
 
 
 class SemAlignTrainer(TransferTrainer):
@@ -75,16 +73,9 @@ class SemAlignTrainer(TransferTrainer):
     def enter_stage(self, stage: int) -> None:
         """Before the first step of a stage: also what the target below it gives."""
         super().enter_stage(stage)
-        if self._prefix is None:
-            return
-        try:
+        if self._prefix is not None:
             with self._autocast():
                 self._prefix.move(stage)
-        except PrefixUnavailable as reason:
-            logger.warning("From here on the target runs whole at every step, without its prefix: %s.", reason)
-            if self.accelerator.num_processes == 1:  # others may be reading it
-                self._prefix.close()
-            self._prefix = None
 
     def _make_prefix(self) -> TargetPrefix | None:
         """The target prefix, where it is exact and pays."""
@@ -94,23 +85,22 @@ class SemAlignTrainer(TransferTrainer):
         if self.is_fsdp_enabled:
             logger.info("Under FSDP the target runs whole at every step: its prefix would run layers that are sharded.")
             return None
+        prefix = None
         try:
             with self._autocast():
-                return TargetPrefix(
+                prefix = TargetPrefix(
                     self.accelerator.unwrap_model(self.model).train(),
-                    self.lora_layers,
                     examples,
                     self.data_collator,
-                    Path(str(args.output_dir)) / PREFIX,
-                    precision=self._precision,
                     batch_size=args.per_device_eval_batch_size,
                     device=args.device,
+                    memory=args.prefix_memory,
                     part=self._own_part,
                     progress=not args.disable_tqdm,
                 )
         except PrefixUnavailable as reason:
-            logger.warning("The target runs whole at every step, without its prefix: %s.", reason)
-            return None
+            logger.warning("The whole target runs at every step, without the target prefix: %s.", reason)
+        return prefix if all(gather_object([prefix is not None])) else None  # the processes share its moves
 
     def entered(self, inputs: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Inside it, the target's forward on a batch begins at the frontier, where there is a prefix."""
@@ -161,13 +151,12 @@ class SemAlignTrainer(TransferTrainer):
         self._prefix = self._make_prefix()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, see :meth:`~hf_semalign.training.layerwise.LayerwiseTrainer.train`. An interrupted run keeps its prefix."""
+        """Train, see :meth:`~hf_semalign.training.layerwise.LayerwiseTrainer.train`."""
         self.prepare()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._prefix = None
-        if self.args.should_save:
-            shutil.rmtree(Path(str(self.args.output_dir)) / PREFIX, ignore_errors=True)
-        return output
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._prefix = None  # its memory is free again
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""

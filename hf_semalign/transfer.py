@@ -351,10 +351,8 @@ class TransferTrainer(LayerwiseTrainer):
             if name != "extract" or args.scale == "match"
         }
         cached = CachedSignals(signals, "align")
-        if not args.signals_dir:  # prefix and checkpoints lie on the same disk
-            trained = sum(p.numel() for layer in self.lora_layers for p in layer)
-            states = int(cached.training.examples.tokens.sum()) * self.objective.target_head.weight.shape[1] * 4
-            cached.training.reserve = 2 * states + 5 * 12 * trained
+        if not args.signals_dir:  # checkpoints go to the same disk
+            cached.training.reserve = 5 * 12 * sum(p.numel() for layer in self.lora_layers for p in layer)
         return cached
 
     def _source_batch(self, source_ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -67,6 +67,7 @@ SETTINGS = [
     ("output_loss unknown", {"output_loss": "mse"}, r"output_loss is 'mse': expected one of \('kl', 'cosine', 'answers'\)"),
     ("signals unknown", {"signals": "disk"}, "signals is 'disk'"),
     ("signals streamed and online", {"signals": "online", "source_memory": "stream"}, "the source must be resident"),
+    ("prefix_memory unknown", {"prefix_memory": "disk"}, "prefix_memory is 'disk': expected one of"),
     ("signals_dir a number", {"signals_dir": 5}, "signals_dir is 5: expected text"),
     ("weight_decay nan", {"weight_decay": float("nan")}, "weight_decay is nan: expected a finite number"),
     ("seed too large", {"seed": 2**32}, "seed is 4294967296: expected at most 4294967295"),

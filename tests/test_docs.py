@@ -126,7 +126,7 @@ def test_settings_have_the_defaults_that_the_table_names():
                 word = re.match(r"`?([\w.-]+)", value)[1]
                 assert yaml.safe_load(word) == defaults[name] or float(word) == defaults[name], (name, value)
                 compared += 1
-    assert compared == 17
+    assert compared == 18
 
 
 # What can be run

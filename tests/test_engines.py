@@ -71,7 +71,7 @@ def test_ranks_learn_what_one_process_learns(alone, ranks, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_signals_and_prefix_are_written_once_for_all_ranks(alone, ranks, case):
+def test_signals_are_written_once_for_all_ranks(alone, ranks, case):
     found, number = ranks
     assert found[case]["written"] == alone[case]["written"]
     assert bool(alone[case]["written"]) is ("online" not in case)

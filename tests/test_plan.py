@@ -113,8 +113,8 @@ def test_a_plan_is_that_of_the_run(no_weights):
     strict, joint = planned.cost["training"], plan_recipe(load_recipe(QUICKSTART)).cost["training"]
     assert 0.4 < strict / joint < 0.8
     valid = sum(planned.splits[name].valid for name in ("align", "eval"))
-    signals, prefix = valid * (48 + 4 * 32) * 4, 2 * planned.splits["align"].tokens * 32 * 4
-    assert planned.disk_bytes == signals + prefix
+    assert planned.disk_bytes == valid * (48 + 4 * 32) * 4
+    assert planned.memory_bytes["target prefix"] == planned.splits["align"].tokens * 32 * 4
 
 
 def test_dry_run_prints_the_plan(no_weights, capsys, tmp_path):

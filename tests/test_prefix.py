@@ -1,8 +1,8 @@
 """The target prefix: a step that enters at the frontier is the step of the whole target, and nothing below it runs."""
 
-import shutil
 from functools import partial
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import test_trainer
@@ -17,7 +17,6 @@ from hf_semalign.cache.examples import Examples
 from hf_semalign.cache.prefix import PrefixUnavailable, TargetPrefix
 from hf_semalign.models.hooks import capture
 from hf_semalign.splits import encode
-from hf_semalign.trainer import PREFIX
 
 SETTINGS = {"max_steps": 15, "train": ROWS[:15], "scale": "match", "relation_weight": 0.5}  # four epochs, odd last batches
 
@@ -27,9 +26,8 @@ def data():
     return encode(random_rows([(3 + i % 3, 1 + i % 5) for i in range(11)]), None, split="align")
 
 
-def make_prefix(model, data, root, lora=None, **settings):
-    layers = len(model.get_decoder().layers)
-    return TargetPrefix(model, lora or [[] for _ in range(layers)], Examples(data), COLLATE, root, progress=False, **settings)
+def make_prefix(model, data, **settings):
+    return TargetPrefix(model, Examples(data), COLLATE, progress=False, **settings)
 
 
 def losses(trainer):
@@ -37,9 +35,9 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("pad", [COLLATE, left_padded], ids=["right", "left"])
-def test_entering_gives_what_the_whole_target_gives(data, tmp_path, pad):
+def test_entering_gives_what_the_whole_target_gives(data, pad):
     model = tiny_llama(5, 16)
-    prefix = make_prefix(model, data, tmp_path, batch_size=3)
+    prefix = make_prefix(model, data, batch_size=3)
     batch = pad([data[i] for i in (9, 0, 4, 10)])
     mask = batch["attention_mask"].bool()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -64,19 +62,59 @@ def test_entering_gives_what_the_whole_target_gives(data, tmp_path, pad):
     assert ran == list(range(5))  # nothing outlives the block
 
 
-def test_moving_runs_one_layer_over_the_split_once(data, tmp_path):
+def test_moving_runs_one_layer_over_the_split_once(data):
     model = tiny_llama(5, 16)
-    prefix = make_prefix(model, data, tmp_path, batch_size=100)
+    prefix = make_prefix(model, data, batch_size=100)
     ran = []
     for k, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, k=k: ran.append(k))
+    memory = prefix._states.data_ptr()
     for k in range(1, 5):
         del ran[:]
         prefix.move(k)
         assert ran == [k - 1]
-        assert len(list(tmp_path.glob("*/"))) <= 2
     prefix.move(4)
     assert ran == [3]
+    assert prefix._states.data_ptr() == memory  # outputs replace inputs
+
+
+def test_a_prefix_that_begins_higher_repeats_the_moves(data, monkeypatch):
+    """Bit for bit: what a resumed run enters with is what the interrupted one entered with."""
+    monkeypatch.setattr("hf_semalign.cache.examples.SHARD_TOKENS", 24)
+    model = tiny_llama(5, 16)
+    stepwise, at_once = make_prefix(model, data, batch_size=2), make_prefix(model, data, batch_size=2)
+    for k in (1, 2, 3, 4):
+        stepwise.move(k)
+    at_once.move(4)
+    assert torch.equal(stepwise._states, at_once._states)
+
+
+def test_processes_run_every_batch_of_a_move_once(data, monkeypatch):
+    """Each its own shards, which it sends to the others; together they hold what one process holds."""
+    monkeypatch.setattr("hf_semalign.cache.examples.SHARD_TOKENS", 24)
+    model, sent = tiny_llama(5, 16), {}
+    whole = make_prefix(model, data, batch_size=2)
+    whole.move(1)
+    parts = [make_prefix(model, data, batch_size=2, part=(rank, 3)) for rank in range(3)]
+    shards = len(whole._examples.shards)
+    for rank, part in enumerate(parts):
+        ran = []
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        part._run_layer(0)
+        handle.remove()
+        own = [number for number in range(shards) if number % 3 == rank]
+        assert len(ran) == sum(len(whole._examples.batches(number, 2)) for number in own) > 0
+        numbers = iter(range(shards))
+        monkeypatch.setattr(
+            prefix_module,
+            "broadcast",
+            lambda states, from_process, rank=rank, numbers=numbers: (
+                sent.setdefault(next(numbers), states.clone()) if from_process == rank else next(numbers)
+            ),
+        )
+        part._share()
+    assert sorted(sent) == list(range(shards))
+    assert torch.equal(torch.cat([sent[number] for number in range(shards)]), whole._states.view(torch.uint8))
 
 
 class Layers(TrainerCallback):
@@ -127,7 +165,7 @@ def test_training_through_the_prefix_equals_training_online(tmp_path, settings):
                 assert left[name] == pytest.approx(right[name], rel=1e-5), (name, left["step"])
     distance = (adapter(cached) - adapter(online)).norm() / adapter(online).norm()
     assert distance < 1e-6
-    assert not (tmp_path / "cached" / "run" / PREFIX).exists()
+    assert cached._prefix is None  # its memory is free
 
 
 def bf16_distances(tmp_path, **settings):
@@ -163,153 +201,78 @@ def test_resuming_anywhere_equals_an_undisturbed_run(tmp_path, stop):
     torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
 
 
-class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_an_interrupted_run_goes_on_from_the_generation_on_disk(tmp_path, damaged, caplog):
-    """Interrupted in the last stage: its inputs are there and are not computed again, unless they are damaged."""
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 12:
-                raise Interrupted
-
-    settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 11}
-    whole = make_trainer(tmp_path / "whole", **settings)
-    whole.train()
-    broken = make_trainer(tmp_path / "broken", **settings, callbacks=[Stop()])
-    with pytest.raises(Interrupted):
-        broken.train()
-    folder = tmp_path / "broken" / "run" / PREFIX
-    assert len(list(folder.glob("*/"))) == 2
-    if damaged:
-        for path in folder.rglob("*.safetensors"):
-            content = bytearray(path.read_bytes())
-            content[-3] ^= 0xFF
-            path.write_bytes(content)
-    resumed = make_trainer(tmp_path / "broken", **settings)
-    advanced = []
-    run = prefix_module.layer_pass
-    prefix_module.layer_pass = lambda *args, **kwargs: (advanced.append(kwargs["start"]), run(*args, **kwargs))
-    try:
-        resumed.train(resume_from_checkpoint=True)
-    finally:
-        prefix_module.layer_pass = run
-    assert advanced == ([0] if damaged else [])
-    assert ("is damaged" in caplog.text) == damaged
-    torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("moment", [1, 2, 4, 6])
-def test_an_interrupted_advance_leaves_a_generation_to_go_on_from(data, tmp_path, monkeypatch, moment):
-    monkeypatch.setattr("hf_semalign.cache.examples.SHARD_TOKENS", 24)
-    model = tiny_llama(4, 16)
-    whole = make_prefix(model, data, tmp_path / "whole", batch_size=2)
-    whole.move(3)
-    prefix = make_prefix(model, data, tmp_path / "run", batch_size=2)
-    prefix.move(2)
-    calls = []
-
-    def stop(*_):
-        calls.append(1)
-        if len(calls) == moment:
-            raise Interrupted
-
-    handle = model.model.layers[2].mlp.register_forward_hook(stop)
-    with pytest.raises(Interrupted):
-        prefix.move(3)
-    handle.remove()
-    again, ran = make_prefix(model, data, tmp_path / "run", batch_size=2), []
-    handles = [layer.mlp.register_forward_hook(lambda *_, k=k: ran.append(k)) for k, layer in enumerate(model.model.layers)]
-    again.move(3)
-    assert set(ran) == {2}
-    for handle in handles:
-        handle.remove()
-    places = range(len(data))
-    torch.testing.assert_close(again._folder.read(again._column, places), whole._folder.read(whole._column, places))
-
-
-def test_other_weights_below_the_frontier_have_inputs_of_their_own(data, tmp_path):
-    model = tiny_llama(3, 16)
-    lora = [[torch.nn.Parameter(torch.ones(2))] for _ in range(3)]
-    prefix = make_prefix(model, data, tmp_path, lora)
-    prefix.move(2)
-    first = prefix._folder.path
-    lora[2][0].data += 1  # above: nothing depends on it
-    prefix.move(2)
-    assert prefix._folder.path == first
-    lora[1][0].data += 1
-    prefix.move(2)
-    assert prefix._folder.path != first
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [({"attention_dropout": 0.5}, "two forwards of one batch differ, as under dropout"), ({}, None)],
     ids=["dropout", "none"],
 )
-def test_dropout_turns_the_prefix_off_with_a_clear_word(data, tmp_path, config, reason):
+def test_dropout_turns_the_prefix_off_with_a_clear_word(data, config, reason):
     model = tiny_llama(3, 16, **config).train()
     if reason is None:
-        make_prefix(model, data, tmp_path)
+        make_prefix(model, data)
         return
     with pytest.raises(PrefixUnavailable, match=reason):
-        make_prefix(model, data, tmp_path)
+        make_prefix(model, data)
 
 
-def test_a_layer_that_reads_an_earlier_layers_state_turns_it_off(data, tmp_path):
+def test_a_layer_that_reads_an_earlier_layers_state_turns_it_off(data):
     model = tiny_llama(4, 16)
     seen = {}
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.update(state=output))
     model.model.layers[2].register_forward_hook(lambda module, args, output: output + seen.pop("state", 0))
     with pytest.raises(PrefixUnavailable, match="layer 2 depends on more than the states below it"):
-        make_prefix(model, data, tmp_path)
+        make_prefix(model, data)
 
 
-def test_a_full_disk_turns_it_off(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
-    with pytest.raises(PrefixUnavailable, match=r"it needs 0.0 GB in .* which has 0.0 GB free"):
-        make_prefix(tiny_llama(3, 16), data, tmp_path)
+@pytest.mark.parametrize(
+    ("memory", "free", "fits"),
+    [("auto", 2.1, True), ("auto", 1.9, False), ("host", 1.1, True), ("host", 0.9, False), ("device", 10, False)],
+)
+def test_what_does_not_fit_in_memory_is_not_made(data, monkeypatch, memory, free, fits):
+    """``auto`` takes half of what is free on the host; there is no device here."""
+    needed = sum(len(ids) for ids in data["input_ids"]) * 16 * 4
+    monkeypatch.setattr(prefix_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free * needed)))
+    if fits:
+        assert make_prefix(tiny_llama(3, 16), data, memory=memory)._states.nbytes == needed
+        return
+    with pytest.raises(PrefixUnavailable, match=f"it needs .* with prefix_memory='{memory}'; there are .* free on the host"):
+        make_prefix(tiny_llama(3, 16), data, memory=memory)
 
 
-def test_what_an_interrupted_run_left_counts_as_room(data, tmp_path, monkeypatch):
-    prefix = make_prefix(tiny_llama(4, 16), data, tmp_path)
-    prefix.move(1)
-    prefix.move(2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
-    make_prefix(tiny_llama(4, 16), data, tmp_path)
+def test_the_processes_of_a_machine_share_its_memory(data, monkeypatch):
+    needed = sum(len(ids) for ids in data["input_ids"]) * 16 * 4
+    monkeypatch.setattr(prefix_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * needed))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    make_prefix(tiny_llama(3, 16), data)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(PrefixUnavailable):
-        make_prefix(tiny_llama(4, 32), data, tmp_path)
-    assert not tmp_path.exists()
+        make_prefix(tiny_llama(3, 16), data)
 
 
-def test_a_disk_that_fills_up_later_turns_it_off_and_loses_nothing(tmp_path, monkeypatch, caplog):
+def test_a_run_without_room_trains_without_it(tmp_path, monkeypatch, caplog):
     whole = make_trainer(tmp_path / "whole", **SETTINGS, **EVEN, signals="online")
     whole.train()
-    monkeypatch.setattr("hf_semalign.cache.states.StateFolder.free", 0)
-    monkeypatch.setattr("hf_semalign.cache.states.StateFolder.check_space", lambda *_: None)
+    monkeypatch.setattr(prefix_module, "LARGEST_SHARE", {"device": 0, "host": 0})
     trainer = make_trainer(tmp_path / "run", **SETTINGS, **EVEN)
     trainer.train()
-    assert "From here on the target runs whole at every step, without its prefix: layer 1 needs" in caplog.text
+    assert "The whole target runs at every step, without the target prefix: it needs" in caplog.text
     torch.testing.assert_close(adapter(trainer), adapter(whole), rtol=1e-5, atol=1e-6)
-    assert not (tmp_path / "run" / "run" / PREFIX).exists()
 
 
-@pytest.mark.parametrize("settings", [{"max_steps": 6}, {"frontier": "cumulative"}, {"signals": "online"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 6}, {"frontier": "cumulative"}, {"signals": "online"}, {"prefix_memory": "none"}], ids=str
+)
 def test_where_it_cannot_help_the_target_runs_whole(tmp_path, settings):
     layers = Layers()
     trainer = make_trainer(tmp_path, **{**SETTINGS, **settings}, callbacks=[layers])
     layers.watch(trainer)
     trainer.train()
     assert layers.steps == [set(range(TARGET_LAYERS))] * len(layers.steps)
-    assert not (tmp_path / "run" / PREFIX).exists()
 
 
 def test_a_target_with_dropout_trains_without_it(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(test_trainer, "tiny_llama", partial(tiny_llama, attention_dropout=0.1))
     trainer = make_trainer(tmp_path, **SETTINGS)
     trainer.train()
-    assert "The target runs whole at every step, without its prefix: two forwards of one batch differ" in caplog.text
+    assert "The whole target runs at every step, without the target prefix: two forwards of one batch differ" in caplog.text
     assert trainer.state.global_step == SETTINGS["max_steps"]

@@ -191,7 +191,7 @@ def layer_pass(
                 # Positions are found on the host: a GPU that looks for them makes it wait.
                 positions = {True: batch["attention_mask"].bool(), False: valid_positions(batch["labels"])}
                 below = None if entering is None else entering(places)
-                outcome = _run(anatomy, batch, [output.layer for output in wanted], start, below, as_tuples, device)
+                outcome = run_layers(anatomy, batch, [output.layer for output in wanted], start, below, as_tuples, device)
                 for output in wanted:
                     lacks = torch.from_numpy(np.isin(places, shard.lacking[output.column])).unsqueeze(1)
                     where = (positions[output.column.everywhere] & lacks).flatten().nonzero().squeeze(1)
@@ -210,7 +210,7 @@ def layer_pass(
         bar.close()
 
 
-def _run(
+def run_layers(
     anatomy: Anatomy,
     batch: Mapping[str, torch.Tensor],
     wanted: Sequence[int | None],

@@ -1,37 +1,37 @@
-"""The target below the frontier, which is frozen: what it gives for every example is computed once (method, section 7)."""
+"""Target prefix: what the frozen target layers below the frontier give, computed once for every example (method, section 7)."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 
+import psutil
 import torch
-from filelock import Timeout
-from torch import nn
+from accelerate.utils import broadcast
+from rich.filesize import decimal
+from tqdm.auto import tqdm
 
 from hf_semalign.cache.examples import Collate, Examples
-from hf_semalign.cache.layer_pass import Output, layer_pass, spread
-from hf_semalign.cache.source import config_facts
-from hf_semalign.cache.states import Column, StateFolder
+from hf_semalign.cache.layer_pass import run_layers, spread
+from hf_semalign.cache.states import join
 from hf_semalign.config import SemAlignConfig
-from hf_semalign.files import WHOLE, Part, checksum, digest, in_parts, writing_lock
+from hf_semalign.files import WHOLE, Part
 from hf_semalign.method.frontier import Frontier
-from hf_semalign.models.anatomy import CausalLM, base_model, dissect
+from hf_semalign.models.anatomy import CausalLM, dissect
 from hf_semalign.models.hooks import bypass, capture, gives_tuples, stop_after
 
 logger = logging.getLogger(__name__)
 LEAST_EPOCHS = 2
-TOLERANCE = 1e-3  # relative; where a target can be entered at all, the numbers are the very same
+LARGEST_SHARE = {"device": 0.25, "host": 0.5}  # of the free memory; steps need the rest of the device
+TOLERANCE = 1e-3  # relative; if a target can be entered at all, the numbers are exactly the same
 
 
 def prefix_pays(args: SemAlignConfig, frontier: Frontier, steps: int, rows: int) -> bool:
-    """Whether a run gets a prefix: layers below its frontier are frozen, and it sees its rows more than twice.
+    """Whether a run uses a prefix: the layers below its frontier are frozen, and it sees its rows more than twice.
 
-    A prefix costs one pass of the target over the rows, and saves half a forward at every step.
+    A prefix costs one forward of the target over the rows. It saves half a forward at every step.
 
     Args:
         args: the settings.
@@ -39,128 +39,100 @@ def prefix_pays(args: SemAlignConfig, frontier: Frontier, steps: int, rows: int)
         steps: optimizer steps of the run.
         rows: distinct rows of the align split.
     """
+    if args.prefix_memory == "none" or args.signals != "cached":
+        return False
     batch = min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, rows)
-    strict = frontier.kind == "single" and frontier.num_layers > 1
-    return strict and args.signals == "cached" and steps * batch > LEAST_EPOCHS * rows
+    return frontier.kind == "single" and frontier.num_layers > 1 and steps * batch > LEAST_EPOCHS * rows
 
 
 class PrefixUnavailable(ValueError):
-    """The target prefix would not be exact, or does not fit on the disk; the message says why."""
+    """The target prefix would not be exact, or does not fit in memory. The message says why."""
 
 
 class TargetPrefix:
-    """The inputs ``x_k`` of the frontier's layer ``k`` for every training example, on disk.
+    """The inputs ``x_k`` of the frontier's layer ``k`` for every training example, in memory.
 
-    A step enters the target at layer ``k`` with them, and the layers below do nothing. When the frontier moves, a pass of one
-    layer over the split makes the next generation. The one before stays until then, so that a run that is interrupted at any
-    moment finds a generation to go on from; each is known by a digest of every weight that it depends on.
+    A step enters the target at layer ``k`` with these inputs, and the layers below do not run. When the frontier moves up,
+    layer ``k`` runs over all examples once, and its outputs replace its inputs. A run that resumes repeats the moves up to its
+    layer, which costs at most one forward of the target over the examples and gives the same bits.
+
+    Several processes share each move: every process runs its shards and sends them to the others.
 
     Args:
         model: the target with its LoRA, in training mode.
-        lora_layers: LoRA parameters by target layer.
         examples: the training examples.
         collate: rows to a batch.
-        root: the run's own folder for it.
-        precision: mixed precision of the run, which the states depend on; the caller holds its autocast context.
-        batch_size: examples a forward.
+        batch_size: examples in a forward.
         device: where the target is.
-        part: of a pass that this process runs first, see :func:`hf_semalign.files.in_parts`.
+        memory: ``device``, ``host``, or ``auto``: on the device if a quarter of its free memory is enough, otherwise on the
+            host if half of its free memory is enough.
+        part: of the shards that this process runs: ``(i, n)`` for every n-th from the i-th on.
         progress: show a progress bar.
 
     Attributes:
-        layer: the layer that steps enter at now; at 0, the bottom, nothing is bypassed.
+        layer: the layer that steps enter at. At 0, the whole target runs.
 
     Raises:
-        PrefixUnavailable: entering at a layer does not give what the whole target gives (dropout, layers that read more than
-            the stream), or two generations do not fit on the disk.
+        PrefixUnavailable: entering at a layer does not give what the whole target gives (dropout, or layers that read more than
+            their input), or the states do not fit in memory.
     """
 
     def __init__(
         self,
         model: CausalLM,
-        lora_layers: Sequence[Sequence[nn.Parameter]],
         examples: Examples,
         collate: Collate,
-        root: Path,
         *,
-        precision: str = "no",
         batch_size: int = 16,
         device: torch.device | str = "cpu",
+        memory: str = "auto",
         part: Part = WHOLE,
         progress: bool = True,
     ) -> None:
         self.layer = 0
         self._anatomy = dissect(model)
-        self._lora_layers = lora_layers
-        self._examples = examples
-        self._collate, self._batch_size, self._device, self._progress = collate, batch_size, device, progress
-        self._part = part
-        self._root = root
+        self._examples, self._starts = examples, examples.offsets[True].tolist()
+        self._collate, self._batch_size, self._progress = collate, batch_size, progress
+        self._device, self._part = torch.device(device), part
         self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
-        self._column = self._probe()
-        root.mkdir(parents=True, exist_ok=True)
-        needed = 2 * self._column.size(examples)
-        with writing_lock(root):
-            free = shutil.disk_usage(root).free + sum(path.stat().st_size for path in root.rglob("*.safetensors"))
-        if needed > free:
-            self.close()
-            raise PrefixUnavailable(f"it needs {needed / 1e9:.1f} GB in {root.name}, which has {free / 1e9:.1f} GB free")
-        frozen = {name: checksum(p) for name, p in base_model(model).named_parameters() if "lora_" not in name}
-        self._facts = {"target": digest([frozen, config_facts(base_model(model).config)]), "precision": precision}
-        self._folder: StateFolder | None = None
+        width, dtype = self._probe()
+        self._states = _allocate((self._starts[-1], width), dtype, self._device, memory)
 
     def move(self, layer: int) -> None:
-        """Have the inputs of a layer: from the deepest generation on disk below it, or from the bottom.
+        """Hold the inputs of a layer. Layers run one at a time, from the one that steps enter at now.
 
-        Raises:
-            PrefixUnavailable: too little space on the disk.
+        With several processes, all of them call it.
         """
-        below = [[checksum(p) for p in parameters] for parameters in self._lora_layers[:layer]]
-        latest, self._folder = self._folder, self._generation(below) if layer else None
-        if self._folder is not None:
-            in_parts(partial(self._advance, self._folder, latest, below), self._part)
-        self.layer = layer
+        while self.layer < layer:
+            self._run_layer(self.layer)
+            self._share()
+            self.layer += 1
 
-    def _advance(
-        self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]], part: Part, *, wait: bool
-    ) -> bool:
-        """Fill a part of a generation from the deepest one below it that is whole, and delete all others; False if another
-        process is at work on it.
-        """
-        try:
-            with writing_lock(self._root, part).acquire(blocking=wait):
-                self._fill(folder, latest, below, part)
-        except Timeout:
-            return False
-        return True
+    @torch.no_grad()
+    def _run_layer(self, k: int) -> None:
+        """Replace the inputs of layer ``k`` by its outputs, for the shards of this process."""
+        batches = [
+            places
+            for number in range(self._part[0], len(self._examples.shards), self._part[1])
+            for places in self._examples.batches(number, self._batch_size)
+        ]
+        bar = tqdm(batches, desc=f"target prefix, layer {k + 1}", unit="batch", disable=not self._progress)
+        for places in bar:
+            batch = self._collate(self._examples.rows(places))
+            states = self._states[self._starts[places[0]] : self._starts[places[-1] + 1]]  # a batch's places follow one another
+            below = states.to(self._device) if k else None
+            outcome = run_layers(self._anatomy, batch, [k], k, below, self._as_tuples, self._device)[k]
+            where = batch["attention_mask"].flatten().nonzero().squeeze(1)
+            states.copy_(outcome.flatten(0, 1).index_select(0, where.to(self._device)))
 
-    def _fill(self, folder: StateFolder, latest: StateFolder | None, below: list[list[str]], part: Part) -> None:
-        layer = len(below)
-        if lacking := folder.missing(self._column, part=part):
-            earlier = ((k, self._generation(below[:k], latest)) for k in range(layer - 1, 0, -1))
-            start, before = next(((k, one) for k, one in earlier if not one.missing(self._column)), (0, None))
-            for path in self._root.iterdir():
-                if path.is_dir() and path not in (folder.path, None if before is None else before.path):
-                    shutil.rmtree(path, ignore_errors=True)  # another process may be deleting it
-            needed = sum(self._column.size(self._examples, places) for places in lacking.values())
-            free = folder.free
-            if needed > free:
-                raise PrefixUnavailable(
-                    f"layer {layer} needs {needed / 1e9:.1f} GB in {self._root.name}, with {free / 1e9:.1f} GB free"
-                )
-            layer_pass(
-                self._anatomy,
-                folder,
-                [Output(self._column, layer - 1)],
-                self._collate,
-                start=start,
-                entering=None if before is None else partial(before.read, self._column, device=self._device),
-                as_tuples=self._as_tuples,
-                batch_size=self._batch_size,
-                device=self._device,
-                part=part,
-                progress=f"target prefix, layer {layer}" if self._progress else None,
-            )
+    def _share(self) -> None:
+        """Send every shard from the process that ran it to all others."""
+        count = self._part[1]
+        for number, shard in enumerate(self._examples.shards if count > 1 else ()):
+            states = self._states[self._starts[shard.start] : self._starts[shard.stop]].view(torch.uint8)
+            sent = states.to(self._device)  # NCCL reads the device's memory only
+            broadcast(sent, from_process=number % count)
+            states.copy_(sent)
 
     @contextmanager
     def entered(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -169,29 +141,17 @@ class TargetPrefix:
         Args:
             batch: ``attention_mask`` ``[B, T]`` and ``example_id`` ``[B]``.
         """
-        if self._folder is None:
+        if not self.layer:
             yield
             return
-        places = self._examples.places(batch["example_id"])
-        mask = batch["attention_mask"].bool()
-        states = spread(self._folder.read(self._column, places, mask.device), mask)
-        with bypass(self._anatomy.layers[: self.layer], states, as_tuples=self._as_tuples):
+        places, mask = self._examples.places(batch["example_id"]).tolist(), batch["attention_mask"].bool()
+        states = join([self._states[self._starts[place] : self._starts[place + 1]] for place in places], mask.device)
+        with bypass(self._anatomy.layers[: self.layer], spread(states, mask), as_tuples=self._as_tuples):
             yield
 
-    def close(self) -> None:
-        """Delete what is on the disk."""
-        self.layer, self._folder = 0, None
-        shutil.rmtree(self._root, ignore_errors=True)
-
-    def _generation(self, below: Sequence[Sequence[str]], known: StateFolder | None = None) -> StateFolder:
-        """The folder of the states above some layers, by the checksums of their LoRA; ``known`` where that is the one."""
-        facts = {**self._facts, "layer": len(below), "lora": digest(below)}
-        folder = StateFolder(self._root, facts, self._examples)
-        return known if known is not None and known.path == folder.path else folder
-
     @torch.no_grad()
-    def _probe(self) -> Column:
-        """The column of the states, after a look at whether entering at every layer gives what the whole target gives."""
+    def _probe(self) -> tuple[int, torch.dtype]:
+        """Width and dtype of the states, after checking that entering at every layer gives what the whole target gives."""
         batch = self._collate(self._examples.rows(self._examples.batches(len(self._examples.shards) - 1, 2)[0]))
         inputs = {key: batch[key].to(self._device) for key in ("input_ids", "attention_mask")}
         mask, layers = inputs["attention_mask"].bool(), self._anatomy.layers
@@ -215,8 +175,27 @@ class TargetPrefix:
                     final = forward(inputs_embeds=torch.full_like(padded, torch.nan))
                 if _differ(states[k].output[mask].float(), state.output[mask].float()) or _differ(whole, final):
                     raise PrefixUnavailable(f"layer {k} depends on more than the states below it")
-        return Column("states", states[1].input.shape[-1], states[1].input.dtype, everywhere=True)
+        return states[1].input.shape[-1], states[1].input.dtype
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not bool((one - other).norm() <= TOLERANCE * one.norm())  # also where it is NaN
+    return not bool((one - other).norm() <= TOLERANCE * one.norm())  # also if it is NaN
+
+
+def _allocate(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, memory: str) -> torch.Tensor:
+    """Memory for states of a shape.
+
+    Raises:
+        PrefixUnavailable: they do not fit where they may go.
+    """
+    needed = shape[0] * shape[1] * dtype.itemsize
+    free = {"host": psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+    if device.type == "cuda":
+        free = {"device": torch.cuda.mem_get_info(device)[0], **free}
+    for place, size in free.items():
+        share = LARGEST_SHARE[place] if memory == "auto" else 1.0
+        if memory in ("auto", place) and needed <= share * size:
+            logger.info("The target prefix takes %s of the memory of the %s.", decimal(needed), place)
+            return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
+    found = " and ".join(f"{decimal(size)} free on the {place}" for place, size in free.items())
+    raise PrefixUnavailable(f"it needs {decimal(needed)} with prefix_memory={memory!r}; there are {found}")

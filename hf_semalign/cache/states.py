@@ -199,17 +199,22 @@ class StateFolder:
         shards = self.examples.starts.searchsorted(places, side="right") - 1
         pieces = {shard: [self._open(column, path) for path in found.get(shard, ())] for shard in set(shards.tolist())}
         states = [_states(pieces[shard], place) for shard, place in zip(shards.tolist(), places, strict=True)]
-        if torch.device(device).type != "cuda":
-            return torch.cat(states).to(device)
-        # torch keeps pinned memory for the next batch: fresh memory costs more than the copy, and a copy from it need not wait.
-        pinned = torch.empty(sum(map(len, states)), column.width, dtype=column.dtype, pin_memory=True)
-        return torch.cat(states, out=pinned).to(device, non_blocking=True)
+        return join(states, device)
 
     def _piece(self, column: Column, path: Path) -> _Piece:
         places = self._found[column.name][_number(path)][path]
         places = self.examples.within(_number(path)) if places is None else places
         counts = self.examples.tokens if column.everywhere else self.examples.answers
         return _Piece(open_tensors(path)[0]["states"], places, counts[places].cumsum())
+
+
+def join(states: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
+    """States ``[N_i, width]`` one after another on a device, ``[N, width]``."""
+    if torch.device(device).type != "cuda" or states[0].is_cuda:
+        return torch.cat(list(states)).to(device)
+    # torch keeps pinned memory for the next batch. Fresh memory costs more than the copy, and a copy from it need not wait.
+    pinned = torch.empty(sum(map(len, states)), states[0].shape[1], dtype=states[0].dtype, pin_memory=True)
+    return torch.cat(list(states), out=pinned).to(device, non_blocking=True)
 
 
 def _number(path: Path) -> int:

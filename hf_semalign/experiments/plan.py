@@ -69,8 +69,9 @@ class Plan:
         sizes: of ``source`` and ``target``.
         cost: target forwards by phase.
         multiplications: of one target forward.
-        disk_bytes: signals and target prefix, at most.
-        memory_bytes: estimate, by phase: the source's pass, and training; of a GPU's memory, or on a CPU of the process's.
+        disk_bytes: signals, at most.
+        memory_bytes: estimate, by what needs it: the source's pass, training, and beside training the target prefix, which is
+            on the GPU or the host. The other two are of the GPU, or on a CPU of the process.
         shared_tokens: rows of both heads that map and KL are over; with two tokenizers the map alone.
         aligned: with two tokenizers, the share of the target's answer tokens that are used.
         machine: what the time is told for.
@@ -263,8 +264,10 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
         cost["signals"] = source.forward(seen_tokens) + mapped * source.width * target.width
+    held = {}
     if prefix:
         cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
+        held["target prefix"] = align.tokens * target.width * target.bytes
     example = align.tokens / align.rows, align.valid / align.rows
     cost["training"] = batch * sum(
         known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
@@ -286,8 +289,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         {"source": source, "target": target},
         {phase: amount / unit for phase, amount in cost.items()},
         unit,
-        (disk if args.signals == "cached" else 0) + 2 * prefix * align.tokens * target.width * 4,
-        _memory(known, args, source, target, stored.bytes),
+        disk if args.signals == "cached" else 0,
+        _memory(known, args, source, target, stored.bytes) | held,
         known.shared_tokens,
         known.aligned.get("align"),
     )

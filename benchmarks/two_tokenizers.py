@@ -166,7 +166,7 @@ class Run:
             if found.unexpected_keys or any("lora_" in key for key in found.missing_keys):
                 raise ValueError(f"The adapter in {folder} has other modules than ours.")
         metrics = trainer.evaluate()
-        return {key: metrics[f"eval_{key}"] for key in (*FIGURES, "relation")}
+        return {key: metrics[f"eval_{key}"] for key in FIGURES}
 
     def cell(self, name: str) -> Cell:
         """Train what is not there yet, and measure."""
@@ -176,7 +176,7 @@ class Run:
         runs = sorted(self.root.glob("*/results.json")) if name == "target" else [folder / "results.json"]
         if runs and runs[0].is_file():
             results = json.loads(runs[0].read_text())
-            figures = {key: results["metrics"][OURS.get(name, name)][key] for key in (*FIGURES, "relation")}
+            figures = {key: results["metrics"][OURS.get(name, name)][key] for key in FIGURES}
             facts = {} if name == "target" else {key: results[key] for key in ("steps", "history", "seconds")}
             return {**figures, **facts, **where, "date": results["date"]}
         facts = {}

@@ -246,9 +246,19 @@ class SemAlignConfig(TrainingArguments):
             raise InputError("use_reentrant must be False: reentrant checkpointing detaches the layer losses from the graph.")
 
     @property
+    def uses_pairs(self) -> bool:
+        """Whether paired layers matter: with ``relation_weight=0`` nothing is scored, mapped or scaled."""
+        return self.relation_weight > 0
+
+    @property
+    def matches_scales(self) -> bool:
+        """Whether mapped states are scaled, see ``scale``."""
+        return self.uses_pairs and self.scale == "match"
+
+    @property
     def learns_from_source(self) -> bool:
         """Whether training uses the source's signals."""
-        return self.relation_weight > 0 or self.output_loss != "answers"
+        return self.uses_pairs or self.output_loss != "answers"
 
     def planned_steps(self, num_examples: int) -> int:
         """Optimizer steps of the run, or of each stage under ``per_stage``.

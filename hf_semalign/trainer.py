@@ -125,7 +125,7 @@ class SemAlignTrainer(TransferTrainer):
         Without ``num_items_in_batch`` the batch at hand is the global batch.
         """
         stage = self.schedule.stage(self.state.global_step)
-        layers = self.frontier.supervised(stage) if self.args.relation_weight else range(0)
+        layers = self.frontier.supervised(stage) if self.args.uses_pairs else range(0)
         outputs, states, signals = self._forward(model, inputs, layers, training=self.model.training)
         if num_items_in_batch is None:
             taught = taught_positions(inputs)
@@ -163,7 +163,7 @@ class SemAlignTrainer(TransferTrainer):
         steps = self.state.global_step - self._terms_logged
         if "loss" in logs and steps > 0:
             layer_term, output_term = (self.accelerator.reduce(self._term_sums, "sum") / steps).tolist()
-            if self.args.relation_weight:
+            if self.args.uses_pairs:
                 logs[self.args.layer_loss] = layer_term
             if self.args.kl_weight:
                 logs[self.args.output_loss] = output_term

@@ -43,7 +43,7 @@ from hf_semalign.training.layerwise import LayerwiseTrainer
 from hf_semalign.training.preparation import Preparation, prepare
 
 logger = logging.getLogger(__name__)
-METRICS = ("loss", "kl", "relation")  # of an evaluation
+METRICS = ("loss", "kl")  # of every evaluation
 PER_BYTE = ("bits_per_byte", "kl_per_byte")  # with two tokenizers, whose tokens do not compare
 
 
@@ -141,7 +141,8 @@ class TransferTrainer(LayerwiseTrainer):
             raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
         evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
         if not callbacks:  # which may add metrics of their own
-            _check_metric(args, list(evals), METRICS if known.tokenizers is None else METRICS + PER_BYTE)
+            figures = (*METRICS, *(["relation"] if args.uses_pairs else []), *(PER_BYTE if known.tokenizers else []))
+            _check_metric(args, list(evals), figures)
         warn_of_slow_bf16(args)
         self.known = known
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
@@ -276,7 +277,7 @@ class TransferTrainer(LayerwiseTrainer):
             signals = self._cached_signals
             with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
                 signals.prepare(self._readings(), self._own_part)
-        if self.args.scale == "match":
+        if self.args.matches_scales:
             batches = self._batches(self.known.splits["extract"])
             (signals.scales,) = broadcast_object_list([match_scales(signals, cast(PeftModel, self.model), batches)])
         return signals
@@ -284,14 +285,14 @@ class TransferTrainer(LayerwiseTrainer):
     @property
     def scales(self) -> tuple[float, ...]:
         """Factor on the mapped states of each pair."""
-        return tuple(self.signals.scales) if self.args.scale == "match" else (1.0,) * self.frontier.num_layers
+        return tuple(self.signals.scales) if self.args.matches_scales else (1.0,) * self.frontier.num_layers
 
     def _readings(self) -> list[Reading]:
         """What training reads of the source's signals, stage by stage."""
         args, stages = self.args, range(self.schedule.num_stages)
         if not args.learns_from_source:
             return []
-        layers = [self.frontier.supervised(stage) if args.relation_weight else range(0) for stage in stages]
+        layers = [self.frontier.supervised(stage) if args.uses_pairs else range(0) for stage in stages]
         rows = self.rows_by_stage()
         if rows is None:
             return [Reading(some) for some in layers]
@@ -313,14 +314,18 @@ class TransferTrainer(LayerwiseTrainer):
         """
         if self._signals_folder is None:
             raise InputError("write_signals needs signals='cached'; got 'online'.")
-        layers = range(self.frontier.num_layers if self.args.relation_weight else 0)
-        readings = [Reading(layers)] if self.args.learns_from_source else []
+        readings = [Reading(self._paired_layers)] if self.args.learns_from_source else []
         signals = self._cached_signals
         with timed("source signals", self.seconds), self._autocast(), disk_errors_explained(self._signals_folder):
             if part is None:
                 signals.prepare(readings, self._own_part)
             else:
                 signals.write(readings, part)
+
+    @property
+    def _paired_layers(self) -> range:
+        """The target layers that have supervision at some time."""
+        return range(self.frontier.num_layers if self.args.uses_pairs else 0)
 
     @property
     def _own_part(self) -> Part:
@@ -348,9 +353,9 @@ class TransferTrainer(LayerwiseTrainer):
                 progress=not args.disable_tqdm,
             )
             for name, rows in self.known.source_splits.items()
-            if name != "extract" or args.scale == "match"
+            if name != "extract" or args.matches_scales
         }
-        cached = CachedSignals(signals, "align")
+        cached = CachedSignals(signals, "align", self._paired_layers)
         if not args.signals_dir:  # checkpoints go to the same disk
             cached.training.reserve = 5 * 12 * sum(p.numel() for layer in self.lora_layers for p in layer)
         return cached
@@ -432,7 +437,7 @@ class TransferTrainer(LayerwiseTrainer):
         """Per-example sums of answer cross-entropy, KL and layer loss, kept for :meth:`evaluation_loop`."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         with torch.no_grad():
-            _, states, signals = self._forward(model, inputs, range(self.frontier.num_layers), training=False)
+            _, states, signals = self._forward(model, inputs, self._paired_layers, training=False)
             sums = self.objective.sums(states, signals, inputs["labels"])
             if "answer_bytes" in inputs:
                 sums = torch.column_stack((sums, inputs["answer_bytes"]))
@@ -440,7 +445,8 @@ class TransferTrainer(LayerwiseTrainer):
         return sums[:, 0].sum() / sums[:, 1].sum(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """``eval_loss`` (answer cross-entropy), ``eval_kl`` and ``eval_relation`` (mean over layers), exact over the split.
+        """``eval_loss`` (answer cross-entropy) and ``eval_kl``, exact over the split; ``eval_relation``, the mean over layers,
+        unless ``relation_weight`` is 0.
 
         With two tokenizers ``eval_kl`` is the KL over classes of tokens, a position that is aligned; ``eval_bits_per_byte`` and
         ``eval_kl_per_byte`` can be compared between tokenizers.
@@ -448,7 +454,9 @@ class TransferTrainer(LayerwiseTrainer):
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         cross_entropy, tokens, kl, taught, relation, sequences, *read = torch.cat(self._evaluated).double().sum(0).tolist()
-        found = {"loss": cross_entropy / tokens, "kl": kl / taught, "relation": relation / max(sequences, 1)}
+        found = {"loss": cross_entropy / tokens, "kl": kl / taught}
+        if self.args.uses_pairs:
+            found["relation"] = relation / max(sequences, 1)
         for answer_bytes in read:  # figures that do not depend on how a tokenizer cuts the text
             found |= dict(zip(PER_BYTE, (cross_entropy / answer_bytes / math.log(2), kl / answer_bytes), strict=True))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})

@@ -85,14 +85,18 @@ def adapter_modules(model):
 
 
 def test_fine_tuning_asks_nothing_of_the_source_but_its_evaluation(tmp_path):
-    """The source runs over the extract split (for the pairs that the layer loss is measured on) and over eval, and no more."""
-    trainer = make(SFTTrainer, tmp_path)
+    """The source runs over the eval split, for the KL. No layer is scored and no state is mapped."""
+    trainer = make(SFTTrainer, tmp_path, pairing="attribution")
     signals = trainer.signals.splits
     trainer.prepare()
     for split, there in (("eval", True), ("align", False)):
         assert (signals[split]._states.missing(signals[split]._final) == {}) == there
+    assert trainer.seconds.keys() == {"loading the target", "semantic map", "source signals"}
+    kept = {path.parent.name for path in tmp_path.rglob("*.safetensors") if path.parent.parent == signals["eval"].folder}
+    assert kept == {"final"}
     trainer.train()
-    assert trainer.evaluate().keys() >= {"eval_kl", "eval_relation", "eval_loss"}
+    metrics = trainer.evaluate()
+    assert metrics.keys() >= {"eval_kl", "eval_loss"} and "eval_relation" not in metrics
 
 
 def test_fine_tuning_learns_the_answers_and_not_the_source(tmp_path):

@@ -270,7 +270,7 @@ def test_a_full_disk_is_refused_before_the_pass(online, data, tmp_path, passes, 
 
 def test_splits_are_told_apart_and_an_example_without_signals_is_an_error(online, data, tmp_path):
     parts = {"align": data.select(range(5)), "eval": data.select(range(5, 8))}
-    cached = CachedSignals({name: make_signals(online, part, tmp_path) for name, part in parts.items()}, "align")
+    cached = CachedSignals({name: make_signals(online, part, tmp_path) for name, part in parts.items()}, "align", range(3))
     cached.prepare([Reading([1])])
     for part in parts.values():
         assert_equal_signals(cached, online, COLLATE(list(part)), [1])

@@ -310,12 +310,14 @@ class CachedSignals:
 
     Args:
         splits: signals by split.
-        training: the split that training reads, layer by layer; the others are read at all layers.
+        training: the split that training reads, layer by layer.
+        target_layers: the target layers that the other splits are read at.
     """
 
-    def __init__(self, splits: dict[str, SourceSignals], training: str) -> None:
+    def __init__(self, splits: dict[str, SourceSignals], training: str, target_layers: Sequence[int]) -> None:
         self.splits = splits
         self.training = splits[training]
+        self._target_layers = target_layers
 
     @property
     def scales(self) -> Sequence[float]:
@@ -341,8 +343,8 @@ class CachedSignals:
         prepare_part(self._wanted(readings), part)
 
     def _wanted(self, readings: Sequence[Reading]) -> dict[SourceSignals, Sequence[Reading]]:
-        everything = [Reading(range(len(self.scales)))]
-        wanted = {signals: readings if signals is self.training else everything for signals in self.splits.values()}
+        others = [Reading(self._target_layers)]
+        wanted = {signals: readings if signals is self.training else others for signals in self.splits.values()}
         return {signals: some for signals, some in wanted.items() if some}
 
     def __call__(self, batch: Batch, target_layers: Sequence[int]) -> BatchSignals:

@@ -63,7 +63,8 @@ class Plan:
         method: a key of ``METHODS``.
         source: name of the source.
         target: name of the target.
-        source_layers: the source layer of each target layer; ``None`` where attribution will choose it.
+        source_layers: the source layer of each target layer; ``None`` if attribution will choose it, empty if the layer loss
+            has no weight.
         stages: first step of each stage, and the end.
         splits: what is in each split.
         sizes: of ``source`` and ``target``.
@@ -216,8 +217,8 @@ def plan_table(plan: Plan) -> Table:
     """A plan for the terminal."""
     table = Table(title=f"{plan.source} to {plan.target}, by {plan.method}", show_header=False)
     pairs = "chosen by attribution"
-    if plan.source_layers:
-        pairs = ", ".join(f"{layer} to {k}" for k, layer in enumerate(plan.source_layers))
+    if plan.source_layers is not None:
+        pairs = ", ".join(f"{layer} to {k}" for k, layer in enumerate(plan.source_layers)) or "none, relation_weight is 0"
     spans = [f"{first}-{last}" for first, last in pairwise(plan.stages)]
     splits = [f"{name} {counts.rows:,} rows, {counts.valid:,} answer tokens" for name, counts in plan.splits.items()]
     rows = {
@@ -254,12 +255,13 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     source = replace(stored, bytes=known.source.dtype.itemsize)
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
     align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
+    distinct = distinct if args.uses_pairs else 0
     seen_tokens, final, mapped = _read(known, args)
     prefix, batch = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
     cost = {}
     if answers != "dataset":
         cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
-    if args.relation_weight and known.pairing is None:
+    if known.pairing is None:
         extract = read["extract"]  # layers run again on the way back for what is in them
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
@@ -283,7 +285,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         method,
         known.source.name,
         known.target_id,
-        known.pairing.source_layers if known.pairing else None,
+        None if known.pairing is None else known.pairing.source_layers if args.uses_pairs else (),
         known.schedule.boundaries,
         splits,
         {"source": source, "target": target},
@@ -307,7 +309,7 @@ def _read(known: Preparation, args: SemAlignConfig) -> tuple[int, int, int]:
     read = [places if by_stage is None else places[by_stage[stage]] for stage in stages]
     seen = np.unique(np.concatenate(read))
     by_layer: dict[int, list[np.ndarray]] = {}
-    for stage in stages if args.relation_weight else ():
+    for stage in stages if args.uses_pairs else ():
         for k in known.frontier.supervised(stage):
             by_layer.setdefault(known.pairing.source_layers[k] if known.pairing else k, []).append(read[stage])
     mapped = sum(int(examples.answers[np.unique(np.concatenate(some))].sum()) for some in by_layer.values())
@@ -333,7 +335,7 @@ def _step(
     above = target.layers - known.frontier.trained(stage)[0]
     layers = above + (above if prefix else target.layers)
     heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
-    if args.relation_weight and args.layer_loss == "fisher":
+    if args.uses_pairs and args.layer_loss == "fisher":
         heads += 3 * target.head * len(known.frontier.supervised(stage))
     online = source.forward(tokens) if args.learns_from_source and args.signals == "online" else 0
     return target.forward(tokens, layers=layers) + valid * heads + online

@@ -296,8 +296,7 @@ def _measure(
     metrics: dict[str, Any] = {
         "kl": evaluated["eval_kl"],
         "loss": evaluated["eval_loss"],
-        "relation": evaluated["eval_relation"],
-        **{name: evaluated[f"eval_{name}"] for name in PER_BYTE if f"eval_{name}" in evaluated},
+        **{name: evaluated[f"eval_{name}"] for name in ("relation", *PER_BYTE) if f"eval_{name}" in evaluated},
         **_generated(trainer.model, data.eval, tokenizer),
         **_scored(recipe, trainer.args, partial(_identity, recipe, trainer), lambda: trainer.model, tokenizer, scores),
     }

@@ -126,8 +126,8 @@ class Objective:
         """Metrics of each example for evaluation, ``[B, 6]``.
 
         The columns are: answer cross-entropy, summed over the valid positions; number of these positions; KL, summed over the
-        positions with source signals; number of these positions; relation loss, averaged over layers; 1 if the example has a
-        relation loss, else 0.
+        positions with source signals; number of these positions; relation loss, averaged over the layers with supervision; 1 if
+        the example has a relation loss, else 0.
         """
         valid, taught, final = valid_positions(labels), signals.taught, states[-1].output
         tokens = labels[:, 1:][valid[:, :-1]]
@@ -141,13 +141,10 @@ class Objective:
         for column, losses, positions in ((0, cross_entropy, valid), (2, kl, taught)):
             sums[:, column].index_add_(0, positions.nonzero()[:, 0], losses)
             sums[:, column + 1] = positions.sum(1)
-        sums[:, 4] = torch.stack(
-            [
-                sequence_relation_losses(state.input, state.output, supervision, taught)
-                for state, supervision in zip(states[:-1], signals.supervision, strict=True)
-            ]
-        ).mean(0)
-        sums[:, 5] = relation_sequences(taught)
+        if signals.supervision:
+            layers = zip(states[:-1], signals.supervision, strict=True)
+            by_layer = [sequence_relation_losses(state.input, state.output, mapped, taught) for state, mapped in layers]
+            sums[:, 4], sums[:, 5] = torch.stack(by_layer).mean(0), relation_sequences(taught)
         return sums
 
 

@@ -121,7 +121,7 @@ def prepare(
         raise InputError(
             "The tokenizer has no pad token: set tokenizer.pad_token, or pad_token in a recipe, to one of its tokens."
         )
-    needs_extract |= args.scale == "match" or (pairing is None and args.pairing in NEEDS_SCORES)
+    needs_extract |= args.matches_scales or (args.uses_pairs and pairing is None and args.pairing in NEEDS_SCORES)
     splits = _given_splits(train_dataset, eval_dataset, extract_dataset, needs_extract)
     source = source_model if isinstance(source_model, Source) else _source(source_model, args)
     _check_weights(model, source, args)
@@ -143,7 +143,7 @@ def prepare(
         tokenizer=tokenizer,
         splits=rows.target,
         collator=rows.target_collator,
-        pairing=_pairing(pairing, args.pairing, depths),
+        pairing=_pairing(pairing, args.pairing if args.uses_pairs else "proportional", depths),
         token_ids=rows.token_ids,
         frontier=frontier,
         schedule=schedule,

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_semalign.cache import examples as examples_module
-from hf_semalign.cache import signals as signals_module
+from hf_semalign.cache import source_pass
 from hf_semalign.cache.states import StateFolder
 from hf_semalign.training.stages import whole
 
@@ -55,7 +55,7 @@ class Note(TrainerCallback):
 @contextmanager
 def counted():
     """The shards that this process writes inside the block, and the parts of the source's pass that it asks for."""
-    written, parts, write, in_parts = [], [], StateFolder.write, signals_module.in_parts
+    written, parts, write, in_parts = [], [], StateFolder.write, source_pass.in_parts
 
     def noted(self, number, states, places=None):
         written.extend(f"{column.name} {number}" for column in states)
@@ -65,11 +65,11 @@ def counted():
         parts.append(part)
         in_parts(work, part)
 
-    StateFolder.write, signals_module.in_parts = noted, asked
+    StateFolder.write, source_pass.in_parts = noted, asked
     try:
         yield written, parts
     finally:
-        StateFolder.write, signals_module.in_parts = write, in_parts
+        StateFolder.write, source_pass.in_parts = write, in_parts
 
 
 @contextmanager

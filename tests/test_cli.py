@@ -179,7 +179,7 @@ def test_signals_in_parts_are_those_of_one_command(tmp_path, monkeypatch):
     assert 0 < len(states("parts")) < len(states("whole"))
     assert command("signals", "parts", "--part", "1/2") == 0
     assert states("parts") == states("whole")
-    monkeypatch.setattr("hf_semalign.cache.signals.layer_pass", lambda *_, **__: pytest.fail("the source ran"))
+    monkeypatch.setattr("hf_semalign.cache.source_pass.layer_pass", lambda *_, **__: pytest.fail("the source ran"))
     assert command("train", "parts", "training.seed=7") == 0
 
 

@@ -102,7 +102,7 @@ def test_another_seed_computes_what_is_missing_and_no_more(tmp_path):
     signals = first.signals.training
     before = states_on_disk(signals)
     other = make_trainer(tmp_path / "2", seed=2, **settings)
-    lacked = [signals._states.missing(output.column, output.places) for output in signals._outputs(other._readings())]
+    lacked = [signals._states.missing(output.column, output.places) for output in signals.job(other._readings()).outputs]
     added = sum(len(places) for shards in lacked for places in shards.values())
     other.prepare()
     after = states_on_disk(other.signals.training)

@@ -14,8 +14,10 @@ from test_trainer import EVEN, ROWS, adapter, make_trainer
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.cache import examples as examples_module
-from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Reading, SourceSignals, prepare_part, prepare_signals
+from hf_semalign.cache import source_pass
+from hf_semalign.cache.signals import CachedSignals, OnlineSignals, Reading, SourceSignals, prepare_signals
 from hf_semalign.cache.source import Source
+from hf_semalign.cache.source_pass import run_part, run_source
 from hf_semalign.files import writing_lock
 from hf_semalign.method.pairing import pair_layers
 from hf_semalign.method.semantic_map import SemanticMap
@@ -381,21 +383,13 @@ def test_locks_of_several_data_sets_are_taken_in_one_order(monkeypatch):
             taken.append(self.lock_file)
             return nullcontext()
 
-    class Signals:
-        def __init__(self, name):
-            self._states = SimpleNamespace(lock=lambda part: Lock(name))
+    def job(name):
+        folder = SimpleNamespace(lock=lambda part: Lock(name))
+        return SimpleNamespace(folder=folder, lacks=lambda: True, drop_abandoned=lambda part: None, outputs=())
 
-        def _lacks(self, readings):
-            return True
-
-        def _drop_abandoned(self, part):
-            pass
-
-        def _plan_pass(self, readings, part):
-            return None
-
+    monkeypatch.setattr(source_pass._Pass, "plan", lambda job, part: None)
     for names in ("xy", "yx"):
-        prepare_signals({Signals(name): [Reading(range(3))] for name in names})
+        run_source([job(name) for name in names])
     assert taken == ["x", "y", "x", "y"]
 
 
@@ -446,7 +440,7 @@ def test_parts_are_together_what_one_process_computes(online, data, tmp_path, pa
     shards = len(whole.examples.shards)
     for part in range(count):
         del passes[:]
-        prepare_part({make_signals(online, data, tmp_path / "parts", stream=stream): [Reading(range(3))]}, (part, count))
+        run_part([make_signals(online, data, tmp_path / "parts", stream=stream).job([Reading(range(3))])], (part, count))
         ran.append(len(passes))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert sum(ran) == once and max(ran) <= -(-shards // count) * 2
@@ -456,12 +450,12 @@ def test_parts_are_together_what_one_process_computes(online, data, tmp_path, pa
 def test_a_process_takes_over_what_another_has_left(online, data, tmp_path, passes):
     """And leaves alone what another is at work on until that is done."""
     signals = make_signals(online, data, tmp_path)
-    readings = {signals: [Reading(range(3))]}
+    readings = [Reading(range(3))]
     with FileLock(writing_lock(signals.folder, (1, 2)).lock_file):
-        assert not prepare_part(readings, (1, 2), wait=False)
-        assert prepare_part(readings, (0, 2), wait=False)
+        assert not run_part([signals.job(readings)], (1, 2), wait=False)
+        assert run_part([signals.job(readings)], (0, 2), wait=False)
     assert set(signals._states.missing(signals._final)) == set(range(1, len(signals.examples.shards), 2))
-    prepare_signals(readings, (0, 2))
+    prepare_signals({signals: readings}, (0, 2))
     assert_equal_signals(signals, online, COLLATE(list(data)))
 
 

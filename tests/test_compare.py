@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_semalign.cli import main
 from hf_semalign.experiments import compare
+from hf_semalign.experiments import plan as plan_module
 from hf_semalign.experiments.compare import run_comparison
 from hf_semalign.experiments.comparison import (
     EQUAL_COMPUTE,
@@ -162,7 +163,10 @@ def test_a_cell_is_a_process_of_its_own(written, tmp_path):
 def test_dry_run_loads_no_weights(written, no_weights, capsys, monkeypatch):
     path = written(hardware={"name": "an abacus", "tflops": 1e-6})
     monkeypatch.setenv("COLUMNS", "200")
+    encoded, encode = [], plan_module.encode_splits
+    monkeypatch.setattr(plan_module, "encode_splits", lambda *given: (encoded.append(1), encode(*given))[1])
     assert main(["compare", str(path), "--dry-run", *SMALL]) == 0
+    assert len(encoded) == 1  # for all methods
     shown = capsys.readouterr().out
     assert len([line for line in shown.splitlines() if "FLOP " in line]) == 7
     assert "hours on an abacus, 1e-06 TFLOP/s sustained" in shown

@@ -42,7 +42,7 @@ from hf_semalign.models.loading import product_seconds
 from hf_semalign.splits import check_disjoint, column_chunks
 from hf_semalign.tokenization import IGNORED, prompt_ids
 from hf_semalign.training.order import rows_by_stage
-from hf_semalign.training.preparation import Counts, Preparation, prepare
+from hf_semalign.training.preparation import Counts, Encoded, Preparation, encode_splits, prepare
 
 logger = logging.getLogger(__name__)
 ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
@@ -138,6 +138,14 @@ class Material:
         self.tokenizer = tokenizer or load_tokenizer(recipe)
         self._name = recipe.source
         self._sources: dict[str, Source] = {}
+        self._encoded: dict[Any, tuple[dict[str, Any], Encoded]] = {}
+
+    def encode(self, splits: dict[str, Any], source: Source, target: Any, tokenizer: Any, max_length: int | None) -> Encoded:
+        """Encode splits like :func:`hf_semalign.training.preparation.encode_splits`, and the same rows only once."""
+        key = id(source), max_length, *((name, id(rows)) for name, rows in splits.items())
+        if key not in self._encoded:  # the rows stay here, so that no others get their ids
+            self._encoded[key] = splits, encode_splits(splits, source, target, tokenizer, max_length)
+        return self._encoded[key][1]
 
     def source(self, args: SemAlignConfig) -> Source:
         """The source under some settings."""
@@ -180,7 +188,8 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
         align = _as_if_answered(recipe.data, align, tokenizer, two=own is not None and differing(own, tokenizer) is not None)
     plans, cost, stages = [], dict[str, float](), [0]
     for settings in recipe.rounds(args, len(data.align)):
-        known = prepare(recipe.target, material.source(settings), settings, align, data.eval, data.extract, tokenizer)
+        given = settings, align, data.eval, data.extract, tokenizer
+        known = prepare(recipe.target, material.source(settings), *given, encode=material.encode)
         plans.append(plan(known, settings, recipe.method, recipe.data.answers))
         stages += [stages[-1] + boundary for boundary in plans[-1].stages[1:]]
         for phase, amount in plans[-1].cost.items():

@@ -108,8 +108,12 @@ def prepare(
     semantic_map: SemanticMap | None = None,
     *,
     needs_extract: bool = False,
+    encode: Callable[..., Encoded] | None = None,
 ) -> Preparation:
     """Check the arguments of :class:`hf_semalign.trainer.SemAlignTrainer` and prepare its run.
+
+    With ``needs_extract`` the method needs an extract split whatever its settings. A caller that prepares several runs on the
+    same rows may pass its own ``encode``, which stands for :func:`encode_splits`.
 
     Raises:
         ValueError: settings, data, models or tokenizers cannot be used.
@@ -129,7 +133,7 @@ def prepare(
     target = dissect(shape)
     depths = source.num_layers, len(target.layers)
     _check_map(semantic_map, target.head_weight().shape[1], source.width)
-    rows = encode_splits(splits, source, shape, tokenizer, args.max_length)
+    rows = (encode or encode_splits)(splits, source, shape, tokenizer, args.max_length)
     check_disjoint(splits)
     _check_lengths(rows.source, "source", source.shape)
     _check_lengths(rows.target, "target", shape)

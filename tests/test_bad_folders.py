@@ -130,7 +130,7 @@ def test_checkpoints(good, refused, no_weights, tmp_path, damage, message):
     refused(f"Cannot resume from .*: {message}", f"training.resume_from_checkpoint={tmp_path / 'checkpoint-2'}")
 
 
-def test_a_checkpoint_of_another_run(good, refused):
+def test_a_checkpoint_of_another_run(good, refused, no_weights):
     changes = [f"training.resume_from_checkpoint={good / 'run' / 'checkpoint-2'}", "training.seed=3"]
     refused("The checkpoint .* was made with other seed: resume with the same models, data and settings", *changes)
 

@@ -27,10 +27,11 @@ from hf_semalign.experiments.recipe import Recipe
 from hf_semalign.experiments.tasks import TaskData
 from hf_semalign.files import digest, file_digest, writing_lock
 from hf_semalign.hub.card import restriction
+from hf_semalign.hub.record import recorded_settings
 from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
-from hf_semalign.training.checkpoints import damage, last_checkpoint
+from hf_semalign.training.checkpoints import check_run, damage, differing_settings, last_checkpoint
 from hf_semalign.transfer import TransferTrainer, signals_root, timed
 
 logger = logging.getLogger(__name__)
@@ -186,12 +187,17 @@ def start_of(args: SemAlignConfig, wanted: str | bool | None) -> str | bool | No
     """The checkpoint to resume from: the named one, or the last one in the run folder. ``False`` starts from scratch.
 
     Raises:
-        ValueError: the named checkpoint is damaged.
+        ValueError: the named checkpoint is damaged, or was made with other settings.
     """
     if wanted is None or wanted is True:
-        return last_checkpoint(str(args.output_dir))
-    if wanted and (found := damage(Path(wanted))):
+        wanted = last_checkpoint(str(args.output_dir))
+    elif wanted and (found := damage(Path(wanted))):
         raise InputError(f"Cannot resume from {wanted}: {found}. Name another checkpoint, or none to start from scratch.")
+    if wanted:  # before models are loaded and data are encoded
+        settings = recorded_settings(args)
+        if args.lora_targets is None:  # found by the trainer
+            del settings["lora_targets"]
+        check_run(Path(wanted), differing_settings(Path(wanted), settings))
     return wanted
 
 

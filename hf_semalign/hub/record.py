@@ -53,9 +53,6 @@ def describe_run(
         data: rows and fingerprint of each split.
         **names: ``method``, ``source``, ``target`` and ``licences`` of the models.
     """
-    settings = {name: getattr(args, name) for name in RECORDED_SETTINGS}
-    settings["lr_scheduler_kwargs"] = settings["lr_scheduler_kwargs"] or None  # transformers replaces None by {}
-    settings["lora_targets"] = list(lora_targets)
     return {
         "versions": {name: version(name) for name in ("hf_semalign", "torch", "transformers", "peft", "accelerate")},
         **names,
@@ -70,9 +67,15 @@ def describe_run(
         },
         "stages": list(stages),
         "processes": args.world_size,
-        "settings": settings,
+        "settings": recorded_settings(args) | {"lora_targets": list(lora_targets)},
         "data": data,
     }
+
+
+def recorded_settings(args: SemAlignConfig) -> dict[str, Any]:
+    """The settings that the record has."""
+    settings = {name: getattr(args, name) for name in RECORDED_SETTINGS}
+    return settings | {"lr_scheduler_kwargs": settings["lr_scheduler_kwargs"] or None}  # transformers replaces None by {}
 
 
 def save_adapter(

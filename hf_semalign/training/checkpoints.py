@@ -7,7 +7,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_semalign.config import SemAlignConfig
+from hf_semalign.errors import InputError
 from hf_semalign.files import RECORD_NAME, file_digest, write_text
 
 logger = logging.getLogger(__name__)
@@ -104,16 +105,38 @@ def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     """Names of what differs between a checkpoint's run and the run of ``record``."""
     saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
     record = json.loads(json.dumps(record))
-    defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # for settings that an older checkpoint lacks
     compared = [
         *((key, record[key], saved[key]) for key in ("method", "source", "target", "data", "stages")),
         ("number of processes", record["processes"], saved.get("processes", record["processes"])),
         ("source layers", record["pairing"]["source_layers"], saved["pairing"]["source_layers"]),
         ("map", record["map"]["fingerprint"], saved["map"]["fingerprint"]),
         ("start of the adapter", *(one.get(record["method"], {}).get("start") for one in (record, saved))),
-        *((key, value, saved["settings"].get(key, defaults.get(key))) for key, value in record["settings"].items()),
     ]
-    return [name for name, here, there in compared if here != there]
+    return [name for name, here, there in compared if here != there] + differing_settings(checkpoint, record["settings"])
+
+
+def differing_settings(checkpoint: Path, settings: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ between a checkpoint's run and ``settings``."""
+    saved = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))["settings"]
+    defaults = {one.name: one.default for one in fields(SemAlignConfig)}  # for settings that an older checkpoint lacks
+    return [name for name, value in json.loads(json.dumps(settings)).items() if saved.get(name, defaults.get(name)) != value]
+
+
+def check_run(checkpoint: Path, different: Sequence[str]) -> None:
+    """Refuse a checkpoint of a run that differs.
+
+    Args:
+        checkpoint: its folder.
+        different: names of what differs.
+
+    Raises:
+        ValueError: anything differs.
+    """
+    if different:
+        raise InputError(
+            f"The checkpoint {checkpoint} was made with other {', '.join(different)}: resume with the same models, data and "
+            "settings, or start anew in another output_dir."
+        )
 
 
 class CheckpointOnInterrupt(TrainerCallback):

@@ -40,6 +40,7 @@ from hf_semalign.tokenization import IGNORED
 from hf_semalign.training.checkpoints import (
     CHECKSUMS,
     CheckpointOnInterrupt,
+    check_run,
     checkpoints_of,
     damage,
     differences,
@@ -472,11 +473,7 @@ class LayerwiseTrainer(Trainer):
                     f"The checkpoint {resume_from_checkpoint} was made {way}: resume with the accelerate config of its run, or "
                     "start anew in another output_dir."
                 )
-        if different := differences(Path(resume_from_checkpoint), self.record()):
-            raise InputError(
-                f"The checkpoint {resume_from_checkpoint} was made with other {', '.join(different)}: resume with the same "
-                "models, data and settings, or start anew in another output_dir."
-            )
+        check_run(Path(resume_from_checkpoint), differences(Path(resume_from_checkpoint), self.record()))
 
     def _check_others(self) -> None:
         """Refuse to start anew where checkpoints of another run would be deleted on the way.

@@ -141,7 +141,7 @@ DATA = [
         "a field missing",
         "a.jsonl",
         [TEXTS[0], {"prompt": "w1"}],
-        r"Row 1 of .*a.jsonl has columns \['prompt'\]: expected prompt and",
+        r"Row 1 of .*a.jsonl has columns \['prompt'\]: expected prompt and completion, or messages. With data.answers, a file",
     ),
     ("a number as prompt", "a.jsonl", [{"prompt": 5, "completion": "w1"}], f"Row 0 of .*a.jsonl has .'prompt': 5, .*{ENDS}"),
     ("no answer", "a.jsonl", [{"prompt": "w5", "completion": None}], f"Row 0 of .*'completion': None.: expected .*{ENDS}"),

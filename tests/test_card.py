@@ -454,7 +454,7 @@ def test_a_card_of_a_baseline_says_nothing_of_attribution(record, results, metho
     results["metrics"][method] = results["metrics"].pop("semalign")
     results["figures"].remove("layers.png")  # which is of pairs
     card = render_card(record, results)
-    assert "held-out rows, which training did not use. " in card and "| extract | nothing |" in card
+    assert "held-out rows, which training did not use. " in card and "| extract | not used with these settings |" in card
     assert "attribution" not in card
 
 

@@ -239,7 +239,7 @@ def plan_table(plan: Plan) -> Table:
         **({} if plan.aligned is None else {"answer tokens used": f"{plan.aligned:.1%}"}),
         "cost (target forwards)": ", ".join(f"{phase} {amount:,.0f}" for phase, amount in plan.cost.items()),
         "operations": f"{EngFormatter('FLOP', places=1)(plan.seconds(1))}, evaluation not counted",
-        "time": f"{timedelta(seconds=math.ceil(plan.seconds(plan.flops)))} at {plan.machine}",
+        "time": f"at least {timedelta(seconds=math.ceil(plan.seconds(plan.flops)))} at {plan.machine}",
         "disk": f"{decimal(plan.disk_bytes)} at most",
         "memory (estimate)": ", ".join(f"{phase} {decimal(amount)}" for phase, amount in plan.memory_bytes.items()),
     }

@@ -165,10 +165,10 @@ def _check_task(task: str, counts: Mapping[str, int], skills: Sequence[str] | No
 def _check_files(task: str, files: Files | None, roles: Sequence[str], optional: Sequence[str] = ()) -> None:
     if files is not None and not (isinstance(files, Mapping) and set(roles) <= set(files) <= {*roles, *optional}):
         wanted = f"exactly {', '.join(roles)}" if roles else "none, so leave files out"
-        wanted += ", or train alone" if "align" in roles else ""
+        wanted += ", or train alone (data.files.train=FILE)" if "align" in roles else ""
         wanted += "".join(f", and optionally {role}" for role in optional)
         given = sorted(files) if isinstance(files, Mapping) else files
-        raise InputError(f"Task {task!r} got files for {given}: expected {wanted}.")
+        raise InputError(f"Task {task!r} got files for {given or 'nothing'}: expected {wanted}.")
     for role, path in (files or {}).items():
         if not Path(str(path)).exists():
             raise MissingFileError(f"Task {task!r}: {path} does not exist. Correct the path in data.files.{role}.")
@@ -282,7 +282,10 @@ def _read_records(path: Path, with_answers: bool = True) -> list[Row]:
     wanted = ("prompt", "completion") if with_answers else ("prompt",)
     for number, row in enumerate(rows):
         if "messages" not in row and not set(wanted) <= row.keys():
-            raise InputError(f"Row {number} of {path} has columns {sorted(row)}: expected {' and '.join(wanted)}, or messages.")
+            alone = ". With data.answers, a file for align alone may lack answers" if with_answers else ""
+            raise InputError(
+                f"Row {number} of {path} has columns {sorted(row)}: expected {' and '.join(wanted)}, or messages{alone}."
+            )
         given = row if with_answers else {name: value for name, value in row.items() if value is not None}
         check_text(given, f"Row {number} of {path}")
         turns = row["messages"] if form_of(row) == "messages" else ()

@@ -214,7 +214,7 @@ def _use_of_extract(record: dict[str, Any]) -> str:
 
 def _splits(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Name, use, rows and fingerprint of each split."""
-    uses = SPLIT_USES | {"extract": _use_of_extract(record) or "nothing"}
+    uses = SPLIT_USES | {"extract": _use_of_extract(record) or "not used with these settings"}
     return [{"name": split, "use": uses.get(split, ""), **facts} for split, facts in record["data"].items()]
 
 

@@ -1,4 +1,4 @@
-"""``SemAlignTrainer``: the layer loss of the frontier and the KL to the source's output, step by step."""
+"""``SemAlignTrainer``: trains on the layer loss of the frontier and the KL to the source's output."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ logger = logging.getLogger(__name__)
 
 
 class SemAlignTrainer(TransferTrainer):
-    """Transfers a source into a target.
+    """Transfer knowledge from a source model into a target model.
 
     The loss of a step is the layer loss of the layers at the frontier (equations 4 to 7) plus the KL to the source's output
-    (equation 8), averaged over the sequences and over the valid positions of the global batch, so that gradient accumulation
-    and data parallelism change nothing.
+    (equation 8). The first is averaged over the sequences of the global batch, the second over its valid positions, so gradient
+    accumulation and data parallelism change nothing.
 
     The constructor checks models, data and settings and adds LoRA to the target. The long work on the source (attribution,
-    map, signals) is done once, by :meth:`prepare`, which :meth:`train` and :meth:`evaluate` call themselves.
+    map, signals) is done once, by :meth:`prepare`, which :meth:`train` and :meth:`evaluate` call.
 
     Args:
         model: the target: a causal LM, a Hub id or a local folder. LoRA is added to it.
-        source_model: the source, likewise.
+        source_model: the source, in the same forms.
         args: a :class:`SemAlignConfig`.
         train_dataset: the align split: rows with ``prompt`` and ``completion``, with ``messages``, or with ``input_ids`` and
             ``labels``.
-        eval_dataset: the eval split, of the same form, or several by name.
-        extract_dataset: the split for attribution and ``scale: match``. Where one of them needs it and none is given, up to
+        eval_dataset: the eval split in the same form, or a dict of several.
+        extract_dataset: the split for attribution and ``scale: match``. If one of them needs it and it is not given, up to
             20 rows (at most a fifth) are taken out of ``train_dataset``, and the log says so.
-        processing_class: the target's tokenizer; loaded with the model when that is an id. Not needed for token ids.
+        processing_class: the target's tokenizer. It is loaded with the model if that is an id. Not needed for token ids.
         pairing: a pairing to use instead of ``args.pairing``.
         semantic_map: a map to use instead of ``args.map_kind``.
         callbacks: further callbacks.
@@ -51,7 +51,7 @@ class SemAlignTrainer(TransferTrainer):
         semantic_map: the :class:`SemanticMap` in use.
         objective: the losses.
         scales: factor on the mapped states of each pair.
-        known: the run as it was before weights were loaded.
+        known: what was known of the run before weights were loaded.
         seconds: wall time of the phases before training.
 
     Raises:
@@ -65,25 +65,25 @@ class SemAlignTrainer(TransferTrainer):
 
     @cached_property
     def _term_sums(self) -> torch.Tensor:
-        """Layer loss and output loss since the last log."""
+        """Sums of layer loss and output loss since the last log."""
         return torch.zeros(2, device=self.args.device)
 
     # The target below the frontier
 
     def enter_stage(self, stage: int) -> None:
-        """Before the first step of a stage: also what the target below it gives."""
+        """Called before the first step of a stage. It also moves the target prefix."""
         super().enter_stage(stage)
         if self._prefix is not None:
             with self._autocast():
                 self._prefix.move(stage)
 
     def _make_prefix(self) -> TargetPrefix | None:
-        """The target prefix, where it is exact and pays."""
+        """The target prefix; ``None`` if it is not exact or does not pay."""
         args, examples = self.args, Examples(cast(Dataset, self.train_dataset))
         if not prefix_pays(args, self.frontier, self.schedule.total_steps, len(examples.ids)):
             return None
         if self.is_fsdp_enabled:
-            logger.info("Under FSDP the target runs whole at every step: its prefix would run layers that are sharded.")
+            logger.info("Under FSDP the whole target runs at every step: a target prefix would need layers that are sharded.")
             return None
         prefix = None
         try:
@@ -103,13 +103,13 @@ class SemAlignTrainer(TransferTrainer):
         return prefix if all(gather_object([prefix is not None])) else None  # the processes share its moves
 
     def entered(self, inputs: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
-        """Inside it, the target's forward on a batch begins at the frontier, where there is a prefix."""
+        """A context in which the target's forward on a batch begins at the frontier, if there is a prefix."""
         return self._prefix.entered(inputs) if self._prefix else nullcontext()
 
     # Batches and losses
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """Also count the sequences of the global batch that carry a relation: the layer loss averages over them."""
+        """Also count the sequences of the global batch that have a relation, because the layer loss averages over them."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
             taught = [taught_positions(batch) for batch in samples]
@@ -120,9 +120,10 @@ class SemAlignTrainer(TransferTrainer):
         return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9), as shares of the global batch's means.
+        """Compute ``relation_weight`` x layer loss + ``kl_weight`` x output loss (equation 9).
 
-        Without ``num_items_in_batch`` the batch at hand is the global batch.
+        The batches of a step are shares of one mean over the global batch. Without ``num_items_in_batch``, this batch is the
+        global batch.
         """
         stage = self.schedule.stage(self.state.global_step)
         layers = self.frontier.supervised(stage) if self.args.uses_pairs else range(0)
@@ -145,7 +146,7 @@ class SemAlignTrainer(TransferTrainer):
         return dict(zip((self.args.layer_loss, self.args.output_loss), self._last_terms.tolist(), strict=True))
 
     def begin_training(self) -> None:
-        """Before the first step: nothing is logged yet, and the target has its prefix, if it gets one."""
+        """Called before the first step. It resets the logged sums and makes the target prefix."""
         self._term_sums.zero_()
         self._terms_logged = self.state.global_step
         self._prefix = self._make_prefix()
@@ -159,7 +160,7 @@ class SemAlignTrainer(TransferTrainer):
             self._prefix = None  # its memory is free again
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean loss terms since the last log and the stage, counted from 1, to training logs."""
+        """Add the mean loss terms since the last log, and the stage counted from 1, to training logs."""
         steps = self.state.global_step - self._terms_logged
         if "loss" in logs and steps > 0:
             layer_term, output_term = (self.accelerator.reduce(self._term_sums, "sum") / steps).tolist()

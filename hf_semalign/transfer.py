@@ -49,7 +49,7 @@ PER_BYTE = ("bits_per_byte", "kl_per_byte")  # with two tokenizers, whose tokens
 
 @contextmanager
 def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Log the start of a phase, and add its wall time to ``seconds``, also where it breaks off."""
+    """Log the start of a phase, and add its wall time to ``seconds``, even if the phase fails."""
     logger.info("%s", name)
     start = time.perf_counter()
     try:
@@ -59,7 +59,7 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _check_metric(args: SemAlignConfig, evals: Sequence[str], figures: Sequence[str]) -> None:
-    """Refuse a metric that evaluation will not give, before it is looked for at the first checkpoint."""
+    """Refuse a metric that evaluation does not give. transformers would look for it only at the first checkpoint."""
     metric = str(args.metric_for_best_model).removeprefix("eval_")
     known = [f"{name}_{figure}" for name in evals for figure in figures] or list(figures)
     wanted = args.load_best_model_at_end or args.save_strategy == "best"
@@ -68,7 +68,7 @@ def _check_metric(args: SemAlignConfig, evals: Sequence[str], figures: Sequence[
 
 
 def _check_callbacks(callbacks: Any) -> None:
-    """Refuse callbacks that are none, before transformers calls them."""
+    """Refuse anything that is not a callback, before transformers calls it."""
 
     def is_one(one: Any) -> bool:
         return isinstance(one, TrainerCallback) or (isinstance(one, type) and issubclass(one, TrainerCallback))
@@ -78,22 +78,22 @@ def _check_callbacks(callbacks: Any) -> None:
 
 
 def signals_root(args: SemAlignConfig) -> Path:
-    """Where cached signals go: ``signals_dir``, or a folder of the run."""
+    """The folder of cached signals: ``signals_dir``, or a folder of the run."""
     return Path(args.signals_dir or Path(str(args.output_dir)) / "_signals")
 
 
 class TransferTrainer(LayerwiseTrainer):
-    """A source and a target under one protocol: checked, measured, recorded, saved and published alike, whatever the method.
+    """The part of a trainer that all methods share: checks, evaluation, records, saving and publishing.
 
     The constructor checks models, data and settings and adds LoRA to the target. The long work on the source (attribution,
-    map, signals) is done once, by :meth:`prepare`, which ``train`` and ``evaluate`` call themselves. A subclass is a method: it
-    trains. Its arguments are those of :class:`hf_semalign.trainer.SemAlignTrainer`.
+    map, signals) is done once, by :meth:`prepare`, which ``train`` and ``evaluate`` call. Each subclass is a method and adds
+    the training. Its arguments are those of :class:`hf_semalign.trainer.SemAlignTrainer`.
 
     Attributes:
-        method: what the run is called in records, results and cards.
-        settings: fields of :class:`SemAlignConfig` that make up the method, and must be so.
+        method: name of the method in records, results and cards.
+        settings: fields of :class:`SemAlignConfig` that make up the method. Other values are refused.
         needs_extract: whether the method needs an extract split whatever its settings.
-        known: the run as it was before weights were loaded.
+        known: what was known of the run before weights were loaded.
         seconds: wall time of the phases before training.
 
     Raises:
@@ -140,19 +140,19 @@ class TransferTrainer(LayerwiseTrainer):
         if args.fp16 and args.device.type == "cpu":
             raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
         evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
-        if not callbacks:  # which may add metrics of their own
+        if not callbacks:  # callbacks may add metrics of their own
             figures = (*METRICS, *(["relation"] if args.uses_pairs else []), *(PER_BYTE if known.tokenizers else []))
             _check_metric(args, list(evals), figures)
         warn_of_slow_bf16(args)
         self.known = known
         self.source, self.source_id, self.target_id = known.source, known.source.name, known.target_id
-        self._borrowed = isinstance(source_model, Source)  # whose maker may want more of it
+        self._borrowed = isinstance(source_model, Source)  # the caller may need it again
         self._lora_targets = known.lora_targets
         self._given_map = semantic_map
         with timed("loading the target", self.seconds):
             target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
         if known.tokenizer is not None:
-            with quietly():  # the Trainer would say so of every run
+            with quietly():  # the Trainer would log it in every run
                 align_special_tokens(target, known.tokenizer)
         anatomy = dissect(target)
         torch.manual_seed(args.seed)
@@ -169,7 +169,7 @@ class TransferTrainer(LayerwiseTrainer):
             eval_dataset=evals or known.splits.get("eval"),
             processing_class=known.tokenizer,
         )
-        check_head(cast(PeftModel, self.model))  # where it is going to run
+        check_head(cast(PeftModel, self.model))  # on the device that it will run on
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
         if known.tokenizers is not None:
             for name, rows in known.source_splits.items():
@@ -178,7 +178,7 @@ class TransferTrainer(LayerwiseTrainer):
 
     @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
-        """Refuse, before any weight is loaded, what the method of this class cannot work with."""
+        """Refuse what this method cannot work with, before any weight is loaded."""
 
     def _schedule(self, known: Preparation) -> FrontierSchedule:
         """The stages in optimizer steps."""
@@ -188,11 +188,11 @@ class TransferTrainer(LayerwiseTrainer):
         """The target with LoRA that changes nothing yet."""
         return add_lora(target, self._lora_targets, rank=args.lora_r, alpha=args.lora_alpha)
 
-    # What the source says, computed once
+    # The work on the source, which is done once
 
     def prepare(self) -> None:
-        """Score the source's layers, build the map and run the source over the data, as far as it is not cached; then let the
-        source go. A second call does nothing. With several processes, all of them call it.
+        """Score the source's layers, build the map and run the source over the data, unless the result is cached. Then release
+        the source. A second call does nothing. With several processes, all of them call it.
 
         Raises:
             OSError: too little space on the disk for the signals.
@@ -206,7 +206,7 @@ class TransferTrainer(LayerwiseTrainer):
     @cached_property
     def pairing(self) -> LayerPairing:
         """The source layer of each target layer; with ``pairing="attribution"`` this scores the source's layers first."""
-        # Kernels may differ in the last bits between ranks; all must train on the same pairs and states.
+        # Kernels may differ in the last bits between ranks, but all ranks must train on the same pairs and states.
         (pairing,) = broadcast_object_list([self.known.pairing or self._attribute(self.known.source_splits["extract"])])
         return pairing.named(self.source_id, self.target_id)
 
@@ -217,11 +217,11 @@ class TransferTrainer(LayerwiseTrainer):
 
     @property
     def _signals_folder(self) -> Path | None:
-        """Where the source's signals are kept, if they are."""
+        """The folder of the source's signals; ``None`` if they are not kept."""
         return None if self.args.signals == "online" else signals_root(self.args)
 
     def _attribute(self, extract: Dataset) -> LayerPairing:
-        """The pairs of layers that attribution scores on the extract split lead to."""
+        """The layer pairing from attribution scores on the extract split."""
         args = self.args
         with timed("attribution", self.seconds):
             scores = layer_scores(
@@ -239,13 +239,13 @@ class TransferTrainer(LayerwiseTrainer):
 
     @cached_property
     def objective(self) -> Objective:  # type: ignore[override]
-        """The losses with both heads, and with the map between them."""
+        """The losses, with both heads and the map."""
         args, tokens, semantic_map = self.args, self.known.token_ids, self._given_map
         with timed("semantic map", self.seconds):
             two = self.known.tokenizers
             whole_head = self.source.head(self._signals_folder).to(args.device)
             source_head = whole_head.rows(tokens if two is None else torch.arange(len(two.classes.source)))
-            own_head = self.target_anatomy.output_head().to(args.device)  # FSDP leaves the target where it was loaded
+            own_head = self.target_anatomy.output_head().to(args.device)  # under FSDP the target is still on the CPU
             target_head = own_head.rows(tokens)
             semantic_map = None if semantic_map is None else semantic_map.by_content()
             if semantic_map is None and self.accelerator.is_main_process:
@@ -268,7 +268,7 @@ class TransferTrainer(LayerwiseTrainer):
 
     @cached_property
     def signals(self) -> OnlineSignals | CachedSignals:
-        """What the source says of a batch: read from disk, after the source has run over what is missing, or asked online."""
+        """The source's signals. If they are cached, the source first runs over what is missing on disk."""
         if self._signals_folder is None:
             own_rows = None if self.known.tokenizers is None else self._source_batch
             model = self.source.model(self.args.device)
@@ -284,7 +284,7 @@ class TransferTrainer(LayerwiseTrainer):
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """Factor on the mapped states of each pair."""
+        """The factor on the mapped states of each pair."""
         return tuple(self.signals.scales) if self.args.matches_scales else (1.0,) * self.frontier.num_layers
 
     def _readings(self) -> list[Reading]:
@@ -301,11 +301,11 @@ class TransferTrainer(LayerwiseTrainer):
         return [Reading(some, ids[numbers]) for some, numbers in zip(layers, rows, strict=True)]
 
     def write_signals(self, part: Part | None = None) -> None:
-        """Compute the source's signals of all rows, so that runs with other seeds, schedules and numbers of processes find them
-        too: :meth:`prepare` computes only what the steps of this run read.
+        """Compute the source's signals of all rows, for runs with other seeds, schedules and numbers of processes.
+        :meth:`prepare` computes only what the steps of this run read.
 
         Args:
-            part: ``(i, n)`` for the i-th of n parts alone, counted from 0. Machines that share ``signals_dir``, or the jobs of
+            part: ``(i, n)`` for only the i-th of n parts, counted from 0. Machines that share ``signals_dir``, or the jobs of
                 an array, compute the others.
 
         Raises:
@@ -324,17 +324,17 @@ class TransferTrainer(LayerwiseTrainer):
 
     @property
     def _paired_layers(self) -> range:
-        """The target layers that have supervision at some time."""
+        """The target layers that have supervision in any stage."""
         return range(self.frontier.num_layers if self.args.uses_pairs else 0)
 
     @property
     def _own_part(self) -> Part:
-        """What this process computes first of what all of them need."""
+        """The part of the shards that this process computes first."""
         return self.accelerator.process_index, self.accelerator.num_processes
 
     @cached_property
     def _cached_signals(self) -> CachedSignals:
-        """The signals of all splits, of which nothing is computed yet."""
+        """The signals of all splits. Nothing is computed yet."""
         args, two = self.args, self.known.tokenizers
         tokenizer = self.known.tokenizer if two is None else two.source_tokenizer
         signals = {
@@ -361,7 +361,7 @@ class TransferTrainer(LayerwiseTrainer):
         return cached
 
     def _source_batch(self, source_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows of the source by their example ids."""
+        """The source's batch for some of its example ids."""
         found = [self._source_rows[example] for example in source_ids.tolist()]
         return self.known.source_collator([self.known.source_splits[split][row] for split, row in found])
 
@@ -372,10 +372,10 @@ class TransferTrainer(LayerwiseTrainer):
         return {example: (split, row) for split, rows in splits for row, example in enumerate(rows["example_id"])}
 
     def _ask_source(self) -> None:
-        """What a method of its own wants of the source's weights, before they are let go."""
+        """Called before the source is released, for a method that needs its weights."""
 
     def _rest(self) -> None:
-        """Let the source go, where nothing asks it any more."""
+        """Release the source if nothing needs it any more."""
         if self.args.signals == "online":
             return
         if self._borrowed:
@@ -389,7 +389,7 @@ class TransferTrainer(LayerwiseTrainer):
         return DataLoader(cast(Any, dataset), self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Of all rows, also where training drops its last batch; rows of text are encoded as the eval split is."""
+        """Batches of all rows, even with ``dataloader_drop_last``. Rows of text are encoded like the eval split."""
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
             if self.known.tokenizers is not None:
                 raise InputError("With two tokenizers, evaluation is of the data that the trainer was made with: eval_dataset.")
@@ -401,21 +401,23 @@ class TransferTrainer(LayerwiseTrainer):
             self.args.dataloader_drop_last = dropped
 
     def get_test_dataloader(self, test_dataset):
-        """As of evaluation rows: ``predict`` measures what ``evaluate`` does."""
+        """Like the batches of ``evaluate``, because ``predict`` measures the same."""
         return self.get_eval_dataloader(test_dataset)
 
     def entered(self, inputs: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
-        """Inside it, the target's forward on a batch of training begins above what is known of it already."""
+        """A context in which the target's forward on a training batch may skip layers whose result is already known."""
         return nullcontext()
 
     def _forward(self, model, inputs: dict[str, torch.Tensor], layers: Sequence[int], *, training: bool):
-        """Both models on a batch: model outputs, target captures of ``layers`` and of the decoder, source signals; the last are
-        ``None`` in training that needs nothing of them.
+        """Run the target on a batch and read the source's signals.
+
+        Returns:
+            Model outputs; captured states of ``layers`` and of the decoder; source signals, ``None`` if training needs none.
         """
         modules = [*(self.target_anatomy.layers[k] for k in layers), self.target_anatomy.decoder]
         entered = self.entered(inputs) if training else nullcontext()
         wanted = self.args.learns_from_source or not training
-        read = self.signals.find(inputs) if wanted else None  # before a GPU has the forward to do
+        read = self.signals.find(inputs) if wanted else None  # before the forward occupies the GPU
         with self._autocast():
             with capture(modules) as states, entered, without_logits(self.target_anatomy.head):
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -424,17 +426,17 @@ class TransferTrainer(LayerwiseTrainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, with the metrics of :meth:`evaluation_loop`."""
+        """Evaluate, with the metrics of :meth:`evaluation_loop`."""
         self.prepare()
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """Measures what :meth:`evaluate` does, on other rows; no predictions are returned."""
+        """Measure what :meth:`evaluate` does, on other rows. No predictions are returned."""
         self.prepare()
         return super().predict(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per-example sums of answer cross-entropy, KL and layer loss, kept for :meth:`evaluation_loop`."""
+        """Collect per-example sums of answer cross-entropy, KL and layer loss for :meth:`evaluation_loop`."""
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             _, states, signals = self._forward(model, inputs, self._paired_layers, training=False)
@@ -445,10 +447,10 @@ class TransferTrainer(LayerwiseTrainer):
         return sums[:, 0].sum() / sums[:, 1].sum(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """``eval_loss`` (answer cross-entropy) and ``eval_kl``, exact over the split; ``eval_relation``, the mean over layers,
-        unless ``relation_weight`` is 0.
+        """Compute ``eval_loss`` (answer cross-entropy) and ``eval_kl``, both exact over the split, and unless
+        ``relation_weight`` is 0 also ``eval_relation``, the mean over layers.
 
-        With two tokenizers ``eval_kl`` is the KL over classes of tokens, a position that is aligned; ``eval_bits_per_byte`` and
+        With two tokenizers, ``eval_kl`` is the KL over classes of tokens per aligned position. ``eval_bits_per_byte`` and
         ``eval_kl_per_byte`` can be compared between tokenizers.
         """
         self._evaluated: list[torch.Tensor] = []
@@ -457,7 +459,7 @@ class TransferTrainer(LayerwiseTrainer):
         found = {"loss": cross_entropy / tokens, "kl": kl / taught}
         if self.args.uses_pairs:
             found["relation"] = relation / max(sequences, 1)
-        for answer_bytes in read:  # figures that do not depend on how a tokenizer cuts the text
+        for answer_bytes in read:  # these do not depend on how a tokenizer splits the text
             found |= dict(zip(PER_BYTE, (cross_entropy / answer_bytes / math.log(2), kl / answer_bytes), strict=True))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
@@ -465,13 +467,13 @@ class TransferTrainer(LayerwiseTrainer):
     # Saving and publishing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; with ``push_to_hub`` it is also published, unless the Trainer itself asks, for a checkpoint."""
+        """Save the adapter. With ``push_to_hub`` it is also published, except when the Trainer saves a checkpoint."""
         self.write_adapter(output_dir, checkpoint=_internal_call)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
     def record(self) -> dict[str, Any]:
-        """What ``semalign.json`` says, see :func:`hf_semalign.hub.record.describe_run`."""
+        """The content of ``semalign.json``, see :func:`hf_semalign.hub.record.describe_run`."""
         return describe_run(
             self.args,
             self.pairing,
@@ -488,7 +490,7 @@ class TransferTrainer(LayerwiseTrainer):
         )
 
     def _tokenizer_facts(self) -> dict[str, Any]:
-        """What the record says of two tokenizers."""
+        """The record's facts about two tokenizers."""
         if self.known.tokenizers is None:
             return {}
         return {"tokenizers": {"classes": self.known.tokenizers.classes.count, "aligned": self.known.aligned}}
@@ -499,16 +501,16 @@ class TransferTrainer(LayerwiseTrainer):
 
     @property
     def _target_origin(self) -> str:
-        """Folder or Hub id that the target came from; empty for one that was made in memory."""
+        """Folder or Hub id of the target; empty if it was made in memory."""
         return str(base_model(cast(Any, self.model)).name_or_path)
 
     def save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """Write the adapter with its record, see :func:`hf_semalign.hub.record.save_adapter`."""
+        """Save the adapter with its record, see :func:`hf_semalign.hub.record.save_adapter`."""
         adapted = self.accelerator.unwrap_model(self.model)
         save_adapter(folder, adapted, self.record(), cast(Any, self.processing_class), weights)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Have the repository ready, so that what cannot be published is refused before any long work."""
+        """Create the repository if needed, so that a run that cannot be published is refused before any long work."""
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             _, repo_id = open_repo(hub_name(self.args), token=token or self.args.hub_token, private=private)
@@ -524,29 +526,31 @@ class TransferTrainer(LayerwiseTrainer):
         tags: str | Sequence[str] = (),
         **kwargs: Any,
     ) -> str | None:
-        """Save the adapter and publish ``output_dir``, as :func:`hf_semalign.push_transfer` does.
+        """Save the adapter and publish ``output_dir``, see :func:`hf_semalign.push_transfer`.
 
-        The card is the recipe's, where one has written ``results.json``, and else a new one, of what this trainer knows; a
-        README that is no card is left alone, and refused.
+        If a recipe has written ``results.json``, its card is published, and otherwise a new card of what this trainer knows. A
+        README that is not a card is refused and not changed.
 
         Args:
-            commit_message: of the commit.
-            blocking: True: the push ends with a comparison.
-            token: by default ``hub_token`` of the settings, or the one that is logged in.
+            commit_message: message of the commit.
+            blocking: must be True, because the push ends with a comparison.
+            token: Hub token; by default ``hub_token`` of the settings, or the token that you are logged in with.
             revision: branch; by default ``hub_revision``.
-            private: by default ``hub_private_repo``.
+            private: whether a new repository is private; by default ``hub_private_repo``.
             tags: further tags of the card.
-            kwargs: none; those of the Trainer are for its own card.
+            kwargs: refused. The Trainer's are for its own card.
 
         Returns:
-            URL of the commit; of the main process alone.
+            URL of the commit in the main process, ``None`` in the others.
 
         Raises:
             ValueError, OSError: see :func:`hf_semalign.push_transfer`.
         """
         if kwargs or not blocking:
             given = sorted(kwargs) if blocking else ["blocking=False"]
-            raise InputError(f"push_to_hub does not take {given}: the card is the run's, and what was sent is compared.")
+            raise InputError(
+                f"push_to_hub does not take {given}: the library writes the card, and compares the files after the upload."
+            )
         folder = Path(str(self.args.output_dir))
         self.write_adapter(None, checkpoint=False)
         if not self.is_world_process_zero():
@@ -563,7 +567,7 @@ class TransferTrainer(LayerwiseTrainer):
         )
 
     def _card_results(self) -> dict[str, Any]:
-        """What a card needs beside the record, as far as this trainer knows: the last evaluation, if it was of this step."""
+        """What the card needs besides the record. Its metrics are of the last evaluation, if that was at this step."""
         last = [e for e in self.state.log_history if "eval_kl" in e and e["step"] == self.state.global_step]
         return {
             "task": "its training data",

@@ -278,15 +278,17 @@ def test_what_cannot_be_written_is_refused(refused, recipe, no_weights, message,
 
 
 def test_signals_cannot_judge_what_is_not_written_yet(refused, recipe, no_weights):
-    refused("data.answers is target, .* the source cannot judge that", "data.answers=target", command="signals", recipe=recipe)
+    refused(
+        "data.answers is target, .* the source cannot read them before", "data.answers=target", command="signals", recipe=recipe
+    )
 
 
 def test_a_dry_run_counts_answers_that_are_not_there_yet(recipe, no_weights, capsys, caplog, good):
     caplog.set_level("INFO")
     assert main(["train", "--dry-run", "--config", str(recipe)]) == 0
-    assert "40 tokens are counted for each" in caplog.text and "answers" in capsys.readouterr().out
+    assert "each is assumed to have 40 tokens" in caplog.text and "answers" in capsys.readouterr().out
     assert main(["train", "--dry-run", "--config", str(recipe), f"data.files.align={good / 'align.jsonl'}"]) == 0
-    assert "counted as long as the data set's" in caplog.text
+    assert "assumed to be as long as the data set's" in caplog.text
 
 
 def test_a_question_is_what_comes_before_the_last_answer():

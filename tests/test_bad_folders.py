@@ -265,7 +265,7 @@ FACTS = [
     ("no facts", without("source.json"), r"has no \*.safetensors files"),
     ("no config", without("config.json"), "damaged or missing: config.json"),
 ]
-ASKED = "holds what source said about some data, and not its weights, .* Run `semalign signals` with the same recipe"
+ASKED = "has hidden states of source on some data, not its weights, .* Run `semalign signals` with the same recipe"
 SIGNALS = [
     ("head missing", without("head.safetensors"), (), ASKED),
     ("head cut short", cut("head.safetensors"), (), ASKED),

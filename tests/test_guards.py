@@ -170,11 +170,11 @@ def test_a_checkpoint_that_is_damaged_is_named_and_passed_over(tmp_path, caplog)
     assert last_checkpoint(run) == str(run / "checkpoint-2")
     assert "checkpoint-6 is not used: altered adapter_model.safetensors" in caplog.text
     assert "checkpoint-4 is not used: it was never finished: checksums.json is missing" in caplog.text
-    with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint-6: altered adapter_model.safetensors. Name another"):
+    with pytest.raises(ValueError, match=r"cannot resume from .*checkpoint-6: altered adapter_model.safetensors. Name another"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(run / "checkpoint-6"))
     (run / "checkpoint-2" / "optimizer.pt").unlink()
     assert damage(run / "checkpoint-2") == "missing optimizer.pt"
-    with pytest.raises(ValueError, match=r"cannot go on from a checkpoint: none in .* is whole"):
+    with pytest.raises(ValueError, match=r"cannot resume from a checkpoint: none in .* is whole"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

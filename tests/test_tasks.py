@@ -328,7 +328,11 @@ def test_counts_below_one(split):
             r"got files for \['test'\]: expected exactly train, and optionally test",
         ),
         ("humaneval", {"train": "x", "eval": "x"}, r"\['eval', 'train'\]: expected exactly train, and optionally test\."),
-        ("records", None, r"got files for nothing: expected exactly extract, align, eval, or train alone \(data.files.train=FILE\)"),
+        (
+            "records",
+            None,
+            r"got files for nothing: expected exactly extract, align, eval, or train alone \(data.files.train=FILE\)",
+        ),
         ("symbols", {"train": "x"}, "none, so leave files out"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What is frozen is computed once and kept on disk: scores and signals of the source, and the target's prefix."""
+"""What is frozen is computed once: scores and signals of the source on disk, and the target prefix in memory."""

@@ -1,4 +1,4 @@
-"""The distinct examples of a data set, in the order in which a pass meets them."""
+"""The distinct examples of a data set, in the order of a pass."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from datasets import Dataset
 from hf_semalign.splits import column_chunks
 from hf_semalign.tokenization import IGNORED
 
-SHARD_TOKENS = 2**14  # shards of every column are held in memory, and are what an interrupted pass can lose
+SHARD_TOKENS = 2**14  # a pass holds a shard of every column in memory, and an interrupted one loses at most that
 Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 
 class Examples:
-    """The distinct examples of a data set, longest first, so that a pass pads little and meets its largest batch at once.
+    """The distinct examples of a data set, longest first: a pass pads little, and its largest batch comes first.
 
     Args:
-        dataset: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
+        dataset: rows of :func:`hf_semalign.splits.encode`. Rows with the same content count once.
 
     Attributes:
         ids: example ids ``[E]``.
         tokens: tokens of each example ``[E]``.
         answers: valid positions of each example ``[E]``.
-        shards: slices of the examples, by their tokens.
-        shard_tokens: tokens of a shard, about.
+        shards: slices of the examples with about equally many tokens.
+        shard_tokens: tokens of a shard, approximately.
         starts: first example of each shard.
-        offsets: positions of all examples before each, ``[E + 1]``; everywhere (``True``), or valid ones only.
+        offsets: number of positions before each example, ``[E + 1]``; of all positions (``True``) or of valid ones (``False``).
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -65,11 +65,11 @@ class Examples:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of what the examples are: ids, which stand for content, and counts."""
+        """Digest of ids, which identify the content, and of counts."""
         return hashlib.sha256(np.stack([self.ids, self.tokens, self.answers]).tobytes()).hexdigest()[:32]
 
     def within(self, number: int, places: np.ndarray | None = None) -> np.ndarray:
-        """Places of a shard's examples; with ``places``, sorted, those of them that are in the shard."""
+        """Places of a shard's examples; with ``places``, which are sorted, only those among them."""
         shard = self.shards[number]
         if places is None:
             return np.arange(shard.start, shard.stop)
@@ -77,7 +77,7 @@ class Examples:
         return places[first:last]
 
     def batches(self, number: int, size: int, places: np.ndarray | None = None) -> list[np.ndarray]:
-        """Places of the batches that a pass cuts a shard into: all its examples, or of ``places`` those that it has."""
+        """Places of each batch of a shard: of all its examples, or of those among ``places``."""
         inside = self.within(number, places)
         return [inside[start : start + size] for start in range(0, len(inside), size)]
 
@@ -86,13 +86,13 @@ class Examples:
         return self.dataset.__getitems__(self._rows[places].tolist())
 
     def positions(self, places: np.ndarray | None, *, everywhere: bool) -> int:
-        """Positions of some examples, or of all: everywhere, or valid ones only."""
+        """Number of positions of some examples or of all, with or without positions that are not valid."""
         counts = self.tokens if everywhere else self.answers
         return int((counts if places is None else counts[places]).sum())
 
 
 def _counts(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and valid positions of each row, read as arrays: 100,000 rows as Python integers would take gigabytes."""
+    """Tokens and valid positions of each row, as arrays: as Python integers, 100,000 rows would take gigabytes."""
     tokens, answers = [], []
     for labels in column_chunks(dataset, "labels"):
         lengths = np.diff(labels.offsets.to_numpy())

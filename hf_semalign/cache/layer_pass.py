@@ -1,4 +1,4 @@
-"""One pass of frozen layers over a data set, and what it writes on its way."""
+"""A pass of frozen layers over a data set, which writes states to disk."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from hf_semalign.models.anatomy import Anatomy
 from hf_semalign.models.hooks import bypass, capture, stop_after
 from hf_semalign.splits import valid_positions
 
-SHARDS_HELD = 4  # at a time, one being made and the others written; fewer, but two, where they are more than
+SHARDS_HELD = 4  # at a time: one is computed while the others are written; fewer, but at least two, if they exceed
 BYTES_HELD = 2**30
 
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a pass writes into a column.
+    """States that a pass writes.
 
     Attributes:
-        column: where it goes.
-        layer: the decoder layer whose output it is; ``None`` for the decoder's final hidden state.
+        column: the column that takes them.
+        layer: the decoder layer whose output they are; ``None`` for the decoder's final hidden state.
         transform: applied to the states of a batch, ``[N, D]`` to ``[N, width]``.
-        places: of the examples that are wanted.
+        places: places of the examples that are wanted.
     """
 
     column: Column
@@ -44,11 +44,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done for one shard.
+    """What a pass has to do for one shard.
 
     Attributes:
         lacking: places of the examples that each column lacks.
-        batches: places of the batches that run: those in which some column lacks an example.
+        batches: places of the batches that run, in which some column lacks an example.
     """
 
     lacking: dict[Column, np.ndarray]
@@ -58,7 +58,7 @@ class Work:
 def work_of(
     folder: StateFolder, outputs: Sequence[Output], batch_size: int, among: Places = None, part: Part = WHOLE
 ) -> dict[int, Work]:
-    """What a pass has to do, by shard; arguments as in :func:`layer_pass`."""
+    """What a pass has to do, by shard. The arguments are those of :func:`layer_pass`."""
     lacking: dict[int, dict[Column, np.ndarray]] = {}
     for output in outputs:
         for number, places in folder.missing(output.column, output.places, part).items():
@@ -72,13 +72,14 @@ def work_of(
 
 
 class _ShardWriter:
-    """Writes shards in the background while a pass makes the next ones, out of host memory that is used again: the system
-    clears fresh memory page by page, which takes longer than to fill it.
+    """Writes shards in the background while a pass computes the next ones.
+
+    Its host memory is reused, because the system clears fresh memory page by page, which takes longer than filling it.
 
     Args:
-        folder: takes the shards; its lock is held.
-        work: what is going to be written.
-        device: where the states come from.
+        folder: takes the shards. Its lock is held.
+        work: what will be written.
+        device: where the states are computed.
     """
 
     def __init__(self, folder: StateFolder, work: Mapping[int, Work], device: torch.device) -> None:
@@ -89,7 +90,7 @@ class _ShardWriter:
                 self._rows[column] = max(self._rows.get(column, 0), column.positions(folder.examples, places))
         size = sum(rows * column.width * column.dtype.itemsize for column, rows in self._rows.items())
         self._ahead = min(SHARDS_HELD, max(2, BYTES_HELD // max(size, 1)))
-        self._pinned = device.type == "cuda" and self._ahead * size <= BYTES_HELD  # which torch keeps for the next pass
+        self._pinned = device.type == "cuda" and self._ahead * size <= BYTES_HELD  # torch keeps pinned memory for the next pass
         self._busy: deque[tuple[list[Future], dict[Column, torch.Tensor]]] = deque()
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
@@ -115,7 +116,7 @@ class _ShardWriter:
         }
 
     def write(self, number: int, memory: dict[Column, torch.Tensor], lacking: Mapping[Column, np.ndarray]) -> None:
-        """Begin to write the states of some examples of each column, after which the memory is free again."""
+        """Start writing the states of some examples of each column. Afterwards the memory is reused."""
         futures = []
         for column, places in lacking.items():
             states = {column: memory[column][: column.positions(self._folder.examples, places)]}
@@ -130,12 +131,12 @@ class _ShardWriter:
 
 
 def spread(states: torch.Tensor, mask: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
-    """States ``[N, D]`` to ``[B, T, D]`` on the mask's device: one at each position of a mask ``[B, T]``, zero elsewhere.
+    """Put states ``[N, D]`` at the positions of a mask ``[B, T]``: ``[B, T, D]`` on its device, zero elsewhere.
 
     Args:
-        states: as many as the mask has positions.
+        states: one for each position of the mask.
         mask: ``[B, T]`` bool.
-        where: ``mask.flatten().nonzero()``, ``[N]``, where it is known: the host waits for a GPU to find it.
+        where: ``mask.flatten().nonzero()``, ``[N]``, if it is known. Otherwise the host waits for a GPU to find it.
     """
     where = mask.flatten().nonzero().squeeze(1) if where is None else where
     padded = states.new_zeros(mask.numel(), states.shape[-1], device=mask.device)
@@ -158,24 +159,24 @@ def layer_pass(
     part: Part = WHOLE,
     progress: str | None = None,
 ) -> None:
-    """Run frozen decoder layers over a data set once, and write what comes out.
+    """Run frozen decoder layers over a data set once, and write their outputs.
 
-    The pass begins at layer ``start`` and ends with the deepest output that is wanted; what the folder already has is left
-    alone. Call it under the lock of ``part``.
+    The pass begins at layer ``start`` and ends with the deepest output that is wanted. What the folder already has is not
+    computed again. Hold the lock of ``part`` while calling it.
 
     Args:
-        anatomy: the model's parts; only the layers from ``start`` on need weights, and the embeddings where ``start`` is 0.
+        anatomy: the model's parts. Only the layers from ``start`` on need weights, and the embeddings if ``start`` is 0.
         folder: takes the outputs.
-        outputs: what to write.
+        outputs: the states to write.
         collate: rows to a batch.
         start: first layer that runs.
-        entering: inputs of layer ``start`` ``[N, D]`` of the examples at some places; needed unless ``start`` is 0.
-        as_tuples: whether the layers give tuples, see :func:`hf_semalign.models.hooks.gives_tuples`.
-        batch_size: examples a forward.
+        entering: gives the inputs of layer ``start`` ``[N, D]`` of the examples at some places; needed unless ``start`` is 0.
+        as_tuples: whether the layers return tuples, see :func:`hf_semalign.models.hooks.gives_tuples`.
+        batch_size: examples in a forward.
         device: where the layers are.
-        among: the examples that batches are made of, which include all that are wanted. It alone says which examples run
-            together, so that states are the same whatever of them was there before.
-        part: the shards that are looked at, see :meth:`StateFolder.missing`.
+        among: the examples that batches are made of, which include all that are wanted. Only this decides which examples run
+            together, so that states do not depend on what was there before.
+        part: the shards to look at, see :meth:`StateFolder.missing`.
         progress: label of a progress bar; none without.
     """
     work = work_of(folder, outputs, batch_size, among, part)
@@ -188,7 +189,7 @@ def layer_pass(
             finite = torch.ones((), dtype=torch.bool, device=device)
             for places in shard.batches:
                 batch = collate(folder.examples.rows(places))
-                # Positions are found on the host: a GPU that looks for them makes it wait.
+                # Positions are found on the host, because it would have to wait for a GPU to find them.
                 positions = {True: batch["attention_mask"].bool(), False: valid_positions(batch["labels"])}
                 below = None if entering is None else entering(places)
                 outcome = run_layers(anatomy, batch, [output.layer for output in wanted], start, below, as_tuples, device)
@@ -201,10 +202,10 @@ def layer_pass(
                     memory[output.column][first : made[output.column]].copy_(output.transform(chosen), non_blocking=True)
                 del batch, below, outcome, chosen  # two batches at a time would take more memory
                 bar.update(len(places))
-            if not finite and entering is not None:  # the host waits for a GPU here, once a shard
+            if not finite and entering is not None:  # the host waits for the GPU here, once per shard
                 raise InputError(
-                    f"{anatomy.name} cannot be entered at layer {start}: what comes out is not finite, because its "
-                    "layers read the embeddings themselves, or overflow. Set source_memory='resident'."
+                    f"{anatomy.name} cannot be entered at layer {start}: its outputs are not finite. Either its layers read "
+                    "the embeddings, or they overflow. Set source_memory='resident'."
                 )
             writer.write(number, memory, shard.lacking)
         bar.close()
@@ -219,20 +220,20 @@ def run_layers(
     as_tuples: bool,
     device: torch.device | str,
 ) -> dict[int | None, torch.Tensor]:
-    """Outputs ``[B, T, D]`` of some layers on a batch, and under ``None`` the decoder's final states.
+    """Run a batch and return the outputs ``[B, T, D]`` of some layers, and under ``None`` the decoder's final states.
 
     Args:
         anatomy: the model's parts.
         batch: ``input_ids, attention_mask`` ``[B, T]`` on the host.
-        wanted: layers, or ``None``; the forward ends with the deepest.
+        wanted: layers, or ``None``. The forward ends with the deepest.
         start: first layer that runs.
-        below: its inputs ``[N, D]``; ``None`` where ``start`` is 0.
-        as_tuples: whether the layers give tuples.
+        below: its inputs ``[N, D]``; ``None`` if ``start`` is 0.
+        as_tuples: whether the layers return tuples.
         device: where the layers are.
     """
     layers = sorted({layer for layer in wanted if layer is not None})
     mask, outcome = batch["attention_mask"].to(device), dict[int | None, torch.Tensor]()
-    with ExitStack() as stack:  # which the forward leaves at its deepest layer
+    with ExitStack() as stack:  # the forward leaves this block after its deepest layer
         if below is None:
             inputs = {"input_ids": batch["input_ids"].to(device)}
         else:

@@ -1,4 +1,4 @@
-"""Attribution scores of a source: computed once, with the source whole or one layer at a time, and kept with its signals."""
+"""Attribution scores of a source, computed once with the whole source or one layer at a time, and saved with its signals."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def layer_scores(
     stream: bool = False,
     progress: bool = True,
 ) -> LayerScores:
-    """Scores of :func:`hf_semalign.method.attribution.attribute_layers` on the extract split, with ``dot``.
+    """Scores on the extract split, with ``dot``, see :func:`hf_semalign.method.attribution.attribute_layers`.
 
     Args:
         source: the source.
         extract: rows of :func:`hf_semalign.splits.encode`.
         collate: rows to a batch.
-        root: the folder of all sources, where the scores are kept and found again; not kept without.
-        precision: mixed precision of the run, for telling scores apart.
+        root: the folder of all sources, where the scores are saved; ``None`` to not save them.
+        precision: mixed precision of the run, which the scores depend on.
         device: where the source runs.
-        batch_size: examples a forward and backward pass; streamed, it is one.
-        stream: hold one layer of the source at a time, see :func:`attribute_streamed`; needs ``root``.
+        batch_size: examples in a forward and backward pass; one if the source is streamed.
+        stream: hold one layer of the source at a time, see :func:`attribute_streamed`. It needs ``root``.
         progress: show progress bars.
     """
     name = f"scores-{digest([fingerprint(extract), precision])[:16]}"
     known = None if root is None else source.recall(root, name)
     with nullcontext() if root is None or known else source.lock(root):
-        known = known or (None if root is None else source.recall(root, name))  # another process may have made them
+        known = known or (None if root is None else source.recall(root, name))  # another process may have saved them
         if known is not None:
             return LayerScores.from_dict(known)
         if stream and root is not None and source.num_layers > 1:
@@ -78,17 +78,17 @@ def attribute_streamed(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> LayerScores:
-    """The same scores with one decoder layer of the source in memory at a time; each weight is read twice.
+    """The same scores with one decoder layer of the source in memory at a time. Each weight is read twice.
 
-    Forward, the inputs of every layer are written to the disk; backward, each layer runs again on its inputs, deepest first,
-    and carries the gradient of each example's answer loss one layer down.
+    The forward pass writes the inputs of every layer to disk. The backward pass runs each layer again on its inputs, deepest
+    first, and moves the gradient of each example's answer loss one layer down.
 
     Args:
         source: the source, of two layers or more.
-        extract: rows of :func:`hf_semalign.splits.encode`; rows of one content count once.
+        extract: rows of :func:`hf_semalign.splits.encode`. Rows with the same content count once.
         collate: rows to a batch.
-        root: the folder of all sources; the inputs stand there until the scores are made.
-        precision: mixed precision of the run, for telling states apart.
+        root: the folder of all sources. The inputs are there until the scores are computed.
+        precision: mixed precision of the run, which the states depend on.
         device: where the layer is.
         progress: show progress bars.
 

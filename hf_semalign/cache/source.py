@@ -1,4 +1,4 @@
-"""The source: a frozen model whose answers are kept, so that it is asked once."""
+"""The source: a frozen model whose results are saved, so that it runs once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FACTS = "source.json"
 
 
 class Facts(TypedDict):
-    """What ``source.json`` holds: whose folder it is, and checksums of the files beside it, by name."""
+    """The content of ``source.json``: the source that the folder belongs to, and checksums of the other files by name."""
 
     name: str
     identity: str
@@ -48,34 +48,33 @@ class Facts(TypedDict):
 
 
 class Source(FrozenModel):
-    """The source model of a transfer, and what it has once said.
+    """The source model of a transfer, and the saved results of running it.
 
-    What the weights have said is kept in a folder of its own under ``signals_dir``: a second run finds it there and never
-    loads the source. That folder may also stand for the source itself, on a machine that has no weights.
+    The results are in a folder of the source under ``signals_dir``. A second run finds them there and does not load the source.
+    On a machine without the weights, this folder may be given in place of the source.
 
     Args:
-        model: a causal LM, a Hub id, a local folder, an embedded model, or a folder that another run has left under its
-            ``signals_dir``.
+        model: a causal LM, a Hub id, a local folder, an embedded model, or a folder with the results of another run.
         precision: of the run, see :func:`hf_semalign.models.loading.load_dtype`.
         parts: see :func:`hf_semalign.models.anatomy.name_parts`.
 
     Raises:
-        ValueError: a model that the method cannot use, before any weight is loaded.
+        ValueError: the method cannot use the model. No weight is loaded before this.
     """
 
     def __init__(self, model: PreTrainedModel | str | Path, *, precision: str | None = None, parts: Parts = None) -> None:
-        model = resolve_model(model) if isinstance(model, (str, Path)) else model  # its files have checksums
+        model = resolve_model(model) if isinstance(model, (str, Path)) else model  # the identity needs its files
         is_kept = isinstance(model, str) and (Path(model) / FACTS).is_file()
         self._facts = _read_facts(Path(str(model))) if is_kept else None
-        self._whole: set[Path] = set()  # folders that were found so, or made
+        self._whole: set[Path] = set()  # folders that were checked, or made
         super().__init__(model, precision=precision, parts=parts, weights=not is_kept)
         if self._facts is not None:
             self.name = self._facts["name"]
 
     @cached_property
     def identity(self) -> str:
-        """What stands for the model: the commit of a Hub id, or its configuration with a checksum of its files or tensors, and
-        where its parts are.
+        """What identifies the model: the commit of a Hub id, or the configuration with checksums of files or tensors; and
+        the paths of its parts.
         """
         if self._facts is not None:
             return self._facts["identity"]
@@ -88,9 +87,9 @@ class Source(FrozenModel):
         return digest([*weights_identity(self._given), str(self.dtype), parts])
 
     def folder(self, root: Path) -> Path:
-        """The folder that keeps what the source says, made if it does not exist.
+        """The folder of the source's results. It is made if it does not exist.
 
-        It holds ``source.json``, the configuration and the tokenizer, later the head, attribution scores and signals.
+        At first it has ``source.json``, the configuration and the tokenizer; later also head, attribution scores and signals.
         """
         if self._facts is not None:
             return Path(str(self._given))
@@ -102,7 +101,7 @@ class Source(FrozenModel):
             except FileNotFoundError:
                 self._describe(folder)
             except ValueError as error:
-                logger.warning("%s Here it is made again.", error)
+                logger.warning("%s On this machine, it is written again.", error)
                 self._describe(folder)
             self._whole.add(folder)
         return folder
@@ -111,7 +110,7 @@ class Source(FrozenModel):
         folder.mkdir(parents=True, exist_ok=True)
         with writing_lock(folder):
             with suppress(FileNotFoundError, ValueError):
-                _read_facts(folder)  # written by another process meanwhile
+                _read_facts(folder)  # another process has written it meanwhile
                 return
             self.shape.config.save_pretrained(folder)
             names = [CONFIG_NAME]
@@ -122,11 +121,11 @@ class Source(FrozenModel):
             write_text(folder / FACTS, json.dumps({**facts, "checksum": digest(facts)}, indent=1))
 
     def lock(self, root: Path) -> FileLock:
-        """Held while the source is asked for something that is kept, see :func:`hf_semalign.files.writing_lock`."""
+        """The lock to hold while results are computed and saved, see :func:`hf_semalign.files.writing_lock`."""
         return writing_lock(self.folder(root))
 
     def head(self, root: Path | None = None) -> Head:
-        """The head on the CPU; from ``root`` if it is kept there, a bias as one more column of the weight."""
+        """The head on the CPU. With ``root`` it is saved there, with a bias as one more column of the weight."""
         if root is None:
             return self.read_head()
         path = self.folder(root) / "head.safetensors"
@@ -147,27 +146,27 @@ class Source(FrozenModel):
         return Head(known[:, : self.width].contiguous(), bias, dissect(self.shape).softcap)
 
     def recall(self, root: Path, name: str) -> dict[str, Any] | None:
-        """A record that :meth:`keep` wrote; ``None`` when there is none or it is damaged, which is logged."""
+        """A record that :meth:`keep` saved; ``None`` if there is none or it is damaged. Damage is logged."""
         return recall_record(self.folder(root) / f"{name}.json")
 
     def keep(self, root: Path, name: str, record: dict[str, Any]) -> None:
-        """Keep a record of plain JSON values with what the source says; call it under :meth:`lock`."""
+        """Save a record of plain JSON values. Hold :meth:`lock` while calling it."""
         keep_record(self.folder(root) / f"{name}.json", record)
 
     def _need_weights(self) -> None:
         if self._facts is not None:
             raise InputError(
-                f"{self._given} holds what {self.name} said about some data, and not its weights, and something more is "
-                "needed of it. Run `semalign signals` with the same recipe where the source is, or name the source itself."
+                f"{self._given} has hidden states of {self.name} on some data, not its weights, and this run needs more. "
+                "Run `semalign signals` with the same recipe where the source is, or give the source itself."
             )
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    """What ``source.json`` says, when it and the files beside it that it names are whole.
+    """Read ``source.json``, and check it and the files that it names.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: something is damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: a file is damaged.
     """
     facts = read_json(folder / FACTS, Facts)
     damaged = [FACTS] if facts.pop("checksum") != digest(facts) else []
@@ -183,7 +182,7 @@ def _is(path: Path, known: str) -> bool:
 
 
 def weights_identity(name: str) -> list[Any]:
-    """What stands for weights: of a Hub id its commit, of a folder checksums of its files and its configuration."""
+    """Facts that identify weights: the commit of a Hub id, or a folder's configuration and the checksums of its files."""
     config = find_config(name)
     if getattr(config, "_commit_hash", None) is not None:
         return [name, config._commit_hash]
@@ -192,6 +191,6 @@ def weights_identity(name: str) -> list[Any]:
 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration as plain values, without what says nothing of the computation: names, versions and the dtype."""
+    """A configuration as plain values, without names, versions and dtype, which do not change the computation."""
     content = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in content.items() if key not in ("_name_or_path", "transformers_version", "dtype")}

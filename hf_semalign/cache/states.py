@@ -1,7 +1,7 @@
-"""Hidden states of a data set on disk, and the pass of frozen layers that fills them (method, section 7).
+"""Hidden states of a data set on disk (method, section 7).
 
-Three things of a run are frozen and computed once: what the source says, the source's own stream where it is read one layer
-at a time, and the target below the frontier. All three are columns of a :class:`StateFolder`, filled by :func:`layer_pass`.
+Two kinds of states are kept in a :class:`StateFolder`: the source's signals, and while a source is streamed or attributed the
+inputs of its layers. :func:`hf_semalign.cache.layer_pass.layer_pass` writes both.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from hf_semalign.files import WHOLE, Part, digest, load_tensors, open_tensors, s
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-MAX_OPEN = 10_000  # files of a folder that are mapped at a time; a process can map some 65,000
-Places = np.ndarray | None  # of examples, sorted; None stands for all
+MAX_OPEN = 10_000  # files of a folder that are mapped at a time. A process can map about 65,000
+Places = np.ndarray | None  # of examples, sorted; None for all
 
 
 @dataclass(frozen=True)
 class Column:
-    """One state a position.
+    """States of one kind, one per position.
 
     Attributes:
-        name: of its folder.
-        width: channels.
-        dtype: on disk.
-        everywhere: at all positions, or at the valid ones only.
+        name: name of its folder.
+        width: channels of a state.
+        dtype: dtype on disk.
+        everywhere: at all positions; otherwise only at the valid ones.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Column:
     everywhere: bool = False
 
     def positions(self, examples: Examples, places: Places = None) -> int:
-        """Positions of some examples."""
+        """Number of positions of some examples."""
         return examples.positions(places, everywhere=self.everywhere)
 
     def size(self, examples: Examples, places: Places = None) -> int:
@@ -55,7 +55,7 @@ class Column:
 
 
 class _Piece(NamedTuple):
-    """A memory-mapped file: states of some examples of a shard, one example after another.
+    """A memory-mapped file with the states of some examples of a shard, one example after another.
 
     Attributes:
         states: ``[N, width]``.
@@ -68,7 +68,7 @@ class _Piece(NamedTuple):
     ends: np.ndarray
 
     def of(self, place: int) -> torch.Tensor | None:
-        """States of one example, if they are here."""
+        """States of one example; ``None`` if they are not in this file."""
         k = int(self.places.searchsorted(place))
         if k == len(self.places) or self.places[k] != place:
             return None
@@ -78,14 +78,15 @@ class _Piece(NamedTuple):
 class StateFolder:
     """Columns of states of one data set, in memory-mapped safetensors files.
 
-    A file holds the states of a shard, ``00012.safetensors``, or of some of its examples, ``00012-3fb0c1d2.safetensors``, and
-    then also their places. It appears whole, with a checksum in its header: an interrupted pass resumes after its last file,
-    and a file that is truncated or altered is named in the log and computed again. Runs may share a folder: a process that
-    writes holds the lock of the part of the shards that it writes.
+    A file has the states of a shard, ``00012.safetensors``, or of some of its examples, ``00012-3fb0c1d2.safetensors``. In the
+    second case it also has their places. Files are written atomically, with a checksum in the header. So an interrupted pass
+    resumes after its last file, and a file that is truncated or altered is named in the log and computed again. Runs may share
+    a folder: a process holds the lock of the part of the shards that it writes.
 
     Args:
-        root: where the folder goes; its name is a digest of ``facts`` and of the examples, so that nothing stale is found.
-        facts: all that the states depend on but for the examples, as plain JSON values; they stand in ``manifest.json``.
+        root: the folder that contains this one. The name is a digest of ``facts`` and the examples, so stale states are never
+            found.
+        facts: all that the states depend on besides the examples, as plain JSON values. They are saved in ``manifest.json``.
         examples: the data.
     """
 
@@ -94,28 +95,28 @@ class StateFolder:
         self.examples = examples
         self.path = root / digest(facts)[:16]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._found: dict[str, dict[int, dict[Path, Places]]] = {}  # places by column, shard and file: verified, or written
+        self._found: dict[str, dict[int, dict[Path, Places]]] = {}  # places by column, shard and file, of verified files
         self._damaged: set[Path] = set()
         self._open = lru_cache(MAX_OPEN)(self._piece)
         manifest, text = self.path / MANIFEST, json.dumps(facts, indent=1)
         known = manifest.read_bytes() if manifest.is_file() else None
         if known != text.encode():
             if known is not None:
-                logger.warning("%s of %s is damaged, and is written again.", MANIFEST, self.path.name)
+                logger.warning("%s of %s is damaged and is written again.", MANIFEST, self.path.name)
             with self.lock():
                 write_text(manifest, text)
 
     def lock(self, part: Part = WHOLE) -> FileLock:
-        """Held by the process that writes a part of the shards, see :func:`hf_semalign.files.writing_lock`."""
+        """The lock to hold while writing a part of the shards, see :func:`hf_semalign.files.writing_lock`."""
         return writing_lock(self.path, part)
 
     def missing(self, column: Column, places: Places = None, part: Part = WHOLE) -> dict[int, np.ndarray]:
-        """Places of the examples that a column lacks, by shard; every file is verified once a process.
+        """Places of the examples that a column lacks, by shard. Each process verifies every file once.
 
         Args:
             column: the column.
-            places: examples that are wanted.
-            part: which of the shards are looked at: of ``(i, n)`` every n-th from the i-th on.
+            places: the examples that are wanted.
+            part: the shards to look at: with ``(i, n)`` every n-th from the i-th on.
         """
         found, lacking = self._verified(column), {}
         for number in range(part[0], len(self.examples.shards), part[1]):
@@ -127,7 +128,7 @@ class StateFolder:
         return lacking
 
     def _verified(self, column: Column) -> dict[int, dict[Path, Places]]:
-        """The undamaged files of a column, by shard, with the places of their examples; ``None`` for the whole shard."""
+        """The undamaged files of a column by shard, with the places of their examples, or ``None`` for the whole shard."""
         found = self._found.setdefault(column.name, {})
         for path in sorted((self.path / column.name).glob("*.safetensors")):
             number = _number(path)
@@ -144,24 +145,24 @@ class StateFolder:
 
     @property
     def free(self) -> int:
-        """Free bytes of the disk."""
+        """Free bytes on the disk."""
         return shutil.disk_usage(self.path).free
 
     def check_space(self, needed: int, advice: str, reserve: int = 0) -> None:
-        """Log how much is about to be written, and refuse a disk without room for it and for so much more.
+        """Log how many bytes will be written, and refuse if the disk lacks the space for them and for ``reserve`` more.
 
         Raises:
-            OSError: too little space, with both figures and an advice.
+            OSError: too little space. The message has both figures and ``advice``.
         """
         logger.info("%.1f MB of states go to %s (%.0f MB free)", needed / 1e6, Path(*self.path.parts[-2:]), self.free / 1e6)
         if needed + reserve > self.free:
             raise StorageError(
-                f"The states need {needed / 1e9:.1f} GB in {self.path}, and {reserve / 1e9:.1f} GB are kept for the run; "
+                f"The states need {needed / 1e9:.1f} GB in {self.path}, and the run needs {reserve / 1e9:.1f} GB more; "
                 f"{self.free / 1e9:.1f} GB are free: {advice}."
             )
 
     def write(self, number: int, states: Mapping[Column, torch.Tensor], places: Places = None) -> None:
-        """Write states of one shard, or of some of its examples; call it under the lock, from any thread."""
+        """Write states of one shard, or of some of its examples. Hold the lock while calling it, from any thread."""
         if places is not None and len(places) == len(self.examples.within(number)):
             places = None
         name = f"{number:05d}" if places is None else f"{number:05d}-{digest(places.tolist())[:8]}"
@@ -188,7 +189,7 @@ class StateFolder:
         Args:
             column: the column.
             places: places of the examples, see :meth:`Examples.places`.
-            device: where they are wanted.
+            device: the device to put them on.
 
         Raises:
             FileNotFoundError: the column lacks an example.
@@ -218,12 +219,12 @@ def join(states: Sequence[torch.Tensor], device: torch.device | str) -> torch.Te
 
 
 def _number(path: Path) -> int:
-    """The shard of a file."""
+    """The number of a file's shard."""
     return int(path.stem.partition("-")[0])
 
 
 def _states(pieces: Sequence[_Piece], place: int) -> torch.Tensor:
-    """States of one example, from the first file that has them."""
+    """States of one example, from the first file that has it."""
     for piece in pieces:
         if (states := piece.of(place)) is not None:
             return states

@@ -1,9 +1,9 @@
-"""What a run will do and cost, counted before any weight is loaded: dry runs, equal compute, and the cost in comparisons.
+"""What a run will do and cost, counted before any weight is loaded, for dry runs, equal compute and comparisons.
 
-Cost is counted in multiplications of a state with a weight, and told in **target forwards**: one forward of the whole target
-over an align example of mean length, heads on its valid positions. Backward through a frozen layer costs what its forward
-does; layers below the frontier cost nothing where the target prefix holds them. LoRA, the products of attention, the losses
-between positions and the singular value decompositions of Seeking are not counted.
+The unit of cost is a **target forward**: one forward of the whole target over an align example of mean length, with the heads
+on its valid positions. It is counted in multiplications of a state with a weight. Backward through a frozen layer costs as much
+as its forward. Layers below the frontier cost nothing if there is a target prefix. Not counted are LoRA, the products of
+attention, the losses between positions, and the singular value decompositions of Seeking.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from hf_semalign.training.order import rows_by_stage
 from hf_semalign.training.preparation import Counts, Encoded, Preparation, encode_splits, prepare
 
 logger = logging.getLogger(__name__)
-ADAM_BYTES = 16  # a trained number in float32: itself, its gradient, two moments
-# What backward keeps of a layer and position: so many times what its weights give, and states of its width (measured on Qwen2);
-# under autocast norms keep float32 besides.
+ADAM_BYTES = 16  # per trained number, in float32: the number, its gradient and two moments
+# What backward keeps per layer and position: so many times the outputs of its weights, and so many states of its width
+# (measured on Qwen2). Under autocast, norms also keep float32.
 KEPT_OUTPUTS, KEPT_STATES, KEPT_IN_HALF = 1.5, 7, 1.25
-LOGIT_BUFFERS = 3  # of LOGIT_ROWS x vocabulary in float32, in the output loss
-LIBRARIES = 0.7e9  # what torch, transformers and the others take of a process's memory
-CPU_SHARE = 0.7  # of the speed of a product of 64 states with a square weight
+LOGIT_BUFFERS = 3  # of LOGIT_ROWS x vocabulary in float32, for the output loss
+LIBRARIES = 0.7e9  # memory of a process for torch, transformers and other libraries
+CPU_SHARE = 0.7  # training's share of the speed of a product of 64 states with a square weight
 GPU_FLOPS = 1e14  # sustained, of a large GPU
 
 
@@ -66,7 +66,7 @@ class Plan:
         source_layers: the source layer of each target layer; ``None`` if attribution will choose it, empty if the layer loss
             has no weight.
         stages: first step of each stage, and the end.
-        splits: what is in each split.
+        splits: rows and tokens of each split.
         sizes: of ``source`` and ``target``.
         cost: target forwards by phase.
         multiplications: of one target forward.
@@ -75,7 +75,7 @@ class Plan:
             on the GPU or the host. The other two are of the GPU, or on a CPU of the process.
         shared_tokens: rows of both heads that map and KL are over; with two tokenizers the map alone.
         aligned: with two tokenizers, the share of the target's answer tokens that are used.
-        machine: what the time is told for.
+        machine: the hardware that the time is for.
         flops: floating-point operations a second that it sustains.
     """
 
@@ -101,14 +101,14 @@ class Plan:
         return self.stages[-1]
 
     def seconds(self, flops: float) -> float:
-        """Time on hardware that does so many floating-point operations a second, sustained."""
+        """Time on hardware that sustains so many floating-point operations per second."""
         return 2 * sum(self.cost.values()) * self.multiplications / flops
 
     def steps_for(self, budget: float) -> int:
-        """Steps that cost a budget in target forwards, of a method whose cost grows with its steps; at least one a stage.
+        """Number of steps for a budget in target forwards.
 
         Raises:
-            ValueError: what comes before training costs more.
+            ValueError: the budget leaves fewer steps than stages after the work before training.
         """
         fixed = sum(self.cost.values()) - self.cost["training"]
         steps = round((budget - fixed) * self.steps / self.cost["training"])
@@ -120,17 +120,17 @@ class Plan:
         return steps
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON takes it."""
+        """The plan as plain JSON values."""
         return asdict(self)
 
 
 class Material:
-    """What the plans of several methods on one task have in common: data, tokenizer, and the source without its weights.
+    """What the plans of several methods share on one task: data, tokenizer, and the source without its weights.
 
     Args:
-        recipe: of the task.
-        data: its data, where they have been read already.
-        tokenizer: the target's, likewise.
+        recipe: the recipe of the task.
+        data: its data, if they have been read already.
+        tokenizer: the target's tokenizer, if it has been loaded already.
     """
 
     def __init__(self, recipe: Recipe, data: TaskData | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -156,19 +156,19 @@ class Material:
 
 
 def plan_recipe(recipe: Recipe, material: Material | None = None) -> Plan:
-    """Plan a recipe's run: its data are read, and of the models all but their weights.
+    """Plan a recipe's run. The data are read, and the models without their weights.
 
     Args:
         recipe: the recipe.
-        material: what is known of its task.
+        material: what is already known of its task.
 
     Raises:
-        ValueError: whatever the run would be refused for before weights are loaded.
+        ValueError: the run would be refused.
     """
     planned, dtype = plans_of(recipe, material or Material(recipe))
-    if not recipe.training.get("use_cpu"):  # else a recipe for a GPU is planned for one, whatever this machine has
+    if not recipe.training.get("use_cpu"):  # a recipe for a GPU is planned for one, whatever this machine has
         return planned
-    # Two operations a number of the weight and state, at the share of the pure product's speed that training reaches.
+    # Two operations per multiplication, at the share of the speed of one product that training reaches.
     size = 2048
     flops = CPU_SHARE * 2 * 64 * size**2 / product_seconds(dtype, size)
     return replace(planned, flops=flops, machine=f"{EngFormatter('FLOP/s', places=0)(flops)} sustained, as this CPU in {dtype}")
@@ -178,7 +178,7 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     """The plan of all rounds of a recipe together, and the dtype that training computes in.
 
     Raises:
-        ValueError: whatever the run would be refused for before weights are loaded.
+        ValueError: the run would be refused.
     """
     args, data, tokenizer = recipe.config(Path(recipe.output_dir)), material.data, material.tokenizer
     align = data.align
@@ -193,7 +193,7 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
         plans.append(plan(known, settings, recipe.method, recipe.data.answers))
         stages += [stages[-1] + boundary for boundary in plans[-1].stages[1:]]
         for phase, amount in plans[-1].cost.items():
-            if phase != "attribution" or phase not in cost:  # its scores are kept
+            if phase != "attribution" or phase not in cost:  # the scores are computed once
                 cost[phase] = cost.get(phase, 0.0) + amount
     dtype = torch.bfloat16 if args.bf16 else known.target_dtype
     disk = sum(one.disk_bytes for one in plans)
@@ -201,15 +201,17 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
 
 
 def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, two: bool) -> list[Row]:
-    """Rows that stand for those with answers not yet written: the data set's own, or else answers as long as they may be.
+    """Rows in place of those whose answers a model will write: the data set's answers, or answers of the greatest length.
 
-    With two tokenizers these are texts of so many words, for each has to read them.
+    With two tokenizers, the answers are texts of so many words, because both tokenizers read them.
     """
     if all(row.get("completion") or (row.get("messages") or [{}])[-1].get("role") == "assistant" for row in rows):
-        logger.info("The %s has not written its answers yet: they are counted as long as the data set's.", settings.answers)
+        logger.info(
+            "The %s has not written its answers yet: they are assumed to be as long as the data set's.", settings.answers
+        )
         return rows
     length = settings.max_new_tokens
-    logger.info("The %s has not written its answers yet: %d tokens are counted for each.", settings.answers, length)
+    logger.info("The %s has not written its answers yet: each is assumed to have %d tokens.", settings.answers, length)
     filled = []
     for number, row in enumerate(rows):
         if two:
@@ -223,7 +225,7 @@ def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrain
 
 
 def plan_table(plan: Plan) -> Table:
-    """A plan for the terminal."""
+    """The plan as a table for the terminal."""
     table = Table(title=f"{plan.source} to {plan.target}, by {plan.method}", show_header=False)
     pairs = "chosen by attribution"
     if plan.source_layers is not None:
@@ -249,10 +251,10 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "dataset") -> Plan:
-    """Plan a run whose parts are known; what a method does beside or instead of all others is its ``own_cost``.
+    """Plan a run that has been prepared. What only one method does is in its ``own_cost``.
 
     Args:
-        known: the parts.
+        known: the prepared run.
         args: the settings.
         method: a key of ``METHODS``.
         answers: who writes the answers of the align split, see :class:`hf_semalign.experiments.recipe.DataSettings`.
@@ -271,7 +273,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     if answers != "dataset":
         cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
     if known.pairing is None:
-        extract = read["extract"]  # layers run again on the way back for what is in them
+        extract = read["extract"]  # backward runs each layer forward once more
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
     if args.learns_from_source and args.signals == "cached":
         cost["signals"] = source.forward(seen_tokens) + mapped * source.width * target.width
@@ -308,8 +310,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
 
 
 def _read(known: Preparation, args: SemAlignConfig) -> tuple[int, int, int]:
-    """What training reads of the source: tokens of the examples that it sees, and positions of their final states and of
-    mapped states, those of all paired source layers together.
+    """What training reads of the source: tokens of the examples that it sees, positions of their final states, and positions of
+    mapped states over all paired source layers.
     """
     rows, stages = known.source_splits["align"], range(known.schedule.num_stages)
     examples, by_stage = Examples(rows), rows_by_stage(args, known.schedule, len(rows))
@@ -326,7 +328,7 @@ def _read(known: Preparation, args: SemAlignConfig) -> tuple[int, int, int]:
 
 
 def _batch(known: Preparation, args: SemAlignConfig) -> int:
-    """Examples of an optimizer step."""
+    """Number of examples in an optimizer step."""
     return min(args.train_batch_size * args.gradient_accumulation_steps * args.world_size, len(known.splits["align"]))
 
 
@@ -340,7 +342,7 @@ def _step(
     stage: int,
     prefix: bool,
 ) -> float:
-    """An example of a stage: forward from where it enters, backward down to the lowest layer that trains, and the heads."""
+    """Cost of an example in a stage: forward from its first layer, backward to the lowest layer that trains, and heads."""
     above = target.layers - known.frontier.trained(stage)[0]
     layers = above + (above if prefix else target.layers)
     heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
@@ -351,7 +353,7 @@ def _step(
 
 
 def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size, stored: int) -> dict[str, int]:
-    """What the source's pass and training hold at their largest; ``stored``: bytes of a weight in the source's files."""
+    """Peak bytes of the source's pass and of training. ``stored`` is the bytes of a weight in the source's files."""
     longest = max(int(Examples(rows).tokens.max()) for rows in known.splits.values())
     above = max(target.layers - known.frontier.trained(stage)[0] for stage in range(known.schedule.num_stages))
     names = set(known.lora_targets)

@@ -1,4 +1,4 @@
-"""Running a recipe: two models to an adapter with card, figures and results, and the same of the baselines beside it."""
+"""Running a recipe: from two models to an adapter with card, figures and results, and baselines beside it."""
 
 from __future__ import annotations
 
@@ -63,29 +63,29 @@ except ModuleNotFoundError:
     resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-SECONDS = "_seconds.json"  # wall time of phases over all starts of a run
+SECONDS = "_seconds.json"  # wall time of phases, over all starts of a run
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for them
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe: splits, attribution, pairing, map, training, evaluation before and after, baselines, run folder.
 
-    The adapter is saved as soon as it is trained; ``results.json``, figures and card are written after the main run, and
-    again after each baseline. With ``push_to_hub`` in its training section the finished folder is published, and whether it
-    may be is asked before anything else.
+    The adapter is saved as soon as it is trained. ``results.json``, figures and card are written after the main run, and again
+    after each baseline. With ``push_to_hub`` in the training section, the finished folder is published. Whether this is
+    possible is checked first.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
     """
     args = recipe.config(Path(recipe.output_dir))
-    folder = Path(str(args.output_dir))  # where ~ is a home
+    folder = Path(str(args.output_dir))  # with ~ expanded
     check_engine(args)
     _check_benchmark(recipe)
     repo_id = hub_name(args) if recipe.training.get("push_to_hub") and args.process_index == 0 else None
     if repo_id is not None:
         open_repo(repo_id, token=args.hub_token, private=args.hub_private_repo)
     with claimed(folder) if args.should_save else nullcontext(), disk_errors_explained(folder):
-        # A run that is started again adds to the time of its earlier starts.
+        # A resumed run adds to the time of its earlier starts.
         known = recall_record(folder / SECONDS) if args.resume_from_checkpoint is not False else None
         settings = digest(asdict(recipe))
         seconds: dict[str, float] = known["seconds"] if known and known["recipe"] == settings else {}
@@ -102,12 +102,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_benchmark(recipe: Recipe) -> None:
-    """Refuse what cannot be scored when the run is done."""
+    """Refuse a benchmark that could not be scored at the end of the run."""
     if recipe.benchmark is None:
         return
     if is_set("ACCELERATE_USE_FSDP"):
         raise InputError(
-            "Under FSDP nothing is scored by lm-eval: leave benchmark out, and run `semalign evaluate` afterwards."
+            "Under FSDP lm-eval cannot score the model: leave benchmark out, and run `semalign evaluate` afterwards."
         )
     settings = recipe.benchmark
     for task in settings.tasks:
@@ -143,7 +143,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
     def measure_before(trainer: TransferTrainer) -> None:
         metrics["source"] = _measure_source(recipe, trainer, data, tokenizer)
         if args.signals == "cached":
-            source.release()  # generation takes memory, too
+            source.release()  # generation needs the memory
         for other in others:
             other.remember(trainer)
         metrics["target"] = _measure(recipe, trainer, data, tokenizer, others)
@@ -151,7 +151,7 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
     trainer, rows, trained = train_recipe(recipe, folder, args, source, data, tokenizer, measure_before, seconds)
     with timed("evaluation after", seconds):
         metrics[recipe.method] = _measure(recipe, trainer, data, tokenizer, others)
-        metrics["source"] |= _score_source(recipe, trainer, tokenizer)  # the longest comes last, when the adapter is safe
+        metrics["source"] |= _score_source(recipe, trainer, tokenizer)  # it takes longest, so the adapter is saved before
     results = {
         "task": recipe.data.name or recipe.data.task,
         "data_task": recipe.data.task,
@@ -175,29 +175,31 @@ def _run(recipe: Recipe, folder: Path, args: SemAlignConfig, seconds: dict[str, 
 
 
 def run_signals(recipe: Recipe, part: Part | None = None) -> Path:
-    """Precompute the source's hidden states of all rows of a recipe, and keep them under ``signals_dir``.
+    """Precompute the source's hidden states of all rows of a recipe, and save them under ``signals_dir``.
 
     Args:
         recipe: the recipe.
-        part: ``(i, n)`` for the i-th of n parts alone, counted from 0. When all parts are there, a call without it measures the
-            source, which also belongs to what is kept.
+        part: ``(i, n)`` for only the i-th of n parts, counted from 0. After all parts, a call without it adds the source's own
+            evaluation.
 
     Returns:
-        The folder of what it said. A run finds it there by itself, also under another ``signals_dir`` that it was copied into;
-        on a machine without the source it is named as the recipe's ``source``.
+        The folder of the states. A run finds it under its ``signals_dir``, also if it was copied there. On a machine without
+        the source, give this folder as the recipe's ``source``.
 
     Raises:
-        ValueError: a recipe with ``signals: online``.
-        OSError: a disk that does not hold the signals of all target layers.
+        ValueError: the recipe has ``signals: online``.
+        OSError: the disk is too small for the states of all target layers.
     """
     args = recipe.config(Path(recipe.output_dir))
     check_engine(args)
     if args.signals != "cached":
-        raise InputError(f"training.signals is {args.signals!r}: nothing is kept. Set it to cached.")
+        raise InputError(f"training.signals is {args.signals!r}, so nothing would be saved: set it to cached.")
     data, tokenizer = recipe.data.load(), load_tokenizer(recipe)
     source = Source(recipe.source, precision=args.mixed_precision, parts=args.source_parts)
     if recipe.data.answers == "target":
-        raise InputError("data.answers is target, which answers while it trains: the source cannot judge that beforehand.")
+        raise InputError(
+            "data.answers is target, so the answers are written during training, and the source cannot read them before."
+        )
     rows, _ = with_answers(recipe, data, source, args, tokenizer, Path(str(args.output_dir)), {})
     trainer = make_trainer(recipe, recipe.method, source, args, rows, tokenizer)
     trainer.write_signals(part)
@@ -210,8 +212,8 @@ def run_signals(recipe: Recipe, part: Part | None = None) -> Path:
 
 
 def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], started: float) -> None:
-    """Results, figures and card of what has run so far; the main process alone writes."""
-    results["seconds"].pop("total", None)  # it stands last
+    """Write results, figures and card of what has run so far. Only the main process writes."""
+    results["seconds"].pop("total", None)  # to be added last
     results["seconds"]["total"] = round(time.perf_counter() - started, 2)
     results["peak_memory_mb"] = _peak_memory_mb(trainer.args.device)
     if not trainer.is_world_process_zero():
@@ -221,11 +223,11 @@ def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], star
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
-    if trainer.method == SemAlignTrainer.method:  # others use no pairs
+    if trainer.method == SemAlignTrainer.method:  # other methods have no pairs
         drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
     write_text(folder / "results.json", json.dumps(results, indent=2))
-    shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)  # of an earlier run here
+    shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)  # left by an earlier run
     for name, entries in benchmark_entries(results, trainer.method).items():
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
         (folder / EVAL_RESULTS / name).write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -233,7 +235,7 @@ def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], star
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """The result for the terminal: benchmarks, exact match by skill; KL(source || target) and answer loss in nats a token."""
+    """The results for the terminal: benchmarks, exact match by skill, KL(source || target) and answer loss (nats per token)."""
     scored = [entry["task"] for entry in benchmark_scores(results["metrics"]["target"])]
     skills = list(results["metrics"]["target"].get("exact_match", {}))
     table = Table(title=f"{results['task']}, held out; {results['steps']} optimizer steps per method")
@@ -242,7 +244,7 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for method in method_order(results["metrics"]):
         values = results["metrics"][method]
-        known = values.get("exact_match", {})  # a source that was never held whole was not evaluated
+        known = values.get("exact_match", {})  # a streamed source is not evaluated
         shares = [f"{100 * known[skill]:.1f}" if skill in known else "-" for skill in skills]
         found = {entry["task"]: f"{100 * entry['value']:.1f}" for entry in benchmark_scores(values)}
         losses = [f"{values[name]:.3f}" if name in values else "-" for name in ("kl", "loss")]
@@ -252,12 +254,12 @@ def results_table(results: dict[str, Any]) -> Table:
 
 @dataclass
 class HeldOut:
-    """A task that is not transferred, and the target's final states on it before training.
+    """A task that is not trained on, and the target's final states on it before training.
 
     Attributes:
-        name: for readers.
+        name: name in results.
         records: its rows.
-        rows: the same, encoded.
+        rows: the rows, encoded.
         states: ``[N, D]`` for each batch, on the CPU.
     """
 
@@ -268,7 +270,7 @@ class HeldOut:
 
     @staticmethod
     def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
-        """Those of a recipe."""
+        """The held-out tasks of a recipe."""
         found = []
         for name, settings in recipe.forgetting.items():
             records = settings.load()
@@ -277,11 +279,11 @@ class HeldOut:
         return found
 
     def remember(self, trainer: TransferTrainer) -> None:
-        """Keep the states of a target that has learnt nothing yet."""
+        """Keep the final states of the target before training."""
         self.states = [states.cpu() for states, _ in final_states(cast(CausalLM, trainer.model), self._batches(trainer))]
 
     def measure(self, trainer: TransferTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """See :func:`hf_semalign.experiments.evaluation.drift`; and exact match, where the task has any."""
+        """The drift, see :func:`hf_semalign.experiments.evaluation.drift`, and exact match if the task has it."""
         found = drift(cast(CausalLM, trainer.model), self._batches(trainer), self.states)
         return found | _generated(trainer.model, self.records, tokenizer)
 
@@ -308,15 +310,15 @@ def _measure(
 def _measure_source(
     recipe: Recipe, trainer: TransferTrainer, data: TaskData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The source's own figures, kept with its signals, so that a second run need not load it."""
+    """The source's own figures. They are saved with its signals, so that a second run need not load it."""
     args, source = trainer.args, trainer.source
     root = None if args.signals == "online" else signals_root(args)
     name = f"evaluation-{digest(trainer.data_record['eval'])[:16]}"
     metrics = None if root is None else source.recall(root, name)
     with nullcontext() if root is None or metrics else source.lock(root):
-        metrics = metrics or (None if root is None else source.recall(root, name))  # another process may have made them
+        metrics = metrics or (None if root is None else source.recall(root, name))  # another process may have saved them
         if metrics is None and args.source_memory == "stream":
-            logger.info("The source is not evaluated: source_memory='stream' never holds it whole.")
+            logger.info("The source is not evaluated: with source_memory='stream' it is never fully loaded.")
             return {"kl": 0.0}
         if metrics is None:
             rows: Any = trainer.known.source_splits["eval"]
@@ -330,7 +332,7 @@ def _measure_source(
 
 
 def _score_source(recipe: Recipe, trainer: TransferTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The source's scores on the benchmarks, kept with what else it said, where a machine without its weights finds them."""
+    """The source's scores on the benchmarks, saved with its signals for machines without its weights."""
     args, source, root = trainer.args, trainer.source, signals_root(trainer.args)
     if args.source_memory == "stream" or recipe.benchmark is None:
         return {}
@@ -343,7 +345,7 @@ def _score_source(recipe: Recipe, trainer: TransferTrainer, tokenizer: PreTraine
 
 
 def _identity(recipe: Recipe, trainer: TransferTrainer) -> str:
-    """What stands for a trainer's target as it is: of one that has learnt nothing, the target's own weights alone."""
+    """A digest of the trainer's current target. Before training it depends only on the target's own weights."""
     base = Source(recipe.target).identity
     learnt = [trainer.method, [checksum(p) for layer in trainer.lora_layers for p in layer]]
     return digest([base, learnt if trainer.state.global_step else None])
@@ -357,9 +359,9 @@ def _scored(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> dict[str, Any]:
-    """The scores of a model on the benchmarks, each kept in a folder as soon as it is there, and until then its answers.
+    """The scores of a model on the benchmarks. Each score is saved in a folder when it is done, and the answers until then.
 
-    Every process makes them, lest one wait for another for hours.
+    Every process computes them, so that none waits for another for hours.
     """
     settings = recipe.benchmark
     if settings is None:
@@ -382,7 +384,7 @@ def _scored(
 
 
 def _generated(model: Any, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # Tasks with a right answer to match; the four benchmarks are scored by lm-eval.
+    # Only for tasks with one right answer. lm-eval scores the four benchmarks.
     matched = all(isinstance(record.get(name), str) for record in records for name in ("skill", "prompt", "completion"))
     return {"exact_match": exact_match(model, tokenizer, records)} if matched else {}
 
@@ -391,7 +393,7 @@ def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     memory = psutil.Process().memory_info()
-    if resource is None:  # on Windows, where psutil knows the peak
+    if resource is None:  # on Windows, psutil reports the peak
         return round(memory.peak_wset / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -1,7 +1,7 @@
-"""``LayerwiseTrainer``: transformers' ``Trainer`` for LoRA that trains layer by layer, with every engine, and loses nothing.
+"""``LayerwiseTrainer``: transformers' ``Trainer`` for LoRA that trains layer by layer, under every engine.
 
-What it adds has nothing to do with where the losses come from: the stages of a frontier, FSDP2 and ZeRO-2, ranks that are
-compared, losses that have to be finite, checkpoints that are whole and belong to their run.
+It knows nothing about the losses. It adds the stages of a frontier, FSDP2 and ZeRO-2, a comparison of the ranks, a check that
+losses are finite, and checkpoints that are complete and belong to their run.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ logger = logging.getLogger(__name__)
 
 
 class LayerwiseTrainer(Trainer):
-    """Trains LoRA of a model's decoder layers stage by stage.
+    """Train the LoRA of a model's decoder layers stage by stage.
 
-    A subclass gives the losses (``compute_loss``), names their terms (:meth:`loss_terms`) and says what a run is
+    A subclass computes the losses (``compute_loss``), names their terms (:meth:`loss_terms`) and describes a run
     (:meth:`record`).
 
     Args:
@@ -77,17 +77,17 @@ class LayerwiseTrainer(Trainer):
         args: a :class:`SemAlignConfig`.
         anatomy: the parts of the target.
         frontier: which layers train at which stage.
-        schedule: the stages in optimizer steps.
+        schedule: the stages, in optimizer steps.
         learning_rate_factor: share of the peak learning rate at a step.
         callbacks: further callbacks.
-        **given: more of the Trainer's arguments.
+        **given: other arguments of the Trainer.
 
     Attributes:
         target_anatomy: the parts of the target.
         lora_layers: LoRA parameters by target layer.
 
     Raises:
-        ValueError: a target that the engine cannot deal with.
+        ValueError: the engine does not support the target.
     """
 
     loss_is_scaled_for_ga = True
@@ -112,13 +112,13 @@ class LayerwiseTrainer(Trainer):
         quantised = is_quantised(cast(Any, base_model(model)).config)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and quantised:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise InputError(f"The target is quantised, which {engine} is not known to work with: use DDP.")
+            raise InputError(f"The target is quantised, and {engine} is not known to work with that: use DDP.")
         if self.is_fsdp_enabled:
             check_shards(anatomy.layers, args.world_size)
         if self.is_deepspeed_enabled:
             autocast_under_zero(self.accelerator.state.deepspeed_plugin.deepspeed_config)
-            model.to(args.device)  # the Trainer would leave it to DeepSpeed, which is there for training alone
-        self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch whatever the model takes
+            model.to(args.device)  # the Trainer would leave it to DeepSpeed, which exists only while training
+        self.model_accepts_loss_kwargs = True  # compute_loss takes num_items_in_batch, whatever the model takes
         self._loss_shifts_labels = True
         self._interrupt = CheckpointOnInterrupt()
         self.add_callback(self._interrupt)  # before the frontier moves
@@ -128,26 +128,26 @@ class LayerwiseTrainer(Trainer):
         self.add_callback(StageLog() if args.disable_tqdm else StageProgress(self._frontier_callback))
         self._parameters = model.num_parameters(exclude_embeddings=True)
         self._examples_in_batch: list[torch.Tensor] = []
-        self._broken: list[str] = []  # what is not finite in the step in hand
+        self._broken: list[str] = []  # what is not finite in the current step
 
     def loss_terms(self) -> dict[str, float]:
-        """The terms of the last batch's loss, by name, for errors."""
+        """The terms of the last batch's loss by name, for error messages."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
-        """What a run is made of, as plain values: a checkpoint of another run is refused by it."""
+        """The facts of a run, as plain values. A checkpoint whose facts differ is refused."""
         raise NotImplementedError
 
     def save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """Write the adapter into a folder; ``weights``, by name, where they are not the model's own."""
+        """Write the adapter into a folder, with ``weights`` by name if they are not the model's own."""
         raise NotImplementedError
 
     def begin_training(self) -> None:
-        """Called before the first step, when optimizer and checkpoint are loaded."""
+        """Called before the first step, after optimizer and checkpoint are loaded."""
 
     def rows_by_stage(self) -> list[np.ndarray] | None:
-        """Numbers of the rows that each stage reads; ``None`` where they are not known before training, as in a subclass that
-        draws rows in its own way.
+        """Numbers of the rows that each stage reads; ``None`` if they are not known before training, for example in a subclass
+        that samples rows in its own way.
         """
         order = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
         if any(getattr(type(self), name) is not getattr(Trainer, name) for name in order):
@@ -158,11 +158,11 @@ class LayerwiseTrainer(Trainer):
 
     @property
     def _precision(self) -> str:
-        """Of forward passes: ``no``, ``bf16`` or ``fp16``."""
+        """Precision of forward passes: ``no``, ``bf16`` or ``fp16``."""
         return "bf16" if self.is_deepspeed_enabled and self.args.bf16 else str(self.accelerator.mixed_precision)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """The same with every engine; accelerate leaves it to DeepSpeed, which is there for training alone."""
+        """Autocast, the same under every engine. accelerate leaves it to DeepSpeed, which exists only while training."""
         if self.is_deepspeed_enabled:
             return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
         return self.accelerator.autocast()
@@ -170,14 +170,14 @@ class LayerwiseTrainer(Trainer):
     # Schedule and optimizer
 
     def set_initial_training_values(self, args, dataloader):
-        """The Trainer's count of epochs and steps; under ``per_stage`` the budget is every stage's."""
+        """The Trainer's count of epochs and steps. With ``per_stage``, each stage has the whole budget."""
         if args.stage_budget == "per_stage":
             args = copy.copy(args)
             args.max_steps = self.schedule.total_steps
         return super().set_initial_training_values(args, dataloader)
 
     def create_optimizer(self, model=None):
-        """The optimizer takes what is trainable when it is made: all of LoRA; ``FrontierCallback`` freezes afterwards."""
+        """Make all of LoRA trainable while the optimizer is made. ``FrontierCallback`` freezes layers afterwards."""
         train_only(self.lora_layers, range(len(self.lora_layers)))
         made, optimizer = self.optimizer is None, super().create_optimizer(model)
         if made and self.is_deepspeed_enabled:
@@ -185,10 +185,10 @@ class LayerwiseTrainer(Trainer):
         return optimizer
 
     def _shard(self) -> None:
-        """Under FSDP, before the first forward of any kind: accelerate shards a model only together with its optimizer."""
+        """Under FSDP, shard the model before its first forward. accelerate shards it only together with its optimizer."""
         if not self.is_fsdp_enabled or isinstance(self.model, FSDPModule):
             return
-        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast it is, as with every other engine
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast, as under every other engine
         self.create_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
@@ -197,7 +197,7 @@ class LayerwiseTrainer(Trainer):
         self.lora_layers = self._frontier_callback.layers = lora_parameters(self.target_anatomy.layers)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """A learning rate whose warmup and decay restart with each stage."""
+        """A scheduler whose warmup and decay restart with each stage."""
         if num_training_steps != self.schedule.total_steps:
             raise InputError(
                 f"The run has {num_training_steps} steps, but its stages were planned for {self.schedule.total_steps}: set the "
@@ -210,19 +210,19 @@ class LayerwiseTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
-            # An evaluation before training prepared it without DDP; accelerate would leave it so, and no gradient be averaged.
+            # An evaluation before training prepared it without DDP. accelerate would leave it so, and not average gradients.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
         if self.is_deepspeed_enabled:
             if self.deepspeed is not None:
-                self.deepspeed.destroy()  # what it hooked on for an earlier training
+                self.deepspeed.destroy()  # removes the hooks of an earlier training
             self.model_wrapped = self.model
             if resume_from_checkpoint is not None:
                 self._check_run(resume_from_checkpoint)
         self._shard()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.activation_checkpointing:
-            # Checkpointing makes the embeddings' output require a gradient, which would drive backward through all layers.
+            # Checkpointing makes the embeddings' output require a gradient, so backward would run through all layers.
             base_model(self.model).disable_input_require_grads()
         self._broken.clear()
         self.begin_training()
@@ -234,7 +234,7 @@ class LayerwiseTrainer(Trainer):
         self._signature_columns: Any = list(COLUMNS)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The batches of a step, without the rows that accelerate repeats, and rows of like length together."""
+        """The batches of a step, without the rows that accelerate repeats, and with rows of similar length together."""
         samples, num_items = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
         if len(samples) > 1:
             samples = cast(Collator, self.data_collator).by_length(samples)
@@ -242,11 +242,11 @@ class LayerwiseTrainer(Trainer):
         return samples, num_items
 
     def _without_repeats(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """accelerate fills the last global batch of an epoch with rows of its start, for all ranks to have as many: they count
-        for nothing here, so that one process and several learn from the same rows.
+        """Ignore the rows with which accelerate fills the last global batch of an epoch, so that one process and several learn
+        from the same rows.
         """
         args = self.args
-        # Counted here, because accelerate loses count in an epoch that a resumed run begins in its middle.
+        # Counted here, because accelerate loses count in an epoch that a resumed run starts in the middle.
         rest = len(cast(Dataset, self.train_dataset)) % (args.train_batch_size * args.world_size)
         if rest and self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last:
             fresh = rest - len(batch["labels"]) * self.accelerator.process_index
@@ -254,18 +254,18 @@ class LayerwiseTrainer(Trainer):
         return batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A step's forward and backward, and a look at its loss."""
+        """Run forward and backward of a batch, and check that its loss is finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._broken.append(f"the loss of the examples {inputs['example_id'].tolist()} is ({self._terms()})")
         return loss
 
     def floating_point_ops(self, inputs) -> int:
-        """The Trainer's estimate, its parameters counted once."""
+        """The Trainer's estimate. The parameters are counted only once."""
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def _clip_grad_norm(self, model):
-        """Clip what the optimizer holds: nothing else has a gradient."""
+        """Clip the gradients of the optimizer's parameters. Nothing else has a gradient."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._optimized(), self.args.max_grad_norm)
@@ -277,13 +277,13 @@ class LayerwiseTrainer(Trainer):
         return ", ".join(f"{name} {term:.4g}" for name, term in self.loss_terms().items())
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm of a step's gradient: the moment at which all ranks agree whether anything is learnt from it.
+        """The norm of a step's gradient. At this point all ranks agree whether the step may change anything.
 
         Raises:
-            FloatingPointError: some loss or the gradient is not finite.
+            FloatingPointError: a loss or the gradient is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        fp16 = self.accelerator.scaler is not None  # which drops such a step, and goes on with a smaller scale
+        fp16 = self.accelerator.scaler is not None  # the scaler skips such a step and lowers the scale
         odd = not fp16 and not torch.isfinite(torch.as_tensor(norm))
         news = torch.tensor([bool(self._broken), odd, self._interrupt.received is not None], device=self.args.device)
         loss, gradient, stopped = self.accelerator.reduce(news.int(), "sum").bool().tolist()
@@ -302,10 +302,10 @@ class LayerwiseTrainer(Trainer):
         return norm
 
     def _check_weights(self) -> None:
-        """Look whether the adapter is finite: the optimizer may have made it so out of a finite gradient.
+        """Check that the adapter is finite. The optimizer can overflow although the gradient is finite.
 
         Raises:
-            FloatingPointError: on all ranks; nothing is saved.
+            FloatingPointError: it is not. All ranks raise it, and nothing is saved.
         """
         finite = torch.stack([whole(p.detach()).isfinite().all() for layer in self.lora_layers for p in layer]).all()
         if self.accelerator.reduce((~finite).int(), "sum"):
@@ -315,17 +315,17 @@ class LayerwiseTrainer(Trainer):
             )
 
     def enter_stage(self, stage: int) -> None:
-        """Before the first step of a stage."""
+        """Called before the first step of a stage."""
         self._compare_ranks()
         skip_untouched(self.target_anatomy.layers, self.frontier.trained(stage)[-1])
 
     def _compare_ranks(self) -> None:
-        """Look whether all ranks have one adapter: they would not, if gradients had not been averaged.
+        """Check that all ranks have the same adapter. They differ if gradients were not averaged.
 
         Raises:
             RuntimeError: they differ.
         """
-        if self.is_fsdp_enabled:  # every number is one rank's alone
+        if self.is_fsdp_enabled:  # each number exists on one rank only
             return
         adapters = gather_object([digest([checksum(p) for layer in self.lora_layers for p in layer])])
         if len(set(adapters)) > 1:
@@ -334,7 +334,7 @@ class LayerwiseTrainer(Trainer):
     # Evaluation, saving and resuming
 
     def evaluation_loop(self, *args, **kwargs):
-        """The Trainer's, under every engine."""
+        """Evaluate under every engine."""
         self._shard()
         enabled = self.is_deepspeed_enabled
         self.is_deepspeed_enabled = enabled and self.deepspeed is not None  # else the Trainer insists on ZeRO-3
@@ -344,14 +344,14 @@ class LayerwiseTrainer(Trainer):
             self.is_deepspeed_enabled = enabled
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; a run that is resumed from its last step is over, where the Trainer would take one step more.
+        """Train. A run that resumes from its last step is finished, and takes no further step as it would in the Trainer.
 
         Raises:
-            ValueError: another process trains in this ``output_dir``; a checkpoint that is damaged, or of another run.
-            FloatingPointError: a loss or gradient that is not finite; nothing is learnt from it, the last checkpoint stays. Or
-                an adapter that is not finite; it is not saved.
+            ValueError: another process trains in this ``output_dir``, or the checkpoint is damaged or belongs to another run.
+            FloatingPointError: a loss or gradient is not finite (the step is not taken, and the last checkpoint stays), or the
+                adapter is not finite (it is not saved).
             RuntimeError: the ranks' adapters differ.
-            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, with a checkpoint of the last step written.
+            KeyboardInterrupt, SystemExit: SIGINT or SIGTERM was received. A checkpoint of the last step is written first.
         """
         path, folder = self._checkpoint(resume_from_checkpoint), str(self.args.output_dir)
         if path:
@@ -368,7 +368,7 @@ class LayerwiseTrainer(Trainer):
                 )
         if path is None or Path(path).resolve().parent != Path(folder).resolve():
             self._check_others()
-        set_seed(self.args.seed)  # whatever was drawn meanwhile, and that depends on what was cached
+        set_seed(self.args.seed)  # random numbers drawn so far depend on what was cached
         try:
             with (
                 claimed(folder) if self.args.should_save else nullcontext(),
@@ -386,16 +386,16 @@ class LayerwiseTrainer(Trainer):
         return output
 
     def _best(self, state: TrainerState) -> str | None:
-        """The checkpoint whose weights a finished run ends with, if they are not the last."""
+        """The checkpoint with the best weights, if the run ends with these; otherwise ``None``."""
         if not self.args.load_best_model_at_end or state.best_global_step is None:
             return None
         best = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if found := damage(best):
-            raise InputError(f"load_best_model_at_end wants the weights of {best}: {found}. Start anew, or set it to False.")
+            raise InputError(f"load_best_model_at_end needs the weights of {best}: {found}. Start anew, or set it to False.")
         return str(best)
 
     def _checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, the same for all ranks, and whole."""
+        """The checkpoint to resume from, the same for all ranks. A damaged one is refused."""
         path = last_checkpoint(str(self.args.output_dir)) if wanted is True else wanted or None
         (path,) = broadcast_object_list([path])
         if path is None and wanted is not True:
@@ -403,13 +403,13 @@ class LayerwiseTrainer(Trainer):
         found = f"none in {self.args.output_dir} is whole" if path is None else damage(Path(path))
         if found:
             raise InputError(
-                f"The run cannot go on from {path or 'a checkpoint'}: {found}. Name another one, or start anew with "
+                f"The run cannot resume from {path or 'a checkpoint'}: {found}. Name another one, or start anew with "
                 "resume_from_checkpoint=False. Machines without a common disk need save_on_each_node."
             )
         return path
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint whose files have checksums, which are written last; older ones go only then."""
+        """Save a checkpoint with checksums, which are written last. Older checkpoints are deleted only then."""
         folder, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._compare_ranks()
@@ -424,13 +424,13 @@ class LayerwiseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
-            for other in checkpoints_of(folder):  # of a course that this run has left, by resuming or starting anew
+            for other in checkpoints_of(folder):  # later ones belong to an earlier start of the run
                 if step_of(other) > self.state.global_step:
                     shutil.rmtree(other, ignore_errors=True)
             rotate(folder, limit, self.state.best_model_checkpoint)
 
     def write_adapter(self, output_dir: str | None, *, checkpoint: bool) -> None:
-        """The adapter as it is; under FSDP and DeepSpeed it alone is put together, not the base with it."""
+        """Save the adapter as it is. Under FSDP and DeepSpeed only the adapter is gathered, not the base."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super().save_model(output_dir, _internal_call=True)
         adapter = {
@@ -439,31 +439,31 @@ class LayerwiseTrainer(Trainer):
         self._save(output_dir, adapter)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """What the Trainer calls to write a model."""
+        """Called by the Trainer to write a model."""
         if self.args.should_save:
             self.save_weights(Path(str(output_dir or self.args.output_dir)), state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a checkpoint is not finished, and holds more than is meant for the Hub."""
+        """Do nothing: a checkpoint is unfinished and contains more than the Hub should get."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """FSDP and DeepSpeed keep once more, to go on from, what is trainable: for once that is all of LoRA."""
+        """Save all of LoRA. FSDP and DeepSpeed save what is trainable, for resuming."""
         with trainable(self.lora_layers, range(self.frontier.num_layers)):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Under FSDP torch first gives a state to what is trainable, which layers that have not trained yet must not get."""
+        """Load the state of the layers that have trained. Under FSDP torch would give all trainable ones a state first."""
         begun = self.frontier.trained(self.schedule.stage(max(self.state.global_step - 1, 0)))[-1] + 1
         with trainable(self.lora_layers, range(begun)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """The weights of a checkpoint of this run."""
+        """Load the weights of a checkpoint of this run."""
         self._check_run(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _check_run(self, resume_from_checkpoint: str) -> None:
-        """Refuse a checkpoint of another run: its weights would go on under other pairs, settings or data."""
+        """Refuse a checkpoint of another run, which had other pairs, settings or data."""
         marks = {"FSDP": f"{FSDP_MODEL_NAME}.bin", "DeepSpeed": "latest"}
         enabled = {"FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled}
         for engine, mark in marks.items():
@@ -476,10 +476,10 @@ class LayerwiseTrainer(Trainer):
         check_run(Path(resume_from_checkpoint), differences(Path(resume_from_checkpoint), self.record()))
 
     def _check_others(self) -> None:
-        """Refuse to start anew where checkpoints of another run would be deleted on the way.
+        """Refuse to start anew in a folder with checkpoints of another run, because they would be deleted.
 
         Raises:
-            ValueError: names one, and what was otherwise.
+            ValueError: there are such checkpoints. The message names one and what differs.
         """
         (found,) = broadcast_object_list([foreign_checkpoint(self.args.output_dir, self.record())])
         if found:

@@ -133,12 +133,7 @@ class TransferTrainer(LayerwiseTrainer):
             semantic_map,
             needs_extract=self.needs_extract,
         )
-        if other := {name: getattr(args, name) for name, value in self.settings.items() if getattr(args, name) != value}:
-            name = type(self).__name__
-            raise InputError(f"{name} requires {dict(self.settings)}; got {other}: SemAlignConfig(**{name}.settings, ...).")
-        self.check(known, args)
-        if args.fp16 and args.device.type == "cpu":
-            raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
+        self._check_settings(known, args)
         evals = {name.removeprefix("eval_"): rows for name, rows in known.splits.items() if name.startswith("eval_")}
         if not callbacks:  # callbacks may add metrics of their own
             figures = (*METRICS, *(["relation"] if args.uses_pairs else []), *(PER_BYTE if known.tokenizers else []))
@@ -149,11 +144,7 @@ class TransferTrainer(LayerwiseTrainer):
         self._borrowed = isinstance(source_model, Source)  # the caller may need it again
         self._lora_targets = known.lora_targets
         self._given_map = semantic_map
-        with timed("loading the target", self.seconds):
-            target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
-        if known.tokenizer is not None:
-            with quietly():  # the Trainer would log it in every run
-                align_special_tokens(target, known.tokenizer)
+        target = self._load_target(model, known, args)
         anatomy = dissect(target)
         torch.manual_seed(args.seed)
         super().__init__(
@@ -177,8 +168,27 @@ class TransferTrainer(LayerwiseTrainer):
         self._is_prepared = False
 
     @classmethod
+    def _check_settings(cls, known: Preparation, args: SemAlignConfig) -> None:
+        """Refuse settings that are not the method's, or that do nothing here."""
+        if other := {name: getattr(args, name) for name, value in cls.settings.items() if getattr(args, name) != value}:
+            name = cls.__name__
+            raise InputError(f"{name} requires {dict(cls.settings)}; got {other}: SemAlignConfig(**{name}.settings, ...).")
+        cls.check(known, args)
+        if args.fp16 and args.device.type == "cpu":
+            raise InputError("fp16 is for a GPU, and does nothing on a CPU: set bf16, or neither.")
+
+    @classmethod
     def check(cls, known: Preparation, args: SemAlignConfig) -> None:
         """Refuse what this method cannot work with, before any weight is loaded."""
+
+    def _load_target(self, model: PreTrainedModel | str, known: Preparation, args: SemAlignConfig) -> PreTrainedModel:
+        """The target, with the special tokens of its tokenizer."""
+        with timed("loading the target", self.seconds):
+            target = load_model(model, precision=args.mixed_precision, parts=args.target_parts)
+        if known.tokenizer is not None:
+            with quietly():  # the Trainer would log it in every run
+                align_special_tokens(target, known.tokenizer)
+        return target
 
     def _schedule(self, known: Preparation) -> FrontierSchedule:
         """The stages in optimizer steps."""

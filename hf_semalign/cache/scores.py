@@ -21,6 +21,7 @@ from hf_semalign.cache.states import Column, StateFolder
 from hf_semalign.files import digest
 from hf_semalign.method.attribution import LayerScores, attribute_layers, example_scores, summarise
 from hf_semalign.method.losses import answer_cross_entropy
+from hf_semalign.models.anatomy import Anatomy
 from hf_semalign.models.hooks import bypass, capture, stop_after, without_cudnn_attention
 from hf_semalign.splits import fingerprint, valid_positions
 
@@ -103,49 +104,25 @@ def attribute_streamed(
         lacking = [column.size(examples, places) for column in columns[1:] for places in folder.missing(column).values()]
         folder.check_space(sum(lacking), "set signals_dir to a larger disk, or name a pairing")
         as_tuples = source.as_tuples  # before a layer is on the device
-        for k in range(last):
-            with source.layer(k, device) as anatomy:
-                layer_pass(
-                    anatomy,
-                    folder,
-                    [Output(columns[k + 1], k)],
-                    collate,
-                    start=k,
-                    entering=partial(folder.read, columns[k]) if k else None,
-                    as_tuples=as_tuples,
-                    batch_size=1,
-                    device=device,
-                    progress=f"attribution, source layer {k + 1}/{last + 1}" if progress else None,
-                )
+        _write_inputs(source, folder, columns, collate, as_tuples, device, progress)
         batches = [collate(examples.rows(np.array([place]))) for place in range(len(examples.ids))]
         head = source.head(root).to(device)
-        gradients: list[torch.Tensor] = []  # of each example's loss, at the outputs of the layer in turn
+        gradients: list[torch.Tensor] = []  # of each example's loss, at the outputs of the current layer
         scores: list[torch.Tensor] = [torch.empty(0)] * (last + 1)
         for k in range(last, 0, -1):
-            rows, below = [], []
-            above, gradients = gradients, []
+            rows, below, above, gradients = [], [], gradients, []
             with source.layer(k, device) as anatomy:
                 for place, batch in enumerate(batches):
                     batch = {key: tensor.to(device) for key, tensor in batch.items()}
                     mask, valid = batch["attention_mask"].bool(), valid_positions(batch["labels"])
                     entering = spread(folder.read(columns[k], [place]), mask).requires_grad_()
-                    unread = torch.full_like(entering, torch.nan)
-                    with (
-                        capture([anatomy.layers[k]]) as (state,),
-                        bypass(anatomy.layers[:k], entering, as_tuples=as_tuples),
-                        stop_after(anatomy.layers[k]) if k < last else nullcontext(),
-                    ):
-                        final = anatomy.decoder(
-                            inputs_embeds=unread,
-                            attention_mask=batch["attention_mask"],
-                            use_cache=False,
-                        )[0]
+                    output, final = _run_layer(anatomy, k, entering, mask, as_tuples)
                     if k == last:
                         loss = answer_cross_entropy(final[valid], head, batch["labels"][:, 1:][valid[:, :-1]]).mean()
-                        at_output, at_input = torch.autograd.grad(loss, [state.output, entering])
-                        rows.append(example_scores(at_output * state.output.detach(), valid))
+                        at_output, at_input = torch.autograd.grad(loss, [output, entering])
+                        rows.append(example_scores(at_output * output.detach(), valid))
                     else:
-                        (at_input,) = torch.autograd.grad(state.output, entering, above[place].to(device))
+                        (at_input,) = torch.autograd.grad(output, entering, above[place].to(device))
                     below.append(example_scores(at_input * entering.detach(), valid))
                     gradients.append(at_input.cpu())
             if k == last:
@@ -154,3 +131,45 @@ def attribute_streamed(
         for column in columns[1:]:
             folder.drop(column)
     return summarise(torch.stack(scores, dim=1), "dot")
+
+
+def _write_inputs(
+    source: Source,
+    folder: StateFolder,
+    columns: list[Column],
+    collate: Collate,
+    as_tuples: bool,
+    device: torch.device | str,
+    progress: bool,
+) -> None:
+    """Write the inputs of every layer but the first, one layer after the other."""
+    last = len(columns) - 1
+    for k in range(last):
+        with source.layer(k, device) as anatomy:
+            layer_pass(
+                anatomy,
+                folder,
+                [Output(columns[k + 1], k)],
+                collate,
+                start=k,
+                entering=partial(folder.read, columns[k]) if k else None,
+                as_tuples=as_tuples,
+                batch_size=1,
+                device=device,
+                progress=f"attribution, source layer {k + 1}/{last + 1}" if progress else None,
+            )
+
+
+def _run_layer(
+    anatomy: Anatomy, k: int, entering: torch.Tensor, mask: torch.Tensor, as_tuples: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run layer ``k`` alone, and return its outputs ``[B, T, D]`` and, of the last layer, the decoder's final states."""
+    layers, final = anatomy.layers, entering  # the decoder returns nothing if it stops before its end
+    with (
+        capture([layers[k]]) as (state,),
+        bypass(layers[:k], entering, as_tuples=as_tuples),
+        stop_after(layers[k]) if k + 1 < len(layers) else nullcontext(),
+    ):
+        inputs = torch.full_like(entering, torch.nan)  # nothing reads them
+        final = anatomy.decoder(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False)[0]
+    return state.output, final

@@ -15,7 +15,7 @@ quickstart: $(STAMP)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml recipes/train.py --config recipes/quickstart/semalign.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -249,7 +249,7 @@ def test_a_recipe_with_a_streamed_source(tmp_path, capsys):
 
 
 def test_nothing_is_kept_of_an_online_source(tmp_path):
-    with pytest.raises(ValueError, match="nothing is kept"):
+    with pytest.raises(ValueError, match="so nothing would be saved"):
         run_signals(load_recipe(QUICKSTART, ["training.signals=online", f"output_dir={tmp_path}"]))
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -131,8 +132,18 @@ def test_cosines_are_the_means_over_valid_positions(tied):
 
 
 def test_random_bases_have_the_lengths_of_the_output_side():
-    bases = vocabulary_bases(tiny_llama(2, 16))
+    bases = dict(vocabulary_bases(tiny_llama(2, 16)))
     torch.testing.assert_close(bases["random"].norm(dim=-1), bases["output"].norm(dim=-1))
+
+
+def test_bases_are_made_one_at_a_time():
+    """Each of them is gigabytes for a vocabulary of 150,000."""
+    seen = []
+    for _, bases in vocabulary_bases(tiny_llama(2, 16)):
+        seen.append(weakref.ref(bases))
+        del bases
+        assert sum(one() is not None for one in seen) == 1
+    assert len(seen) == 4
 
 
 def test_random_bases_are_nearly_a_tight_frame(monkeypatch):

@@ -46,19 +46,25 @@ def layer_states(model: CausalLM, batch: Batch, layers: slice = slice(None)) -> 
 # Figure 2: decomposition and recomposition in one model
 
 
-def vocabulary_bases(model: CausalLM) -> dict[str, torch.Tensor]:
-    """The bases to compare, each ``[V, D]`` float64. Row ``i`` is the basis of token ``i``.
+def vocabulary_bases(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bases to compare, by name, each ``[V, D]`` float64. Row ``i`` is the basis of token ``i``.
+
+    They are made one at a time, because one of them may take gigabytes.
 
     - ``output``: semantic bases of the LM head, ``pinv(W^T)`` (equation 1).
     - ``head``: rows of the LM head ``W``. The ``output`` bases are their duals.
     - ``input``: rows of the embedding matrix. They equal ``head`` if embeddings are tied.
     - ``random``: Gaussian directions, each as long as its token's ``output`` basis.
     """
-    head = dissect(model).head_weight().double()
-    output = semantic_bases(head)
-    embeddings = base_model(model).get_input_embeddings().get_parameter("weight").detach().double()
-    random = F.normalize(_gaussian(*output.shape, seed=0).to(output), dim=-1) * output.norm(dim=-1, keepdim=True)
-    return {"output": output, "head": head, "input": embeddings, "random": random}
+    bases = semantic_bases(dissect(model).head_weight().double())
+    lengths = bases.norm(dim=-1, keepdim=True)
+    yield "output", bases
+    bases = dissect(model).head_weight().double()
+    yield "head", bases
+    bases = base_model(model).get_input_embeddings().get_parameter("weight").detach().double()
+    yield "input", bases
+    bases = _gaussian(*bases.shape, seed=0).to(lengths)
+    yield "random", bases.mul_(lengths / bases.norm(dim=-1, keepdim=True))
 
 
 def recomposition(bases: torch.Tensor, kind: str) -> torch.Tensor:
@@ -89,8 +95,9 @@ def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str
     Raises:
         ValueError: the batches do not have these tensors and shapes, or have no valid position.
     """
-    bases = vocabulary_bases(model)
-    maps = [recomposition(vectors, kind) for kind in KINDS for vectors in bases.values()]
+    found = {name: {kind: recomposition(bases, kind) for kind in KINDS} for name, bases in vocabulary_bases(model)}
+    names = [(kind, name) for kind in KINDS for name in found]
+    maps = [found[name][kind] for kind, name in names]
     totals, positions = torch.zeros(len(maps), 1), 0
     for batch in batches:
         states = layer_states(model, batch)
@@ -99,7 +106,6 @@ def recomposition_cosines(model: CausalLM, batches: Iterable[Batch]) -> dict[str
     if not positions:
         raise InputError("There are no valid positions in the batches: give rows with answers.")
     chance = _cosines(_gaussian(RANDOM_STATES, len(maps[0]), seed=1).to(maps[0].device), maps).mean(-1)
-    names = [(kind, name) for kind in KINDS for name in bases]
     cosines: dict[str, Any] = {kind: {} for kind in KINDS}
     for (kind, name), layers, random in zip(names, (totals / positions).tolist(), chance.tolist(), strict=True):
         cosines[kind][name] = {"layers": layers, "random_states": random}

@@ -458,6 +458,16 @@ def test_a_card_of_a_baseline_says_nothing_of_attribution(record, results, metho
     assert "attribution" not in card
 
 
+def test_a_card_without_a_layer_loss_names_no_pairs(record, results):
+    """They had no effect: the layer loss had no weight."""
+    assert "Layer pairs" in render_card(record, results)
+    record["settings"]["relation_weight"] = 0.0
+    results["figures"].remove("layers.png")
+    card = render_card(record, results)
+    assert "Layer pairs" not in card and "| pairing |" not in card and "| layer_loss |" not in card
+    assert "| extract | not used with these settings |" in card
+
+
 def test_a_card_of_two_tokenizers_says_what_its_kl_compares(record, results):
     one = render_card(record, results)
     two = render_card(record | {"tokenizers": {"classes": 39238, "aligned": {"align": 0.7887}}}, results)

@@ -265,8 +265,9 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     stored = Size.of(dissect(known.source.shape))
     source = replace(stored, bytes=known.source.dtype.itemsize)
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)
-    align, distinct = splits["align"], len(set(known.pairing.source_layers)) if known.pairing else target.layers
-    distinct = distinct if args.uses_pairs else 0
+    align, source_layers = splits["align"], known.pairing.source_layers if known.pairing else None
+    source_layers = source_layers if args.uses_pairs else ()
+    distinct = target.layers if source_layers is None else len(set(source_layers))
     seen_tokens, final, mapped = _read(known, args)
     prefix, batch = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
     cost = {}
@@ -296,7 +297,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         method,
         known.source.name,
         known.target_id,
-        None if known.pairing is None else known.pairing.source_layers if args.uses_pairs else (),
+        source_layers,
         known.schedule.boundaries,
         splits,
         {"source": source, "target": target},

@@ -47,13 +47,12 @@ from hf_semalign.files import (
     recall_record,
     write_text,
 )
-from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card
+from hf_semalign.hub.card import METHOD_NAMES, benchmark_entries, benchmark_scores, method_order, render_card, uses_pairs
 from hf_semalign.hub.inspection import printable
 from hf_semalign.hub.push import hub_name, open_repo, push_transfer
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import device_name
 from hf_semalign.splits import check_disjoint, encode
-from hf_semalign.trainer import SemAlignTrainer
 from hf_semalign.training.engines import check_engine, is_set
 from hf_semalign.transfer import PER_BYTE, TransferTrainer, signals_root, timed
 
@@ -223,7 +222,7 @@ def _write(folder: Path, trainer: TransferTrainer, results: dict[str, Any], star
     record, figures = trainer.record(), folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = [draw_losses(results, record, figures), draw_comparison(results, figures)]
-    if trainer.method == SemAlignTrainer.method:  # other methods have no pairs
+    if uses_pairs(record):
         drawn.insert(0, draw_layers(record, figures))
     results["figures"] = [path.name for path in drawn]
     write_text(folder / "results.json", json.dumps(results, indent=2))

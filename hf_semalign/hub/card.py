@@ -128,7 +128,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         tokenizers=record.get("tokenizers"),
         answers=data.get("align", {}).get("answers"),
         overlap=results.get("overlap"),
-        source_layers=record["pairing"]["source_layers"],
+        source_layers=record["pairing"]["source_layers"] if uses_pairs(record) else [],
         map=record["map"],
         settings=_settings(record),
         cost=_cost(results),
@@ -206,9 +206,15 @@ def _forgetting(metrics: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def uses_pairs(record: dict[str, Any]) -> bool:
+    """Whether the layer pairs had an effect: only SemAlign uses them, and only if the layer loss has a weight."""
+    return record["method"] == "semalign" and record["settings"]["relation_weight"] > 0
+
+
 def _use_of_extract(record: dict[str, Any]) -> str:
     """What the extract split was used for, or an empty string if it was not used."""
-    idle = record["method"] == "semalign" and not record["pairing"]["scores"] and record["settings"]["scale"] == "none"
+    used = uses_pairs(record) and (record["pairing"]["scores"] or record["settings"]["scale"] != "none")
+    idle = record["method"] == "semalign" and not used
     return "" if idle else EXTRACT_USES.get(record["method"], "")
 
 
@@ -222,6 +228,8 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """The settings that had an effect. For a baseline, they include its own numbers."""
     settings, method = record["settings"], record["method"]
     idle = {"num_train_epochs" if settings["max_steps"] > 0 else "max_steps"}
+    if method == "semalign" and not uses_pairs(record):
+        idle |= {"pairing", "scale", "layer_loss"}
     if method != "semalign":
         idle |= {*OF_STATES}
         settings = settings | {name: value for name, value in record.get(method, {}).items() if _is_short(value)}

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from hf_semalign.errors import InputError, MissingFileError, brief
 from hf_semalign.files import ADAPTER, RECORD_NAME, file_digest, sha256
+from hf_semalign.hub.card import uses_pairs
 from hf_semalign.hub.push import hub_errors_explained
 from hf_semalign.hub.reading import check_adapter, read_adapter_config, read_record
 from hf_semalign.models.names import is_hub_id
@@ -136,7 +137,7 @@ def _rows(facts: Inspection) -> dict[str, str]:
         "What": f"{config['peft_type']} adapter, {config['task_type']}, method {record['method']}",
         "Source → target": f"{record['source']} → {record['target']}",
         "Base model": str(config["base_model_name_or_path"]),
-        "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)" if record["method"] == "semalign" else "",
+        "Layer pairs": f"{', '.join(pairs)} ({pairing['strategy']}; counted from 0)" if uses_pairs(record) else "",
         "Layers with LoRA": f"{len(layers)}: {', '.join(map(str, layers))}",
         "Modules": ", ".join(modules),
         "Rank, alpha": f"{int(config['r'])}, {float(config['lora_alpha']):g}",

@@ -119,7 +119,8 @@ def train(folder: Path, case: str, ranks: int):
         "history": torch.tensor(history),
         "metrics": ends,
         "written": sorted(gather_object(written)),
-        "parts": sorted(gather_object(parts)),
+        "own": all(gather_object([set(parts) <= {(trainer.accelerator.process_index, ranks)}])),
+        "passes": sum(gather_object([len(parts)])),
         "held": sum(local(p).numel() for p in trainer.target_anatomy.layers.parameters()),
     }
 

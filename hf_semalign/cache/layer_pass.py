@@ -21,8 +21,8 @@ from hf_semalign.models.anatomy import Anatomy
 from hf_semalign.models.hooks import bypass, capture, stop_after
 from hf_semalign.splits import valid_positions
 
-SHARDS_HELD = 4  # at a time: one is computed while the others are written; fewer, but at least two, if they exceed
-BYTES_HELD = 2**30
+SHARDS_HELD = 4  # at a time: one is computed while the others are written
+BYTES_HELD = 2**30  # if the shards exceed this, fewer of them are held, but at least two
 
 
 @dataclass(frozen=True, eq=False)

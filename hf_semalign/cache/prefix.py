@@ -91,12 +91,12 @@ class TargetPrefix:
     ) -> None:
         self.layer = 0
         self._anatomy = dissect(model)
-        self._examples, self._starts = examples, examples.offsets[True].tolist()
+        self._examples, self._starts = examples, examples.offsets[True]
         self._collate, self._batch_size, self._progress = collate, batch_size, progress
         self._device, self._part = torch.device(device), part
         self._as_tuples = gives_tuples(self._anatomy.decoder, self._anatomy.layers[0])
         width, dtype = self._probe()
-        self._states = _allocate((self._starts[-1], width), dtype, self._device, memory)
+        self._states = _allocate((int(self._starts[-1]), width), dtype, self._device, memory)
 
     def move(self, layer: int) -> None:
         """Hold the inputs of a layer. Layers run one at a time, from the one that steps enter at now.

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any
@@ -42,7 +42,9 @@ def valid_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def taught_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``[B, T]`` bool: the valid positions that have source signals; with two tokenizers, only the aligned ones."""
+    """``[B, T]`` bool: the valid positions that have source signals. If the source reads rows of its own, these are the aligned
+    ones.
+    """
     valid = valid_positions(batch["labels"])
     return valid & (batch["source_rank"] >= 0) if "source_rank" in batch else valid
 
@@ -110,6 +112,7 @@ def encode(
     *,
     split: str,
     max_length: int | None = None,
+    read: Callable[[Record], Record] = lambda record: record,
 ) -> Dataset:
     """Encode rows to a data set of ``input_ids``, ``labels`` and ``example_id``. Only answers are supervised.
 
@@ -120,6 +123,7 @@ def encode(
         tokenizer: needed unless the rows hold token ids.
         split: name of the split, for messages.
         max_length: longer sequences are truncated at the end.
+        read: changes a row before it is encoded.
 
     Returns:
         One encoded row per record, in a memory-mapped temporary file that lasts for this session. ``example_id`` is a 63-bit
@@ -132,7 +136,7 @@ def encode(
     problems = _Problems(split, tokenizer, max_length)
 
     def encoded() -> Iterator[tuple[list[int], list[int], int]]:
-        for row, record in enumerate(records):
+        for row, record in enumerate(map(read, records)):
             ids, labels = _tokenized(record, tokenizer, f"{split}[{row}]")
             problems.note(record, ids, labels)
             ids, labels = ids[:max_length], labels[:max_length]
@@ -360,8 +364,8 @@ def fingerprint(rows: Dataset) -> str:
 class Collator:
     """Collates rows of :func:`encode` to ``input_ids, attention_mask, labels`` ``[B, T]`` and ``example_id`` ``[B]``.
 
-    With two tokenizers, the batch also has ``source_rank`` ``[B, T]``, and ``source_id`` and ``answer_bytes`` ``[B]``, see
-    :class:`hf_semalign.training.two_tokenizers.PairedSplit`.
+    If the source reads rows of its own, the batch also has ``source_rank`` ``[B, T]`` and ``source_id`` ``[B]``, and with two
+    tokenizers ``answer_bytes`` ``[B]``, see :class:`hf_semalign.training.source_rows.PairedSplit`.
 
     Attributes:
         pad_token_id: token for padding on the right; masked in attention and labels.

@@ -16,6 +16,7 @@ from hf_semalign.errors import InputError
 
 IGNORED = -100
 OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that are passed to the chat template
+OF_SOURCE = {"source_prompt": "prompt", "source_chat_template_kwargs": "chat_template_kwargs"}  # what the source reads instead
 REFUSED_COLUMNS = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio"), "only text is supported"),
     **dict.fromkeys(("chosen", "rejected"), "preference training is not supported; name the answer's column completion"),
@@ -36,8 +37,17 @@ def form_of(record: Record) -> str:
     return next((form for name, form in (("messages",) * 2, ("input_ids", "ids"), ("prompt",) * 2) if name in present), "ids")
 
 
+def source_record(record: Record) -> dict[str, Any]:
+    """A row as the source reads it: with ``source_prompt`` in place of ``prompt``, and ``source_chat_template_kwargs`` in place
+    of ``chat_template_kwargs``.
+    """
+    own = {name: record[column] for column, name in OF_SOURCE.items() if record.get(column) is not None}
+    return {name: value for name, value in record.items() if name not in OF_SOURCE} | own
+
+
 def check_text(record: Record, where: str) -> None:
-    """Check that ``prompt`` and ``completion`` are texts or lists of messages, and that ``messages`` is such a list.
+    """Check that ``prompt`` and ``completion`` are texts or lists of messages, and that ``messages`` is such a list. A
+    ``source_prompt`` must be of the kind of ``prompt``.
 
     Args:
         record: a row; rows of token ids always pass.
@@ -61,6 +71,14 @@ def check_text(record: Record, where: str) -> None:
         raise InputError(
             f"{where} has {shown}: expected text in prompt and completion, or lists of messages with role and content. "
             "Correct or remove this row."
+        )
+    own, prompt = record.get("source_prompt"), record.get("prompt")
+    if own is None:
+        return
+    if form_of(record) != "prompt" or not (isinstance(own, str) if isinstance(prompt, str) else _are_messages(own)):
+        raise InputError(
+            f"{where} has the source_prompt {str(own)[:60]!r}: expected text beside a prompt of text, or messages beside a "
+            "prompt of messages. Write a row with messages as prompt and completion."
         )
 
 

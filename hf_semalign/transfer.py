@@ -162,9 +162,8 @@ class TransferTrainer(LayerwiseTrainer):
         )
         check_head(cast(PeftModel, self.model))  # on the device that it will run on
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
-        if known.tokenizers is not None:
-            for name, rows in known.source_splits.items():
-                self.data_record[name]["source_fingerprint"] = fingerprint(rows)
+        for name, pair in known.pairs.items():
+            self.data_record[name] |= {"source_fingerprint": fingerprint(pair.source), "source_prompts": pair.own_prompts}
         self._is_prepared = False
 
     @classmethod
@@ -280,7 +279,7 @@ class TransferTrainer(LayerwiseTrainer):
     def signals(self) -> OnlineSignals | CachedSignals:
         """The source's signals. If they are cached, the source first runs over what is missing on disk."""
         if self._signals_folder is None:
-            own_rows = None if self.known.tokenizers is None else self._source_batch
+            own_rows = self._source_batch if self.known.has_source_rows else None
             model = self.source.model(self.args.device)
             signals: Any = OnlineSignals(model, self.pairing, self.semantic_map, own_rows=own_rows)
         else:
@@ -306,7 +305,7 @@ class TransferTrainer(LayerwiseTrainer):
         rows = self.rows_by_stage()
         if rows is None:
             return [Reading(some) for some in layers]
-        name = "example_id" if self.known.tokenizers is None else "source_id"
+        name = "source_id" if self.known.has_source_rows else "example_id"
         ids = np.concatenate([chunk.to_numpy() for chunk in column_chunks(self.known.splits["align"], name)])
         return [Reading(some, ids[numbers]) for some, numbers in zip(layers, rows, strict=True)]
 
@@ -401,8 +400,11 @@ class TransferTrainer(LayerwiseTrainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches of all rows, even with ``dataloader_drop_last``. Rows of text are encoded like the eval split."""
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
-            if self.known.tokenizers is not None:
-                raise InputError("With two tokenizers, evaluation is of the data that the trainer was made with: eval_dataset.")
+            if self.known.has_source_rows:
+                raise InputError(
+                    "The source has a tokenizer or prompts of its own, so evaluation is of the data that the trainer was made "
+                    "with: pass them as eval_dataset of the trainer."
+                )
             eval_dataset = encode(eval_dataset, self.known.tokenizer, split="eval", max_length=self.args.max_length)
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:

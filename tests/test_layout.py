@@ -19,7 +19,7 @@ ORDER = (
     "config",
     "cache.examples", "cache.states", "cache.layer_pass", "cache.source", "cache.scores", "cache.source_pass", "cache.signals",
     "cache.prefix",
-    "training.order", "training.stages", "training.checkpoints", "training.engines", "training.two_tokenizers",
+    "training.order", "training.stages", "training.checkpoints", "training.engines", "training.source_rows",
     "training.preparation", "training.layerwise",
     "hub.card", "hub.record", "hub.reading", "hub.loading", "hub.push", "hub.inspection",
     "transfer", "trainer",

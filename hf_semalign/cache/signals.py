@@ -36,7 +36,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def example_ids(batch: Batch) -> torch.Tensor:
-    """The source's ids of the rows of a batch ``[B]``. With two tokenizers it has ids of its own."""
+    """The ids ``[B]`` of the rows that the source reads for a batch."""
     return batch.get("source_id", batch["example_id"])
 
 
@@ -72,7 +72,7 @@ class OnlineSignals:
         pairing: the source layer of each target layer.
         semantic_map: the map between the spaces.
         scales: one factor on the mapped states for each pair; all 1 by default.
-        own_rows: with two tokenizers, gives the source's batch for some example ids of its own.
+        own_rows: gives the source's batch for some example ids of its own, if it reads rows of its own.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class OnlineSignals:
         with capture([anatomy.layers[self.pairing.source_layers[k]] for k in target_layers]) as states:
             final = anatomy.decoder(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False)[0]
         valid = valid_positions(own["labels"])
-        if self._own_rows is None:  # one tokenizer: position by position
+        if self._own_rows is None:  # both read the same rows: position by position
             final, mapped = final[valid], [self.semantic_map(state.output.float()) for state in states]
         else:
             chosen = aligned_rows(batch["source_rank"], taught, valid.sum(1))

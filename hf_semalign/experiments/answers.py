@@ -26,7 +26,16 @@ from hf_semalign.experiments.generation import (
 from hf_semalign.files import write_text
 from hf_semalign.kinds import check_kinds
 from hf_semalign.models.anatomy import CausalLM
-from hf_semalign.tokenization import OF_TEMPLATE, Record, before_answer, check_text, form_of, prompt_ids, tokenize
+from hf_semalign.tokenization import (
+    OF_SOURCE,
+    OF_TEMPLATE,
+    Record,
+    before_answer,
+    check_text,
+    form_of,
+    prompt_ids,
+    tokenize,
+)
 
 logger = logging.getLogger(__name__)
 WRITERS = ("dataset", "source", "target")
@@ -63,7 +72,7 @@ class Sampling:
 
 
 def question(record: Record, where: str = "A row") -> dict[str, Any]:
-    """Reduce a row to its ``prompt`` and the extra arguments of the chat template.
+    """Reduce a row to its ``prompt``, the extra arguments of the chat template, and what only the source reads.
 
     For a row with ``messages``, the prompt is every message before the last answer. The row need not have an answer.
 
@@ -75,7 +84,7 @@ def question(record: Record, where: str = "A row") -> dict[str, Any]:
         raise InputError(f"{where} has the columns {sorted(record)}: a model can only answer a row with prompt or messages.")
     check_text({name: value for name, value in record.items() if value is not None}, where)
     prompt = record["prompt"] if form == "prompt" else before_answer(record["messages"])
-    given = {name: record[name] for name in OF_TEMPLATE if record.get(name) is not None}
+    given = {name: record[name] for name in (*OF_TEMPLATE, *OF_SOURCE) if record.get(name) is not None}
     return {"prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt], **given}
 
 
@@ -222,8 +231,13 @@ def read_entries(path: Path, hint: Any) -> list[Entry]:
     return entries
 
 
-def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def answered(
+    entries: Sequence[Entry], max_length: int | None, questions: Sequence[dict[str, Any]] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Select the rows to train on, and count the answers that are left out.
+
+    The rows have the prompts that were answered, or those of ``questions``, which has one entry per row. They differ if the
+    source answered its ``source_prompt``.
 
     - ``cut``: the answer did not end, or is longer than ``max_length`` together with its prompt. It would not teach the target
       to stop.
@@ -248,7 +262,9 @@ def answered(entries: Sequence[Entry], max_length: int | None) -> tuple[list[dic
             counts["unusable"], fault = counts["unusable"] + 1, f" ({entry['fault']})"
         else:
             counts["retokenised"] += not entry["same_tokens"]
-            rows.append({name: entry[name] for name in ("prompt", "completion", *OF_TEMPLATE) if name in entry})
+            asked = entry if questions is None else questions[entry["row"]]
+            given = {name: asked[name] for name in ("prompt", *OF_TEMPLATE, *OF_SOURCE) if name in asked}
+            rows.append({**given, "completion": completion})
     reasons = (
         f"{counts['cut']} did not end within the limit, {counts['empty']} are empty, and the chat template refuses "
         f"{counts['unusable']}{fault}"

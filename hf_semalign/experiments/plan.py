@@ -261,7 +261,7 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     """
     METHODS[method].trainer.check(known, args)
     splits = {name: Counts.of(rows) for name, rows in known.splits.items()}
-    read = splits if known.tokenizers is None else {name: Counts.of(rows) for name, rows in known.source_splits.items()}
+    read = {name: Counts.of(rows) for name, rows in known.source_splits.items()} if known.has_source_rows else splits
     stored = Size.of(dissect(known.source.shape))
     source = replace(stored, bytes=known.source.dtype.itemsize)
     target = replace(Size.of(known.target), bytes=known.target_dtype.itemsize)

@@ -31,6 +31,7 @@ from hf_semalign.hub.record import recorded_settings
 from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
+from hf_semalign.tokenization import source_record
 from hf_semalign.training.checkpoints import check_run, damage, differing_settings, last_checkpoint
 from hf_semalign.transfer import TransferTrainer, signals_root, timed
 
@@ -146,14 +147,15 @@ def with_answers(
     sampling = settings.sampling
     if settings.answers == "source":
         tokenizer = tokenizer_of_source(source, tokenizer)
-    asked = [question(record) for record in data.align]
+    questions = [question(record) for record in data.align]
+    asked = list(map(source_record, questions)) if settings.answers == "source" else questions
     facts = [writer, asked, asdict(sampling), digest(tokenizer.get_vocab()), tokenizer.chat_template, version("hf_semalign")]
     path = place / f"answers-{digest(facts)[:16]}.jsonl"
     with timed("answers", seconds), writing_lock(place):
-        entries = write_answers(data.align, tokenizer, model, path, sampling, progress=not args.disable_tqdm)
+        entries = write_answers(asked, tokenizer, model, path, sampling, progress=not args.disable_tqdm)
     (entries,) = broadcast_object_list([entries])
     source.rest()
-    rows, counts = answered(entries, settings.max_length)
+    rows, counts = answered(entries, settings.max_length, questions)
     if args.should_save and place != folder:
         shutil.copyfile(path, folder / path.name)
     return replace(data, align=rows), {"by": settings.answers, **asdict(sampling), **counts}

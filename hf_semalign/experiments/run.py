@@ -53,6 +53,7 @@ from hf_semalign.hub.push import hub_name, open_repo, push_transfer
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import device_name
 from hf_semalign.splits import check_disjoint, encode
+from hf_semalign.tokenization import source_record
 from hf_semalign.training.engines import check_engine, is_set
 from hf_semalign.transfer import PER_BYTE, TransferTrainer, signals_root, timed
 
@@ -323,7 +324,8 @@ def _measure_source(
             rows: Any = trainer.known.source_splits["eval"]
             batches = DataLoader(rows, args.per_device_eval_batch_size, collate_fn=trainer.known.source_collator)
             model, own = source.model(args.device), tokenizer_of_source(source, tokenizer)
-            metrics = {"kl": 0.0, "loss": answer_loss(model, batches), **_generated(model, data.eval, own)}
+            read = list(map(source_record, data.eval))
+            metrics = {"kl": 0.0, "loss": answer_loss(model, batches), **_generated(model, read, own)}
             if root is not None:
                 source.rest()
                 source.keep(root, name, metrics)

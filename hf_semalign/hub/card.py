@@ -127,6 +127,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         extract_use=_use_of_extract(record),
         tokenizers=record.get("tokenizers"),
         answers=data.get("align", {}).get("answers"),
+        source_prompts=data.get("align", {}).get("source_prompts"),
         overlap=results.get("overlap"),
         source_layers=record["pairing"]["source_layers"] if uses_pairs(record) else [],
         map=record["map"],

@@ -23,10 +23,12 @@ class Written(TypedDict):
 
 
 class Split(TypedDict):
-    """A split of the data."""
+    """A split of the data. The last two are there if the source reads rows of its own."""
 
     rows: int
     fingerprint: str
+    source_fingerprint: NotRequired[str]
+    source_prompts: NotRequired[int]
     answers: NotRequired[Written]
 
 

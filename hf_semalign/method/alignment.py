@@ -1,15 +1,17 @@
-"""Align the positions of two models whose tokenizers split a text differently.
+"""Align the positions of two models that read the same answer in rows of their own.
 
-A valid position is a token boundary in the answer. A boundary of the source and one of the target are aligned if the same
-number of bytes of the same turn follow both. Bytes are counted from the end of a turn, because its first token may begin
-earlier on one side: it may span the end of the prompt, or contain the space that SentencePiece puts before a text, or white
-space that only one of the chat templates writes.
+**Two tokenizers.** A valid position is a token boundary in the answer. A boundary of the source and one of the target are
+aligned if the same number of bytes of the same turn follow both. Bytes are counted from the end of a turn, because its first
+token may begin earlier on one side: it may span the end of the prompt, or contain the space that SentencePiece puts before a
+text, or white space that only one of the chat templates writes.
+
+**One tokenizer, two prompts.** Two positions are aligned if the same answer tokens follow both.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -102,23 +104,60 @@ def align_rows(
     Raises:
         ValueError: more than 10 % of the rows would be left out; the message shows where the first of them differ.
     """
+    return _aligned(
+        source_rows,
+        target_rows,
+        lambda ours, theirs: align_row(ours, theirs, source, target, classes, max_length),
+        lambda ours, theirs: _parting(ours, theirs, source, target),
+        f"of the {split} split, the two tokenizers and chat templates do not give the same bytes for the answer, or max_length "
+        "cuts it off",
+        "Give the rows as prompt and completion in plain text, remove special tokens from the answers, or choose a pair with "
+        "one tokenizer.",
+        split,
+    )
+
+
+def align_prompts(
+    source_rows: Iterable[TokenRow], target_rows: Iterable[TokenRow], *, split: str, max_length: int | None = None
+) -> list[Alignment | None]:
+    """Align the positions of each row of a split that both models read with one tokenizer, but after different prompts.
+
+    Arguments, result and errors are those of :func:`align_rows`. A row is left out if the answers have no last token in common
+    within ``max_length``.
+    """
+    return _aligned(
+        source_rows,
+        target_rows,
+        lambda ours, theirs: _align_ends(ours, theirs, max_length),
+        lambda ours, theirs: f"{len(ours.ids)} tokens of the source, {len(theirs.ids)} of the target",
+        f"of the {split} split, source and target do not read the same answer tokens, or max_length ({max_length}) cuts them "
+        "off",
+        "Raise max_length, or give the source a shorter prompt.",
+        split,
+    )
+
+
+def _aligned(
+    source_rows: Iterable[TokenRow],
+    target_rows: Iterable[TokenRow],
+    align: Callable[[TokenRow, TokenRow], Alignment | None],
+    parting: Callable[[TokenRow, TokenRow], str],
+    problem: str,
+    advice: str,
+    split: str,
+) -> list[Alignment | None]:
+    """Align row by row. The log names rows that cannot be aligned, and more than 10 % of them are refused."""
     alignments: list[Alignment | None] = []
     reasons: list[str] = []
     for row, (ours, theirs) in enumerate(zip(source_rows, target_rows, strict=True)):
-        alignments.append(align_row(ours, theirs, source, target, classes, max_length))
+        alignments.append(align(ours, theirs))
         if alignments[-1] is None and len(reasons) < SHOWN:
-            reasons.append(f"{split}[{row}]: {_parting(ours, theirs, source, target)}")
+            reasons.append(f"{split}[{row}]: {parting(ours, theirs)}")
     left_out = alignments.count(None)
     if left_out:
-        message = (
-            f"In {left_out} of {len(alignments)} rows of the {split} split, the two tokenizers and chat templates do not give "
-            "the same bytes for the answer, or max_length cuts it off:\n  " + "\n  ".join(reasons)
-        )
+        message = f"In {left_out} of {len(alignments)} rows {problem}:\n  " + "\n  ".join(reasons)
         if left_out > MAX_LEFT_OUT * len(alignments):
-            raise InputError(
-                f"{message}\nAt most {MAX_LEFT_OUT:.0%} of the rows may be left out. Give the rows as prompt and completion in "
-                "plain text, remove special tokens from the answers, or choose a pair with one tokenizer."
-            )
+            raise InputError(f"{message}\nAt most {MAX_LEFT_OUT:.0%} of the rows may be left out. {advice}")
         logger.warning("%s\nThese rows are left out.", message)
     return alignments
 
@@ -136,18 +175,36 @@ def align_row(
     if not ours or not theirs or len(ours) != len(theirs) or not all(map(_agree, ours, theirs)):
         return None
     tokens = np.concatenate(list(map(_meetings, ours, theirs)))
-    kept = (tokens > 0).all(1)  # nothing predicts the first token of a row
-    if max_length is not None:
-        kept &= (tokens < max_length).all(1)
-    if not kept.any():
+    pairs = _pairs(tokens, source_row, max_length)
+    if pairs is None:
         return None
-    our_places, their_places = tokens[kept].T
+    kept, ranks = pairs
+    our_next, their_next = (np.asarray(row.ids)[kept[:, side]] for side, row in enumerate((source_row, target_row)))
+    return Alignment(ranks, classes.source.numpy()[our_next] == classes.target.numpy()[their_next])
+
+
+def _align_ends(source_row: TokenRow, target_row: TokenRow, max_length: int | None) -> Alignment | None:
+    """Align the last supervised tokens of two rows as far back as they are equal; ``None`` if no such token is left."""
+    ours, theirs = (np.flatnonzero(row.supervised)[::-1] for row in (source_row, target_row))
+    count = min(len(ours), len(theirs))
+    same = np.asarray(source_row.ids)[ours[:count]] == np.asarray(target_row.ids)[theirs[:count]]
+    common = count if same.all() else int(same.argmin())
+    tokens = np.stack([ours[:common], theirs[:common]], axis=1)[::-1]
+    pairs = _pairs(tokens, source_row, max_length)
+    return None if pairs is None else Alignment(pairs[1], np.ones(len(pairs[1]), bool))
+
+
+def _pairs(tokens: np.ndarray, source_row: TokenRow, max_length: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """The aligned tokens ``[P, 2]`` that something predicts and ``max_length`` leaves, and the pairs of an
+    :class:`Alignment`; ``None`` if there are none.
+    """
+    kept = tokens[(tokens > 0).all(1)]  # nothing predicts the first token of a row
+    if max_length is not None:
+        kept = kept[(kept < max_length).all(1)]
+    if not len(kept):
+        return None
     rank = np.cumsum(source_row.supervised[1:]) - 1
-    our_next, their_next = np.asarray(source_row.ids)[our_places], np.asarray(target_row.ids)[their_places]
-    return Alignment(
-        pairs=np.stack([rank[our_places - 1], their_places - 1], axis=1).astype(np.int32),
-        comparable=classes.source.numpy()[our_next] == classes.target.numpy()[their_next],
-    )
+    return kept, np.stack([rank[kept[:, 0] - 1], kept[:, 1] - 1], axis=1).astype(np.int32)
 
 
 def _turns(row: TokenRow, spelling: TokenBytes) -> list[_Turn] | None:

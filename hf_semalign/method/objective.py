@@ -131,7 +131,7 @@ class Objective:
         """
         valid, taught, final = valid_positions(labels), signals.taught, states[-1].output
         tokens = labels[:, 1:][valid[:, :-1]]
-        if self.classes is None:
+        if self.classes is None and len(signals.final) == len(tokens):  # every valid position is taught
             heads = self.target_head, signals.final, self.source_head, self.own_head
             kl, cross_entropy = token_kl_and_cross_entropy(final[valid], *heads, tokens)
         else:
@@ -153,8 +153,8 @@ class BatchSignals:
     """Source signals of one batch.
 
     Attributes:
-        taught: ``[B, T]`` bool, target positions that have source signals: the valid positions, or with two tokenizers the
-            aligned positions among them.
+        taught: ``[B, T]`` bool, target positions that have source signals: the valid positions, or the aligned positions among
+            them if the source reads rows of its own.
         supervision: mapped states ``y~`` ``[B, T, D_tgt]``, one tensor per requested target layer; values at other positions
             are meaningless.
         final: the source's final hidden states at the ``taught`` positions, ``[N, D_src]``.

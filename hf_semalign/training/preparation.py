@@ -27,7 +27,7 @@ from hf_semalign.models.names import public_name
 from hf_semalign.splits import Collator, check_disjoint, check_rows, check_token_ids, encode, hold_out
 from hf_semalign.tokenization import Record
 from hf_semalign.training.engines import check_engine
-from hf_semalign.training.two_tokenizers import TokenizerPair
+from hf_semalign.training.source_rows import PairedSplit, TokenizerPair, encode_paired, has_source_columns
 
 logger = logging.getLogger(__name__)
 Rows: TypeAlias = Dataset | Sequence[Record]
@@ -66,10 +66,10 @@ class Preparation:
         schedule: stage of each optimizer step.
         learning_rate_factor: learning rate at a step, as a share of the peak.
         lora_targets: names of the modules that get LoRA.
-        source_splits: rows in the source's tokens; with one tokenizer, the same as ``splits``.
+        source_splits: rows as the source reads them; the same as ``splits`` unless it has a tokenizer or prompts of its own.
         source_collator: collator of the source's rows.
         tokenizers: correspondence of two tokenizers; ``None`` for one tokenizer.
-        aligned: share of the target's valid positions that are used, by split; empty for one tokenizer.
+        pairs: the rows of both models, by split; empty if they read the same rows.
     """
 
     source: Source
@@ -88,7 +88,17 @@ class Preparation:
     source_splits: dict[str, Dataset]
     source_collator: Collator
     tokenizers: TokenizerPair | None
-    aligned: dict[str, float]
+    pairs: dict[str, PairedSplit]
+
+    @property
+    def has_source_rows(self) -> bool:
+        """Whether the source reads rows of its own."""
+        return bool(self.pairs)
+
+    @property
+    def aligned(self) -> dict[str, float]:
+        """Share of the target's valid positions that are used, by split; empty if both models read the same rows."""
+        return {name: pair.aligned for name, pair in self.pairs.items()}
 
     @property
     def shared_tokens(self) -> int:
@@ -156,7 +166,7 @@ def prepare(
         source_splits=rows.source,
         source_collator=rows.source_collator,
         tokenizers=rows.tokenizers,
-        aligned=rows.aligned,
+        pairs=rows.pairs,
     )
 
 
@@ -237,7 +247,7 @@ class Encoded:
     source_collator: Collator
     token_ids: torch.Tensor
     tokenizers: TokenizerPair | None
-    aligned: dict[str, float]
+    pairs: dict[str, PairedSplit]
 
 
 def encode_splits(
@@ -247,7 +257,7 @@ def encode_splits(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int | None,
 ) -> Encoded:
-    """Encode the splits with one tokenizer, or with two if source and target differ.
+    """Encode the splits, once for both models, or for each of them if the source has a tokenizer or prompts of its own.
 
     Raises:
         ValueError: rows or tokenizers cannot be used.
@@ -255,26 +265,36 @@ def encode_splits(
     head_rows, width = dissect(target).head_weight().shape
     embedded = {"source": source.embedding_rows, "target": embedding_rows(target)}
     two = _tokenizer_pair(source, tokenizer, head_rows, width)
-    if two is not None:
-        own = cast(PreTrainedTokenizerBase, tokenizer)
-        pairs = {name: two.encode(rows, own, split=name, max_length=max_length) for name, rows in splits.items()}
-        encoded, read = ({name: getattr(pair, side) for name, pair in pairs.items()} for side in ("target", "source"))
-        check_token_ids(encoded, {"target": embedded["target"]}, tokenizer)
-        check_token_ids(read, {"source": embedded["source"]}, two.source_tokenizer)
-        collator = Collator(pad_token_id(tokenizer, target, embedded["target"]))
-        own_collator = Collator(two.source_tokenizer.pad_token_id or 0)
-        aligned = {name: pair.aligned for name, pair in pairs.items()}
-        return Encoded(encoded, read, collator, own_collator, torch.arange(len(two.classes.target)), two, aligned)
+    if two is None:
+        token_ids = _shared_tokens(source, tokenizer, head_rows)
+        pad = pad_token_id(tokenizer, target, min(embedded.values()))
+        reader, source_pad = tokenizer, pad
+    else:
+        token_ids = torch.arange(len(two.classes.target))
+        pad = pad_token_id(tokenizer, target, embedded["target"])
+        reader, source_pad = two.source_tokenizer, two.source_tokenizer.pad_token_id or 0
+    if two is None and not any(map(has_source_columns, splits.values())):
+        encoded = {name: encode(rows, tokenizer, split=name, max_length=max_length) for name, rows in splits.items()}
+        check_token_ids(encoded, embedded, tokenizer)
+        return Encoded(encoded, encoded, Collator(pad), Collator(pad), token_ids, None, {})
+    pairs = {
+        name: encode_paired(rows, reader, tokenizer, two, split=name, max_length=max_length) for name, rows in splits.items()
+    }
+    encoded, read = ({name: getattr(pair, side) for name, pair in pairs.items()} for side in ("target", "source"))
+    check_token_ids(encoded, {"target": embedded["target"]}, tokenizer)
+    check_token_ids(read, {"source": embedded["source"]}, reader)
+    return Encoded(encoded, read, Collator(pad), Collator(source_pad), token_ids, two, pairs)
+
+
+def _shared_tokens(source: Source, tokenizer: PreTrainedTokenizerBase | None, head_rows: int) -> torch.Tensor:
+    """The rows of both heads that map and KL use, for models with one tokenizer."""
     token_ids = shared_token_ids(source.tokenizer if tokenizer is not None else None, tokenizer, source.head_rows, head_rows)
     if len(token_ids) < max(source.head_rows, head_rows):
         logger.warning(
             "The heads have %d (source) and %d (target) rows: map and KL use the %d tokens that are in both vocabularies, "
             "with both distributions renormalised.", source.head_rows, head_rows, len(token_ids),
         )  # fmt: skip
-    encoded = {name: encode(rows, tokenizer, split=name, max_length=max_length) for name, rows in splits.items()}
-    check_token_ids(encoded, embedded, tokenizer)
-    collator = Collator(pad_token_id(tokenizer, target, min(embedded.values())))
-    return Encoded(encoded, encoded, collator, collator, token_ids, None, {})
+    return token_ids
 
 
 def _tokenizer_pair(source: Source, tokenizer: PreTrainedTokenizerBase | None, rows: int, width: int) -> TokenizerPair | None:

@@ -260,14 +260,15 @@ class LaTenTrainer(TransferTrainer):
             "fp16, because its gradients would vanish": args.fp16,
             "source_memory='stream', because it reads the source's weights at every step": args.source_memory == "stream",
             "a quantised source": known.source.quantised,
-            "two tokenizers, because it reads the same tokens in both models": known.tokenizers is not None,
+            "two tokenizers, because both models read the same tokens": known.tokenizers is not None,
+            "prompts of the source's own, because both models read the same rows": known.has_source_rows,
             "a quantised target": is_quantised(cast(Any, known.target.decoder).config),
         }
         for what, given in refused.items():
             if given:
                 raise InputError(
-                    f"LaTen does not support {what}: run it in one process, in bf16 or float32, with source_memory='resident' "
-                    "and models that are not quantised and share a tokenizer."
+                    f"LaTen does not support {what}: run it in one process, in bf16 or float32, with source_memory='resident', "
+                    "models that are not quantised and share a tokenizer, and rows without source_prompt."
                 )
         neuron_counts(dissect(known.source.shape), known.target)
         extract = known.splits["extract"]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from conftest import random_rows
+from conftest import PAPER, random_rows
 from test_trainer import adapter, make_trainer
+from test_two_tokenizers import make as make_pair
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -31,6 +32,7 @@ CASES = {  # 35 rows: the last batch of an epoch has 3, all of them at the first
     "accumulated": {"gradient_accumulation_steps": 2},
     "accumulated online": {"gradient_accumulation_steps": 2, "signals": "online", "frontier": "cumulative"},
     "joint": {"frontier": "joint", "scale": "match", "learning_rate": 3e-3},
+    "two tokenizers": {**PAPER, "save_strategy": "no"},  # 24 rows
 }
 EXTRAS = {"bf16": {"bf16": True}, "checkpointed": {"activation_checkpointing": True}}
 
@@ -95,7 +97,12 @@ def make(folder: Path, case: str, ranks: int):
         settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": GLOBAL_BATCH // 4 // ranks}
     else:
         settings["per_device_train_batch_size"] = GLOBAL_BATCH // ranks
-    trainer = make_trainer(folder, train=ROWS[:35], evaluation=ROWS[35:], callbacks=[note], max_steps=12, **settings)
+    if case == "two tokenizers":
+        models = [str(folder.parent / "models" / role) for role in ("target", "source")]  # training breaks ties by chance
+        trainer = make_pair(folder, models, max_steps=12, **settings)
+        trainer.add_callback(note)
+    else:
+        trainer = make_trainer(folder, train=ROWS[:35], evaluation=ROWS[35:], callbacks=[note], max_steps=12, **settings)
     note.trainer = trainer
     return trainer, note
 

@@ -14,6 +14,7 @@ from conftest import tiny_llama
 from peft import PeftModel
 from ranks import CASES, make, train
 from safetensors.torch import load_file
+from test_two_tokenizers import pair
 
 from hf_semalign.cli import main
 
@@ -32,13 +33,16 @@ def run(arguments, timeout=400, **variables):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process learns, by case."""
-    return {case: train(tmp_path_factory.mktemp("alone"), case, 1) for case in CASES}
+    folder = tmp_path_factory.mktemp("alone")
+    pair(folder / "models")
+    return {case: train(folder / case, case, 1) for case in CASES}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """What several learn, and how many they are."""
     folder = tmp_path_factory.mktemp("ranks")
+    pair(folder / "models")
     run([*LAUNCH, "--standalone", "--nproc_per_node", request.param, Path(__file__).with_name("ranks.py"), folder, *CASES])
     return torch.load(folder / "found.pt", weights_only=True), request.param
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_semalign.errors import InputError, brief
-from hf_semalign.tokenization import IGNORED, Record, check_text, form_of, prompt_of, tokenize
+from hf_semalign.tokenization import IGNORED, Record, check_text, form_of, prompt_of, source_record, tokenize
 
 HELD_OUT = 20  # size of LaTen's extract splits
 ROWS = 100  # rows of a data set held in memory at a time
@@ -112,7 +112,7 @@ def encode(
     *,
     split: str,
     max_length: int | None = None,
-    read: Callable[[Record], Record] = lambda record: record,
+    for_source: bool = False,
 ) -> Dataset:
     """Encode rows to a data set of ``input_ids``, ``labels`` and ``example_id``. Only answers are supervised.
 
@@ -123,7 +123,7 @@ def encode(
         tokenizer: needed unless the rows hold token ids.
         split: name of the split, for messages.
         max_length: longer sequences are truncated at the end.
-        read: changes a row before it is encoded.
+        for_source: encode what the source reads, see :func:`hf_semalign.tokenization.source_record`.
 
     Returns:
         One encoded row per record, in a memory-mapped temporary file that lasts for this session. ``example_id`` is a 63-bit
@@ -133,11 +133,12 @@ def encode(
         ValueError: there are no rows, a row has unknown columns or no valid position, or the tokenizer is missing.
     """
     check_rows(records, split)
-    problems = _Problems(split, tokenizer, max_length)
+    problems = _Problems(f"{split} (source)" if for_source else split, tokenizer, max_length)
 
     def encoded() -> Iterator[tuple[list[int], list[int], int]]:
-        for row, record in enumerate(map(read, records)):
-            ids, labels = _tokenized(record, tokenizer, f"{split}[{row}]")
+        for row, given in enumerate(records):
+            record = source_record(given) if for_source else given
+            ids, labels = _tokenized(record, tokenizer, f"{split}[{row}]" + " for the source" * for_source)
             problems.note(record, ids, labels)
             ids, labels = ids[:max_length], labels[:max_length]
             yield ids, labels, example_digest(ids, labels)

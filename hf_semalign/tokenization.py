@@ -72,7 +72,8 @@ def check_text(record: Record, where: str) -> None:
             f"{where} has {shown}: expected text in prompt and completion, or lists of messages with role and content. "
             "Correct or remove this row."
         )
-    own, prompt = record.get("source_prompt"), record.get("prompt")
+    own, prompt = (record.get(name) for name in ("source_prompt", "prompt"))
+    _check_kwargs(record, "source_chat_template_kwargs", where)
     if own is None:
         return
     if form_of(record) != "prompt" or not (isinstance(own, str) if isinstance(prompt, str) else _are_messages(own)):
@@ -86,6 +87,11 @@ def _check_columns(record: Record, where: str) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if record.get(name) is not None and not _are_plain_positions(name, record[name]):
             raise InputError(f"{where} has the column {name!r}: {reason}. Remove the column if it does not matter here.")
+
+
+def _check_kwargs(record: Record, name: str, where: str) -> None:
+    if not isinstance(record.get(name), Mapping | None):
+        raise InputError(f"{where} has {name} {record[name]!r}: expected names and values.")
 
 
 def _are_plain_positions(name: str, value: Any) -> bool:
@@ -152,6 +158,8 @@ def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase | None, where: s
     form = form_of(record)
     if form == "ids" or (form == "prompt" and "completion" not in record):
         _check_columns(record, where)
+        if form == "ids" and (own := [name for name in OF_SOURCE if record.get(name) is not None]):
+            raise InputError(f"{where} has {own[0]}, but no text for it: write the row as prompt and completion.")
         return _token_ids(record, where)
     check_text(record, where)
     if tokenizer is None:
@@ -200,8 +208,7 @@ def _for_template(record: Record, where: str) -> dict[str, Any]:
     tools, kwargs = (record.get(name) for name in OF_TEMPLATE)
     if isinstance(tools, str):
         tools = json.loads(tools)
-    if not isinstance(kwargs, Mapping | None):
-        raise InputError(f"{where} has chat_template_kwargs {kwargs!r}: expected names and values.")
+    _check_kwargs(record, "chat_template_kwargs", where)
     return {**({} if tools is None else {"tools": tools}), **(kwargs or {})}
 
 

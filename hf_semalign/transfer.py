@@ -163,7 +163,9 @@ class TransferTrainer(LayerwiseTrainer):
         check_head(cast(PeftModel, self.model))  # on the device that it will run on
         self.data_record = {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in known.splits.items()}
         for name, pair in known.pairs.items():
-            self.data_record[name] |= {"source_fingerprint": fingerprint(pair.source), "source_prompts": pair.own_prompts}
+            self.data_record[name]["source_fingerprint"] = fingerprint(pair.source)
+            if pair.own_prompts:
+                self.data_record[name] |= {"source_prompts": pair.own_prompts, "aligned": pair.aligned}
         self._is_prepared = False
 
     @classmethod
@@ -402,8 +404,8 @@ class TransferTrainer(LayerwiseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_encoded(eval_dataset):
             if self.known.has_source_rows:
                 raise InputError(
-                    "The source has a tokenizer or prompts of its own, so evaluation is of the data that the trainer was made "
-                    "with: pass them as eval_dataset of the trainer."
+                    "The source has a tokenizer or prompts of its own, so evaluation is of the rows that the trainer was made "
+                    "with: pass these rows as its eval_dataset."
                 )
             eval_dataset = encode(eval_dataset, self.known.tokenizer, split="eval", max_length=self.args.max_length)
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -462,8 +464,8 @@ class TransferTrainer(LayerwiseTrainer):
         """Compute ``eval_loss`` (answer cross-entropy) and ``eval_kl``, both exact over the split, and unless
         ``relation_weight`` is 0 also ``eval_relation``, the mean over layers.
 
-        With two tokenizers, ``eval_kl`` is the KL over classes of tokens per aligned position. ``eval_bits_per_byte`` and
-        ``eval_kl_per_byte`` can be compared between tokenizers.
+        If the source has a tokenizer or prompts of its own, ``eval_kl`` is per aligned position. With two tokenizers it is the
+        KL over classes of tokens, and ``eval_bits_per_byte`` and ``eval_kl_per_byte`` can be compared between tokenizers.
         """
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -477,6 +477,17 @@ def test_a_card_of_two_tokenizers_says_what_its_kl_compares(record, results):
     assert "nats per token of the reference answers" not in two
 
 
+def test_a_card_says_where_the_source_read_prompts_of_its_own(record, results):
+    record["data"]["align"] |= {"source_fingerprint": "4" * 16, "source_prompts": 1500, "aligned": 1.0}
+    card = render_card(record, results)
+    assert "In 1,500 rows of the align split, the source reads a prompt of its own in place of the target's." in card
+    assert "aligned" not in card
+    record["data"]["align"]["aligned"] = 0.989
+    card = render_card(record, results)
+    assert "KL(source ‖ target) is in nats per aligned position, answer loss in nats per token" in card
+    assert "98.9 % of the target's answer tokens in the align split are used: they are aligned with the source's." in card
+
+
 def test_rendering_is_pure(record, results):
     before = copy.deepcopy((record, results))
     card = render_card(record, results)

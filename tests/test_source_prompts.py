@@ -1,6 +1,7 @@
 """Prompts of the source's own: it sees more than the target does, and its distribution is taught on the same answer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from test_two_tokenizers import ROWS, pair
 
 from hf_semalign import SemAlignConfig, SemAlignTrainer
 from hf_semalign.cli import main
+from hf_semalign.experiments.answers import Sampling, answered, write_answers
 from hf_semalign.experiments.baselines.laten import LaTenTrainer
+from hf_semalign.experiments.plan import plan
 from hf_semalign.experiments.recipe import load_recipe
 from hf_semalign.experiments.run import run_recipe
 from hf_semalign.hub.reading import read_record
@@ -30,13 +33,13 @@ PLAIN = [{"prompt": f"w{i} w{i + 1}", "completion": "".join(f" w{i + 2 * k}" for
 HINTED = [{**row, "source_prompt": f"w60 w61 w62 {row['prompt']}"} for row in PLAIN]
 
 
-def make(folder, rows=HINTED, trainer=SemAlignTrainer, tokenizer=TOKENIZER, **settings):
+def make(folder, rows=HINTED, trainer=SemAlignTrainer, tokenizer=TOKENIZER, evaluation=None, **settings):
     settings = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "relation_weight": 0.5} | settings
     args = SemAlignConfig(
         output_dir=str(folder), logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, **settings
     )
     models = tiny_llama(3, 16, len(tokenizer), seed=1), tiny_llama(5, 24, len(tokenizer), seed=2)
-    return trainer(*models, args, rows[:24], rows[24:32], rows[32:], tokenizer)
+    return trainer(*models, args, rows[:24], rows[24:32] if evaluation is None else evaluation, rows[32:], tokenizer)
 
 
 def test_the_targets_own_prompt_for_the_source_changes_nothing(tmp_path):
@@ -105,6 +108,10 @@ def test_positions_belong_together_from_the_end_of_the_answer():
     one, other = (TokenRow(ids, [IGNORED if token == 9 else token for token in ids]) for ids in turns)
     (several,) = align_prompts([one], [other], split="align")
     assert several.pairs.tolist() == [[0, 1], [1, 2], [2, 5]]
+    odd = TokenRow([9, 1, 7, 9, 3], [IGNORED, 1, 7, IGNORED, 3])  # a turn that ends otherwise takes no other with it
+    assert align_prompts([odd], [other], split="align")[0].pairs.tolist() == [[2, 5]]
+    with pytest.raises(ValueError, match="do not read the same answer tokens"):
+        align_prompts([source], [other], split="align")  # one answer, two answers
 
 
 def test_rows_whose_answer_is_cut_off_are_named(tmp_path, caplog):
@@ -142,8 +149,11 @@ def test_the_template_of_the_source_gets_its_own_arguments(tmp_path):
 
 def test_columns_of_the_source_are_found_in_lists_and_data_sets():
     assert not has_source_columns([*PLAIN, {**PLAIN[0], "source_prompt": None}])
-    assert has_source_columns([*PLAIN, HINTED[0]]) and has_source_columns(Dataset.from_list(HINTED))
-    assert not has_source_columns(Dataset.from_list(PLAIN))
+    assert has_source_columns([*PLAIN, HINTED[0]]) and has_source_columns(Dataset.from_list([HINTED[0], *PLAIN]))
+    empty = Dataset.from_list([{**row, "source_prompt": None} for row in PLAIN])
+    assert not has_source_columns(Dataset.from_list(PLAIN)) and not has_source_columns(empty)
+    made = empty.with_transform(lambda batch: {**batch, "source_prompt": [f"w9 {text}" for text in batch["prompt"]]})
+    assert has_source_columns(made)
     assert source_record({**HINTED[0], "source_chat_template_kwargs": None}) == {**PLAIN[0], "prompt": "w60 w61 w62 w0 w1"}
 
 
@@ -161,6 +171,16 @@ def test_columns_of_the_source_are_found_in_lists_and_data_sets():
             {"messages": [{"role": "assistant", "content": "w1"}], "prompt": None, "completion": None, "source_prompt": "w2"},
             "Write a row with messages as prompt and completion",
         ),
+        (
+            "beside token ids",
+            {"input_ids": [1, 5], "labels": [IGNORED, 5], "prompt": None, "completion": None, "source_prompt": "w2"},
+            r"align\[2\] has source_prompt, but no text for it",
+        ),
+        (
+            "no arguments",
+            {"source_chat_template_kwargs": "brief"},
+            r"\[2\] has source_chat_template_kwargs 'brief': expected",
+        ),
     ],
 )
 def test_a_prompt_of_another_kind_is_refused(tmp_path, row, message):
@@ -175,8 +195,38 @@ def test_what_reads_the_same_rows_in_both_models_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows of token ids, but the source has prompts of its own"):
         make(tmp_path, [{"input_ids": [1, 5, 6], "labels": [IGNORED, 5, 6], "source_prompt": "w1"}] * 40)
     trainer = make(tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match="The source has a tokenizer or prompts of its own, so evaluation is of the data"):
+    with pytest.raises(ValueError, match="The source has a tokenizer or prompts of its own, so evaluation is of the rows"):
         trainer.evaluate(PLAIN[:4])
+
+
+@pytest.mark.parametrize("rows", [5, [], Dataset.from_list(HINTED).to_iterable_dataset()], ids=["a number", "none", "a stream"])
+def test_other_splits_are_checked_before_their_columns_are_read(tmp_path, rows):
+    with pytest.raises(ValueError, match=r"The eval split (is a|has no rows)"):
+        make(tmp_path, HINTED, evaluation=rows)
+
+
+def test_a_template_that_refuses_the_source_alone_is_told_so(tmp_path):
+    template = "{% if brief %}{{ raise_exception('no brief') }}{% endif %}" + CHAT_TEMPLATE
+    tokenizer = word_tokenizer([*WORDS, "<user>", "<assistant>"], template)
+    turns = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    rows = [{"prompt": [turns[0]], "completion": [turns[1]], "source_chat_template_kwargs": {"brief": True}}] * 40
+    with pytest.raises(ValueError, match=r"extract\[0\] for the source cannot be encoded .*no brief"):
+        make(tmp_path, rows, tokenizer=tokenizer)
+
+
+def test_the_plan_counts_what_the_source_reads(tmp_path):
+    short, long = (
+        [{**row, "source_prompt": f"{' '.join(WORDS[:words])} {row['prompt']}"} for row in PLAIN] for words in (1, 40)
+    )
+    for settings, phases in (({}, ["signals"]), ({"signals": "online"}, ["training"])):
+        plans = [
+            plan(trainer.known, trainer.args, "semalign", "source")
+            for trainer in (make(tmp_path, rows, **settings) for rows in (short, long))
+        ]
+        for phase in (*phases, "answers"):
+            assert plans[1].cost[phase] > 2 * plans[0].cost[phase], phase
+        assert plans[1].memory_bytes["source"] > plans[0].memory_bytes["source"]
+        assert plans[1].memory_bytes["training"] == plans[0].memory_bytes["training"]
 
 
 def test_two_tokenizers_and_a_prompt_of_its_own(tmp_path):
@@ -202,6 +252,9 @@ def recipe(good, tmp_path):
         rows = [{**row, "source_prompt": f"w50 {row['prompt']}"} for row in rows]
         (tmp_path / f"{split}.jsonl").write_text(json_lines(rows))
         content["data"]["files"][split] = str(tmp_path / f"{split}.jsonl")
+    for role in ("source", "target"):
+        content[role] = shutil.copytree(good / role, tmp_path / role).as_posix()
+        word_tokenizer([*WORDS[:-1], "a"]).save_pretrained(content[role])  # the plan fills in answers of this word
     content["output_dir"] = str(tmp_path / "run")
     content["training"] |= {"frontier": "joint", "pairing": "last"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
@@ -212,15 +265,57 @@ def recipe(good, tmp_path):
 def test_a_recipe_with_prompts_of_the_sources_own(recipe, tmp_path, writer, capsys):
     """The source answers its own prompt, the target its own; what is trained on are the target's prompts and these answers."""
     settings = [f"data.answers={writer}", "data.max_new_tokens=40", "data.temperature=1.0", "baselines=[kd]"]
+    if writer != "dataset":  # prompts alone
+        rows = [json.loads(line) for line in (tmp_path / "align.jsonl").read_text().splitlines()]
+        (tmp_path / "align.jsonl").write_text(json_lines([{**row, "completion": None} for row in rows]))
     assert main(["train", "--config", str(recipe), "--dry-run", *settings]) == 0
     assert "answer tokens used" in capsys.readouterr().out
     run_recipe(load_recipe(recipe, settings))
     facts = read_record(tmp_path / "run")["data"]["align"]
     card = (tmp_path / "run" / "README.md").read_text()
-    assert facts["source_prompts"] == facts["rows"] > 0
-    assert f"The source read prompts of its own in {facts['rows']} rows of the align split." in card
+    assert facts["source_prompts"] == facts["rows"] > 0 and facts["aligned"] == 1
+    assert f"In {facts['rows']} rows of the align split, the source reads a prompt of its own in place of the target's." in card
     if writer == "dataset":
         return
     (file,) = (tmp_path / "run").glob("answers-*.jsonl")
     asked = [json.loads(line)["prompt"].split()[0] for line in file.read_text().splitlines()]
     assert (set(asked) == {"w50"}) == (writer == "source")
+
+
+def test_an_answer_that_one_of_the_models_cannot_read_is_left_out(recipe, tmp_path):
+    """The target writes it, and the source would not read its end."""
+    rows = [json.loads(line) for line in (tmp_path / "align.jsonl").read_text().splitlines()]
+    rows[3]["source_prompt"] = " ".join(WORDS[:70])
+    (tmp_path / "align.jsonl").write_text(json_lines(rows))
+    settings = ["data.answers=target", "data.max_new_tokens=40", "data.temperature=1.0", "data.max_length=60"]
+    run_recipe(load_recipe(recipe, [*settings, "baselines=[]"]))
+    facts = read_record(tmp_path / "run")["data"]["align"]
+    (file,) = (tmp_path / "run").glob("answers-*.jsonl")
+    entries = {entry["row"]: entry for entry in map(json.loads, file.read_text().splitlines())}
+    assert entries[3]["ended"] and entries[3]["prompt_tokens"] + entries[3]["tokens"] < 60
+    assert facts["answers"]["cut"] == 1 + sum(not entry["ended"] for entry in entries.values())
+    assert facts["aligned"] == 1
+
+
+def test_answers_in_python(tmp_path):
+    model, path = tiny_llama(2, 16, seed=3), tmp_path / "answers.jsonl"
+    records = [{**HINTED[0], "messages": None}, {"prompt": "w1", "completion": "w2"}]
+    given = [source_record(record) for record in records]
+    entries = write_answers(given, TOKENIZER, lambda: model, path, Sampling(40, 1.0), progress=False)
+    entries = [{**entry, "ended": True, "completion": " w3", "tokens": 2} for entry in entries]
+    rows, _ = answered(entries, None, records)
+    assert rows == [{**HINTED[0], "completion": " w3"}, {"prompt": "w1", "completion": " w3"}]
+
+    def length_of(row):
+        if "source_prompt" in row:
+            raise ValueError("too odd")
+        return 7
+
+    rows, counts = answered(entries, None, records, length_of)
+    assert (rows, counts["unusable"]) == ([{"prompt": "w1", "completion": " w3"}], 1)
+    assert answered(entries[1:], 7, records, length_of)[1]["cut"] == 0
+    with pytest.raises(ValueError, match="1 did not end within the limit"):
+        answered(entries[1:], 6, records, length_of)
+    with pytest.raises(ValueError, match="has answers to other prompts, for example in row 1"):
+        changed = [given[0], {**given[1], "source_prompt": "w9"}]
+        write_answers(changed, TOKENIZER, lambda: model, path, Sampling(40, 1.0), progress=False)

@@ -180,6 +180,7 @@ def test_the_record_says_what_is_shared(tmp_path):
     assert record["tokenizers"]["aligned"].keys() == {"align", "eval", "extract"}
     assert record["map"]["shared_tokens"] == trainer.known.shared_tokens > 4 * 16
     assert record["data"]["align"]["source_fingerprint"] != record["data"]["align"]["fingerprint"]
+    assert record["data"]["align"].keys() == {"rows", "fingerprint", "source_fingerprint"}  # those of earlier versions resume
 
 
 REFUSED = [

@@ -124,7 +124,7 @@ def write_answers(
     questions = [question(record, f"Row {row}") for row, record in enumerate(records)]
     prompts = [prompt_ids(one, tokenizer, f"Row {row}") for row, one in enumerate(questions)]
     known = {entry["row"]: entry for entry in read_entries(path, Answer)}
-    if other := [row for row, one in enumerate(questions) if row in known and known[row]["prompt"] != one["prompt"]]:
+    if other := [row for row, one in enumerate(questions) if row in known and _asked(known[row]) != _asked(one)]:
         raise InputError(f"{path} has answers to other prompts, for example in row {other[0]}: choose another file.")
     if any(row not in known for row in range(len(prompts))):
         known |= _write(known, questions, prompts, tokenizer, model(), path, sampling, progress)
@@ -199,6 +199,11 @@ def _entry(asked: Any, prompt: list[int], tokens: list[int], ends: Sequence[int]
     return {**row, **counts, "same_tokens": same}
 
 
+def _asked(entry: Record) -> dict[str, Any]:
+    """What a row or an entry of the file asks: its prompt, and the columns for template and source."""
+    return {name: entry[name] for name in ("prompt", *OF_TEMPLATE, *OF_SOURCE) if name in entry}
+
+
 def _lines(entries: Iterable[Entry]) -> str:
     return "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries)
 
@@ -232,12 +237,12 @@ def read_entries(path: Path, hint: Any) -> list[Entry]:
 
 
 def answered(
-    entries: Sequence[Entry], max_length: int | None, questions: Sequence[dict[str, Any]] | None = None
+    entries: Sequence[Entry],
+    max_length: int | None,
+    records: Sequence[Record] | None = None,
+    length_of: Callable[[Record], int] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Select the rows to train on, and count the answers that are left out.
-
-    The rows have the prompts that were answered, or those of ``questions``, which has one entry per row. They differ if the
-    source answered its ``source_prompt``.
 
     - ``cut``: the answer did not end, or is longer than ``max_length`` together with its prompt. It would not teach the target
       to stop.
@@ -245,26 +250,38 @@ def answered(
     - ``unusable``: the chat template raises an error.
     - ``retokenised``: the answer is used, but its text is tokenised to other tokens than the model generated.
 
+    Args:
+        entries: what :func:`write_answers` returns.
+        max_length: longest row in tokens.
+        records: rows whose prompts replace those that were answered, one per entry. They differ if the source has answered its
+            ``source_prompt``.
+        length_of: number of tokens that a row has for the model that reads most of it. It may raise an error. By default, the
+            row has the tokens of its writer.
+
     Raises:
         ValueError: no answer is left.
     """
     rows, counts = [], {"rows": len(entries), "cut": 0, "empty": 0, "unusable": 0, "retokenised": 0}
     fault = ""
     for entry in entries:
-        length = entry["prompt_tokens"] + entry["tokens"]
         completion = entry["completion"]
         text = completion if isinstance(completion, str) else completion[0]["content"]
+        asked = entry if records is None else question(records[entry["row"]])
+        row = {**_asked(asked), "completion": completion}
+        length, reason = entry["prompt_tokens"] + entry["tokens"], entry.get("fault")
+        try:
+            length = length if length_of is None or reason else max(length, length_of(row))
+        except Exception as error:  # a chat template may raise anything; only this answer is left out
+            reason = f"{type(error).__name__}: {error}"
         if not entry["ended"] or (max_length is not None and length > max_length):
             counts["cut"] += 1
         elif not text.strip():
             counts["empty"] += 1
-        elif "fault" in entry:
-            counts["unusable"], fault = counts["unusable"] + 1, f" ({entry['fault']})"
+        elif reason:
+            counts["unusable"], fault = counts["unusable"] + 1, f" ({reason})"
         else:
             counts["retokenised"] += not entry["same_tokens"]
-            asked = entry if questions is None else questions[entry["row"]]
-            given = {name: asked[name] for name in ("prompt", *OF_TEMPLATE, *OF_SOURCE) if name in asked}
-            rows.append({**given, "completion": completion})
+            rows.append(row)
     reasons = (
         f"{counts['cut']} did not end within the limit, {counts['empty']} are empty, and the chat template refuses "
         f"{counts['unusable']}{fault}"

@@ -43,6 +43,7 @@ from hf_semalign.splits import check_disjoint, column_chunks
 from hf_semalign.tokenization import IGNORED, prompt_ids
 from hf_semalign.training.order import rows_by_stage
 from hf_semalign.training.preparation import Counts, Encoded, Preparation, encode_splits, prepare
+from hf_semalign.training.source_rows import has_source_columns
 
 logger = logging.getLogger(__name__)
 ADAM_BYTES = 16  # per trained number, in float32: the number, its gradient and two moments
@@ -74,7 +75,7 @@ class Plan:
         memory_bytes: estimate, by what needs it: the source's pass, training, and beside training the target prefix, which is
             on the GPU or the host. The other two are of the GPU, or on a CPU of the process.
         shared_tokens: rows of both heads that map and KL are over; with two tokenizers the map alone.
-        aligned: with two tokenizers, the share of the target's answer tokens that are used.
+        aligned: if the source reads rows of its own, the share of the target's answer tokens that are used.
         machine: the hardware that the time is for.
         flops: floating-point operations a second that it sustains.
     """
@@ -185,7 +186,9 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     if recipe.data.answers != "dataset":
         check_disjoint({"extract": data.extract, "align": align, "eval": data.eval})
         own = material.source(args).tokenizer
-        align = _as_if_answered(recipe.data, align, tokenizer, two=own is not None and differing(own, tokenizer) is not None)
+        as_text = own is not None and differing(own, tokenizer) is not None
+        as_text |= any(map(has_source_columns, (data.extract, align, data.eval)))
+        align = _as_if_answered(recipe.data, align, tokenizer, as_text=as_text)
     plans, cost, stages = [], dict[str, float](), [0]
     for settings in recipe.rounds(args, len(data.align)):
         given = settings, align, data.eval, data.extract, tokenizer
@@ -200,10 +203,10 @@ def plans_of(recipe: Recipe, material: Material) -> tuple[Plan, torch.dtype]:
     return replace(plans[0], cost=cost, stages=tuple(stages), disk_bytes=disk), dtype
 
 
-def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, two: bool) -> list[Row]:
+def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, as_text: bool) -> list[Row]:
     """Rows in place of those whose answers a model will write: the data set's answers, or answers of the greatest length.
 
-    With two tokenizers, the answers are texts of so many words, because both tokenizers read them.
+    With ``as_text``, the answers are texts of so many words, because the source reads them in its own rows.
     """
     if all(row.get("completion") or (row.get("messages") or [{}])[-1].get("role") == "assistant" for row in rows):
         logger.info(
@@ -214,7 +217,7 @@ def _as_if_answered(settings: DataSettings, rows: list[Row], tokenizer: PreTrain
     logger.info("The %s has not written its answers yet: each is assumed to have %d tokens.", settings.answers, length)
     filled = []
     for number, row in enumerate(rows):
-        if two:
+        if as_text:
             asked, text = question(row), " a" * length
             in_chat = not isinstance(asked["prompt"], str)
             filled.append({**asked, "completion": [{"role": "assistant", "content": text}] if in_chat else text})
@@ -272,7 +275,8 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
     prefix, batch = prefix_pays(args, known.frontier, known.schedule.total_steps, align.rows), _batch(known, args)
     cost = {}
     if answers != "dataset":
-        cost["answers"] = (source if answers == "source" else target).forward(align.tokens, align.valid)
+        writer, written = (source, read["align"]) if answers == "source" else (target, align)
+        cost["answers"] = writer.forward(written.tokens, written.valid)
     if known.pairing is None:
         extract = read["extract"]  # backward runs each layer forward once more
         cost["attribution"] = 3 * source.forward(extract.tokens, extract.valid)
@@ -283,8 +287,9 @@ def plan(known: Preparation, args: SemAlignConfig, method: str, answers: str = "
         cost["prefix"] = target.forward(align.tokens, layers=target.layers - 1)
         held["target prefix"] = align.tokens * target.width * target.bytes
     example = align.tokens / align.rows, align.valid / align.rows
+    source_tokens = read["align"].tokens / read["align"].rows
     cost["training"] = batch * sum(
-        known.schedule.steps(stage) * _step(known, args, source, target, *example, stage, prefix)
+        known.schedule.steps(stage) * _step(known, args, source, target, *example, source_tokens, stage, prefix)
         for stage in range(known.schedule.num_stages)
     )
     cost |= METHODS[method].own_cost(known, args)
@@ -340,6 +345,7 @@ def _step(
     target: Size,
     tokens: float,
     valid: float,
+    source_tokens: float,
     stage: int,
     prefix: bool,
 ) -> float:
@@ -349,13 +355,15 @@ def _step(
     heads = {"kl": 2 * target.head + source.head, "cosine": 0, "answers": 3 * target.head}[args.output_loss]
     if args.uses_pairs and args.layer_loss == "fisher":
         heads += 3 * target.head * len(known.frontier.supervised(stage))
-    online = source.forward(tokens) if args.learns_from_source and args.signals == "online" else 0
+    online = source.forward(source_tokens) if args.learns_from_source and args.signals == "online" else 0
     return target.forward(tokens, layers=layers) + valid * heads + online
 
 
 def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size, stored: int) -> dict[str, int]:
     """Peak bytes of the source's pass and of training. ``stored`` is the bytes of a weight in the source's files."""
-    longest = max(int(Examples(rows).tokens.max()) for rows in known.splits.values())
+    longest, read = (
+        max(int(Examples(rows).tokens.max()) for rows in side.values()) for side in (known.splits, known.source_splits)
+    )
     above = max(target.layers - known.frontier.trained(stage)[0] for stage in range(known.schedule.num_stages))
     names = set(known.lora_targets)
     trained = args.lora_r * sum(
@@ -375,5 +383,5 @@ def _memory(known: Preparation, args: SemAlignConfig, source: Size, target: Size
     whole = args.source_memory == "resident"
     weights = (source.parameters if whole else 2 * source.layer) * source.bytes
     loading = source.parameters * stored if whole and source.bytes != stored else 0  # weights as they are stored stand beside
-    window = args.per_device_eval_batch_size * longest * (source.outputs + source.width * source.layers) * source.bytes
+    window = args.per_device_eval_batch_size * read * (source.outputs + source.width * source.layers) * source.bytes
     return {"source": int(always + weights + max(loading, window)), "training": int(training)}

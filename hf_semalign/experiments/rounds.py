@@ -31,7 +31,7 @@ from hf_semalign.hub.record import recorded_settings
 from hf_semalign.method.vocabularies import differing
 from hf_semalign.models.anatomy import CausalLM
 from hf_semalign.models.loading import load_model
-from hf_semalign.tokenization import source_record
+from hf_semalign.tokenization import Record, source_record, tokenize
 from hf_semalign.training.checkpoints import check_run, damage, differing_settings, last_checkpoint
 from hf_semalign.transfer import TransferTrainer, signals_root, timed
 
@@ -144,18 +144,22 @@ def with_answers(
         writer += [] if learnt is None else [file_digest(learnt / SAFETENSORS_WEIGHTS_NAME)]
         model = partial(_target, recipe, args, learnt)
         place.mkdir(parents=True, exist_ok=True)
-    sampling = settings.sampling
+    sampling, source_tokenizer = settings.sampling, tokenizer_of_source(source, tokenizer)
+    asked, own = [question(record) for record in data.align], tokenizer
     if settings.answers == "source":
-        tokenizer = tokenizer_of_source(source, tokenizer)
-    questions = [question(record) for record in data.align]
-    asked = list(map(source_record, questions)) if settings.answers == "source" else questions
-    facts = [writer, asked, asdict(sampling), digest(tokenizer.get_vocab()), tokenizer.chat_template, version("hf_semalign")]
+        asked, own = list(map(source_record, asked)), source_tokenizer
+    facts = [writer, asked, asdict(sampling), digest(own.get_vocab()), own.chat_template, version("hf_semalign")]
     path = place / f"answers-{digest(facts)[:16]}.jsonl"
     with timed("answers", seconds), writing_lock(place):
-        entries = write_answers(asked, tokenizer, model, path, sampling, progress=not args.disable_tqdm)
+        entries = write_answers(asked, own, model, path, sampling, progress=not args.disable_tqdm)
     (entries,) = broadcast_object_list([entries])
     source.rest()
-    rows, counts = answered(entries, settings.max_length, questions)
+
+    def length_of(row: Record) -> int:
+        both = (row, tokenizer), (source_record(row), source_tokenizer)
+        return max(len(tokenize(one, reader, "An answer")[0]) for one, reader in both)
+
+    rows, counts = answered(entries, settings.max_length, data.align, length_of)
     if args.should_save and place != folder:
         shutil.copyfile(path, folder / path.name)
     return replace(data, align=rows), {"by": settings.answers, **asdict(sampling), **counts}

@@ -128,6 +128,7 @@ def render_card(record: dict[str, Any], results: dict[str, Any]) -> str:
         tokenizers=record.get("tokenizers"),
         answers=data.get("align", {}).get("answers"),
         source_prompts=data.get("align", {}).get("source_prompts"),
+        aligned=data.get("align", {}).get("aligned", 1.0),
         overlap=results.get("overlap"),
         source_layers=record["pairing"]["source_layers"] if uses_pairs(record) else [],
         map=record["map"],

@@ -23,13 +23,14 @@ class Written(TypedDict):
 
 
 class Split(TypedDict):
-    """A split of the data. The last two are there if the source reads rows of its own."""
+    """A split of the data. The optional keys after ``answers`` are there if the source reads rows of its own."""
 
     rows: int
     fingerprint: str
+    answers: NotRequired[Written]
     source_fingerprint: NotRequired[str]
     source_prompts: NotRequired[int]
-    answers: NotRequired[Written]
+    aligned: NotRequired[float]
 
 
 class Map(TypedDict):

@@ -41,6 +41,13 @@ class TokenRow:
         """``[T]`` bool: which tokens are supervised."""
         return np.asarray(self.labels) != IGNORED
 
+    @cached_property
+    def answers(self) -> list[np.ndarray]:
+        """The places of the supervised tokens, one array for each run of them."""
+        inside = np.concatenate([[False], self.supervised, [False]])
+        edges = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2)
+        return [np.arange(first, stop) for first, stop in edges]
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -122,8 +129,8 @@ def align_prompts(
 ) -> list[Alignment | None]:
     """Align the positions of each row of a split that both models read with one tokenizer, but after different prompts.
 
-    Arguments, result and errors are those of :func:`align_rows`. A row is left out if the answers have no last token in common
-    within ``max_length``.
+    Arguments, result and errors are those of :func:`align_rows`. A row is left out if the two sides have other numbers of
+    answers, or if no answer has a last token in common within ``max_length``.
     """
     return _aligned(
         source_rows,
@@ -184,13 +191,17 @@ def align_row(
 
 
 def _align_ends(source_row: TokenRow, target_row: TokenRow, max_length: int | None) -> Alignment | None:
-    """Align the last supervised tokens of two rows as far back as they are equal; ``None`` if no such token is left."""
-    ours, theirs = (np.flatnonzero(row.supervised)[::-1] for row in (source_row, target_row))
-    count = min(len(ours), len(theirs))
-    same = np.asarray(source_row.ids)[ours[:count]] == np.asarray(target_row.ids)[theirs[:count]]
-    common = count if same.all() else int(same.argmin())
-    tokens = np.stack([ours[:common], theirs[:common]], axis=1)[::-1]
-    pairs = _pairs(tokens, source_row, max_length)
+    """Align each answer of two rows from its last token, as far back as the tokens are equal; ``None`` if no token is left."""
+    ours, theirs = (row.answers for row in (source_row, target_row))
+    if len(ours) != len(theirs):
+        return None
+    parts = [np.zeros((0, 2), int)]
+    for one, other in zip(ours, theirs, strict=True):
+        count = min(len(one), len(other))
+        one, other = one[-count:], other[-count:]
+        differ = np.flatnonzero(np.asarray(source_row.ids)[one] != np.asarray(target_row.ids)[other])
+        parts.append(np.stack([one, other], axis=1)[differ[-1] + 1 if len(differ) else 0 :])
+    pairs = _pairs(np.concatenate(parts), source_row, max_length)
     return None if pairs is None else Alignment(pairs[1], np.ones(len(pairs[1]), bool))
 
 
@@ -209,10 +220,9 @@ def _pairs(tokens: np.ndarray, source_row: TokenRow, max_length: int | None) -> 
 
 def _turns(row: TokenRow, spelling: TokenBytes) -> list[_Turn] | None:
     """The answers of a row, each up to its end; ``None`` if one of them has a token with unknown bytes."""
-    inside = np.concatenate([[False], row.supervised, [False]])
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
     turns = []
-    for first, stop in edges.reshape(-1, 2).tolist():
+    for places in row.answers:
+        first, stop = int(places[0]), int(places[-1]) + 1
         tokens = row.ids[first:stop]
         spelled = [spelling.spelled[token] for token in tokens]
         end = spelled.index(None) if None in spelled else None

@@ -262,6 +262,8 @@ def encode_splits(
     Raises:
         ValueError: rows or tokenizers cannot be used.
     """
+    for name, rows in splits.items():
+        check_rows(rows, name)
     head_rows, width = dissect(target).head_weight().shape
     embedded = {"source": source.embedding_rows, "target": embedding_rows(target)}
     two = _tokenizer_pair(source, tokenizer, head_rows, width)

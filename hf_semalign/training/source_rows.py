@@ -18,7 +18,7 @@ from hf_semalign.method.prefix_classes import PrefixClasses, prefix_classes
 from hf_semalign.method.vocabularies import rows_by_bytes
 from hf_semalign.models.token_bytes import TokenBytes
 from hf_semalign.splits import SCHEMA, column_chunks, encode, example_digest, write_rows
-from hf_semalign.tokenization import IGNORED, OF_SOURCE, Record, form_of, source_record
+from hf_semalign.tokenization import IGNORED, OF_SOURCE, Record, form_of
 
 logger = logging.getLogger(__name__)
 PAIRED = pa.schema([*SCHEMA, ("source_id", pa.int64()), ("source_rank", pa.list_(pa.int64()))])
@@ -81,7 +81,7 @@ class PairedSplit:
             two tokenizers ``answer_bytes``, the number of bytes in the supervised tokens.
         aligned: share of the target's valid positions that are used: aligned, and with two tokenizers of one class with the
             source's.
-        own_prompts: number of rows with a ``source_prompt``.
+        own_prompts: number of rows with a column that only the source reads.
     """
 
     source: Dataset
@@ -91,10 +91,15 @@ class PairedSplit:
 
 
 def has_source_columns(rows: Sequence[Record] | Dataset) -> bool:
-    """Whether rows have columns that only the source reads, see :func:`hf_semalign.tokenization.source_record`."""
-    if isinstance(rows, Dataset):
-        return not OF_SOURCE.keys().isdisjoint(rows.column_names)
-    return any(isinstance(record, Mapping) and record.get(name) is not None for record in rows for name in OF_SOURCE)
+    """Whether a row has a column that only the source reads, see :func:`hf_semalign.tokenization.source_record`."""
+    if isinstance(rows, Dataset) and rows.format["type"] != "custom":
+        names = [name for name in OF_SOURCE if name in rows.column_names]
+        return bool(names) and any(map(_is_for_source, rows.select_columns(names)))
+    return any(map(_is_for_source, rows))
+
+
+def _is_for_source(record: Record) -> bool:
+    return isinstance(record, Mapping) and any(record.get(name) is not None for name in OF_SOURCE)
 
 
 def encode_paired(
@@ -125,15 +130,8 @@ def encode_paired(
             f"The {split} split has rows of token ids, but {reason}: give the rows as text, in prompt and completion or in "
             "messages."
         )
-    own_prompts = 0
-
-    def read(record: Record) -> Record:
-        nonlocal own_prompts
-        own_prompts += record.get("source_prompt") is not None
-        return source_record(record)
-
     ours = encode(rows, tokenizer, split=split)  # first, because it checks the columns of the source
-    theirs = encode(rows, source_tokenizer, split=split, read=read)
+    theirs = encode(rows, source_tokenizer, split=split, for_source=True)
     source_rows, target_rows = ((TokenRow(one["input_ids"], one["labels"]) for one in side) for side in (theirs, ours))
     if two is None:
         found = align_prompts(source_rows, target_rows, split=split, max_length=max_length)
@@ -163,6 +161,8 @@ def encode_paired(
         "%.1f %% of the target's answer tokens in the %s split are used: %s.",
         100 * aligned / valid, split, "aligned" if two is None else "aligned, and of one class with the source's",
     )  # fmt: skip
+    own = map(_is_for_source, rows) if has_source_columns(rows) else ()
+    own_prompts = sum(for_source and alignment is not None for for_source, alignment in zip(own, found, strict=False))
     return PairedSplit(source, written, aligned / valid, own_prompts)
 
 

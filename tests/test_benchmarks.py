@@ -259,3 +259,25 @@ training: {use_cpu: true, num_train_epochs: 2, per_device_train_batch_size: 2, g
     assert len({cell["kl"] for cell in content.values()}) == len(cells)
     assert content["equal"]["used"]["align"] < content["kd"]["used"]["align"]
     assert " s\n" not in script("two_tokenizers.py", tmp_path, "recipe.yaml", "out", *cells)
+
+
+@pytest.mark.slow
+def test_a_prompt_of_the_sources_own(tmp_path):
+    """All four cells are trained and scored, and nothing that is there runs again."""
+    template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    tokenizer = two_tokenizers.byte_level(template=template + "{% if add_generation_prompt %}<s>assistant {% endif %}")
+    for name, layers in (("source", 3), ("target", 2)):
+        tiny_llama(layers, 16, vocab=len(tokenizer), max_position_embeddings=2048).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [mbpp_row(number) for number in (*range(11, 14), *range(511, 515), *range(601, 620))]
+    (tmp_path / "mbpp.jsonl").write_text(json_lines(rows))
+    arguments = ["source_prompt.py", tmp_path, "source", "target", "mbpp.jsonl", "out", "--rows", "8", "--scored", "3"]
+    said = script(*arguments)
+    cells = json.loads((tmp_path / "out" / "source_prompt.json").read_text())
+    assert list(cells) == ["target", "target-asked", "kd", "kd-asked"] and "| kd-asked | " in said
+    check(cells, {"tokens an answer", "P(fence closes)"})
+    assert all(cell["rows"] == len(cell["outcomes"]) == 3 for cell in cells.values())
+    assert len({cell["P(fence closes)"] for cell in cells.values()}) == 4
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "source_prompt.md"}
+    assert script(*arguments) == said
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -6,7 +6,8 @@ SOURCE and TARGET are folders or Hub ids of chat models with one tokenizer, MBPP
 those of MBPP's benchmark, with the opened fence. Distillation trains on the reference solutions of ``--rows`` training rows for
 two epochs, once with the same prompt for both models, and once with a source that is also asked to be brief. Both are scored on
 ``--scored`` validation rows without that request, beside the target before training with and without it. What FOLDER has is
-not computed again. It prints a table and writes ``source_prompt.json`` and ``source_prompt.md`` there.
+not computed again. It prints a table and writes ``source_prompt.json`` and ``source_prompt.md`` there. The last column is the
+mean probability that the fence closes right after the reference solution, on the first 16 of these rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from hf_semalign.hub.loading import load_transfer
 from hf_semalign.models.loading import find_tokenizer, load_weights
 
 REQUEST = "\nReply with the function alone: no tests, no examples, no explanation."
-CELLS = {"target": "", "target-asked": REQUEST, "kd": "", "kd-asked": ""}  # what is added to the scored prompts
+CELLS = {  # what is added to the scored prompts
+    "source": "", "source-asked": REQUEST, "target": "", "target-asked": REQUEST, "kd": "", "kd-asked": "",
+}  # fmt: skip
 FENCE = "\n```"
 CLOSED = 16  # rows on which the probability of closing the fence is measured
 LONGEST = 1600  # characters of a row that is trained on
@@ -131,14 +134,17 @@ def closing(model: Any, prompts: Prompts, rows: list[Row], request: str) -> floa
 
 
 def measure(prompts: Prompts, options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The figures of a cell."""
+    """The figures of a cell. The source writes no answers, because it is slow on a CPU."""
     rows, request = prompts.rows["validation"][: options.scored], CELLS[name]
     if name.startswith("kd"):
         model: Any = load_transfer(train(prompts, options, name), target=options.target)[0].merge_and_unload()
     else:
-        model = load_weights(options.target, dtype="auto")
+        model = load_weights(options.source if name.startswith("source") else options.target, dtype="auto")
     half = model.dtype if torch.accelerator.is_available() else torch.float32
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu", half).eval()
+    closes = closing(model, prompts, rows[:CLOSED], request)
+    if name.startswith("source"):
+        return {"P(fence closes)": closes}
     answers = answer(model, prompts, rows, request, options.folder / f"{name}.jsonl")
     passed = [
         run_program("\n".join([one["answer"], row.get("test_setup_code", ""), *row["test_list"]])).passed
@@ -151,7 +157,7 @@ def measure(prompts: Prompts, options: argparse.Namespace, name: str) -> dict[st
         "passed, %": 100 * sum(passed) / len(rows),
         "tokens an answer": sum(tokens) / len(rows),
         "with tests or examples, %": 100 * sum(wordy) / len(rows),
-        "P(fence closes)": closing(model, prompts, rows[:CLOSED], request),
+        "P(fence closes)": closes,
         "outcomes": "".join(str(int(one)) for one in passed),
     }
 
@@ -177,7 +183,9 @@ def main() -> None:
             place.write_text(json.dumps(cells, indent=1) + "\n")
     figures = ("passed, %", "tokens an answer", "with tests or examples, %", "P(fence closes)")
     lines = [f"| | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{cell[figure]:.3g}' for figure in figures)} |" for name, cell in cells.items()]
+    for name in CELLS:
+        shown = (f"{cells[name][figure]:.3g}" if figure in cells[name] else "-" for figure in figures)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     table = "\n".join(lines) + "\n"
     (options.folder / "source_prompt.md").write_text(table)
     print(table)

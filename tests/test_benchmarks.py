@@ -274,10 +274,11 @@ def test_a_prompt_of_the_sources_own(tmp_path):
     arguments = ["source_prompt.py", tmp_path, "source", "target", "mbpp.jsonl", "out", "--rows", "8", "--scored", "3"]
     said = script(*arguments)
     cells = json.loads((tmp_path / "out" / "source_prompt.json").read_text())
-    assert list(cells) == ["target", "target-asked", "kd", "kd-asked"] and "| kd-asked | " in said
+    assert "| source | - | - | - | " in said and "| kd-asked | " in said
     check(cells, {"tokens an answer", "P(fence closes)"})
-    assert all(cell["rows"] == len(cell["outcomes"]) == 3 for cell in cells.values())
-    assert len({cell["P(fence closes)"] for cell in cells.values()}) == 4
+    written = [cells.pop(name) for name in ("target", "target-asked", "kd", "kd-asked")]
+    assert all(cell["rows"] == len(cell["outcomes"]) == 3 for cell in written) and list(cells) == ["source", "source-asked"]
+    assert len({cell["P(fence closes)"] for cell in (*written, *cells.values())}) == 6
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "source_prompt.md"}
     assert script(*arguments) == said
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -27,7 +27,7 @@ from hf_semalign import SemAlignConfig
 from hf_semalign.experiments.baselines.kd import KDTrainer
 from hf_semalign.experiments.benchmarks.problems import CONFIGS
 from hf_semalign.experiments.benchmarks.sandbox import run_program
-from hf_semalign.experiments.generation import continue_prompts, end_tokens, generating
+from hf_semalign.experiments.generation import computing_in, continue_prompts, end_tokens, fastest_dtype, generating
 from hf_semalign.experiments.rows import MBPP, Row, same_questions
 from hf_semalign.hub.loading import load_transfer
 from hf_semalign.models.loading import find_tokenizer, load_weights
@@ -48,7 +48,7 @@ class Prompts:
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         config = yaml.safe_load((CONFIGS / "mbpp.yaml").read_text())
-        self.text, self.opened = jinja2.Template(config["doc_to_text"].replace("\\n", "\n")), config["gen_prefix"]
+        self.text, self.opened = jinja2.Template(config["doc_to_text"]), config["gen_prefix"]
         tests = [MBPP.item(row) for row in MBPP.load("test", path)]
         self.rows = {}
         for split in ("train", "validation"):
@@ -92,11 +92,11 @@ def train(prompts: Prompts, options: argparse.Namespace, name: str) -> Path:
 
 
 def answer(model: Any, prompts: Prompts, rows: list[Row], request: str, path: Path) -> list[Row]:
-    """Greedy answers of a model up to the closing fence, at most 512 tokens; kept batch by batch."""
+    """Greedy answers of a model up to the closing fence, at most 512 tokens. They are saved batch by batch."""
     tokenizer = prompts.tokenizer
     known = {one["task_id"]: one for one in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
     missing = sorted((row for row in rows if row["task_id"] not in known), key=lambda row: -len(prompts.ask(row)))
-    with generating(model), path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(missing), BATCH):
             some = missing[start : start + BATCH]
             texts = [prompts.ask(row, request) for row in some]
@@ -140,12 +140,13 @@ def measure(prompts: Prompts, options: argparse.Namespace, name: str) -> dict[st
         model: Any = load_transfer(train(prompts, options, name), target=options.target)[0].merge_and_unload()
     else:
         model = load_weights(options.source if name.startswith("source") else options.target, dtype="auto")
-    half = model.dtype if torch.accelerator.is_available() else torch.float32
-    model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu", half).eval()
-    closes = closing(model, prompts, rows[:CLOSED], request)
-    if name.startswith("source"):
-        return {"P(fence closes)": closes}
-    answers = answer(model, prompts, rows, request, options.folder / f"{name}.jsonl")
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    with generating(model), computing_in(model, fastest_dtype(model)):
+        closes = closing(model, prompts, rows[:CLOSED], request)
+        if name.startswith("source"):
+            return {"P(fence closes)": closes}
+        answers = answer(model, prompts, rows, request, options.folder / f"{name}.jsonl")
     passed = [
         run_program("\n".join([one["answer"], row.get("test_setup_code", ""), *row["test_list"]])).passed
         for row, one in zip(rows, answers, strict=True)
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=64)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
+    run_program("")  # report a missing opt-in or sandbox before models are trained
     options.folder.mkdir(parents=True, exist_ok=True)
     place = options.folder / "source_prompt.json"
     cells = json.loads(place.read_text()) if place.is_file() else {}

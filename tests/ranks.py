@@ -98,7 +98,8 @@ def make(folder: Path, case: str, ranks: int):
     else:
         settings["per_device_train_batch_size"] = GLOBAL_BATCH // ranks
     if case == "two tokenizers":
-        models = [str(folder.parent / "models" / role) for role in ("target", "source")]  # training breaks ties by chance
+        # They were saved before: each process would train other tokenizers, because training breaks ties by chance.
+        models = [str(folder.parent / "models" / role) for role in ("target", "source")]
         trainer = make_pair(folder, models, max_steps=12, **settings)
         trainer.add_callback(note)
     else:

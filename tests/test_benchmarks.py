@@ -262,8 +262,9 @@ training: {use_cpu: true, num_train_epochs: 2, per_device_train_batch_size: 2, g
 
 
 @pytest.mark.slow
-def test_a_prompt_of_the_sources_own(tmp_path):
-    """All four cells are trained and scored, and nothing that is there runs again."""
+def test_a_prompt_of_the_sources_own(tmp_path, monkeypatch):
+    """All cells are trained and scored, and nothing that is there runs again."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
     tokenizer = two_tokenizers.byte_level(template=template + "{% if add_generation_prompt %}<s>assistant {% endif %}")
     for name, layers in (("source", 3), ("target", 2)):

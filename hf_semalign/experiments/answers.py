@@ -255,8 +255,8 @@ def answered(
         max_length: longest row in tokens.
         records: rows whose prompts replace those that were answered, one per entry. They differ if the source has answered its
             ``source_prompt``.
-        length_of: number of tokens that a row has for the model that reads most of it. It may raise an error. By default, the
-            row has the tokens of its writer.
+        length_of: returns the number of tokens of a row, the larger one if source and target read it differently. If it raises
+            an error, the answer is unusable. By default only the writer's tokens are counted.
 
     Raises:
         ValueError: no answer is left.

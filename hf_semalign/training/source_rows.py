@@ -1,4 +1,4 @@
-"""Rows that the source reads differently than the target: in tokens of its own, or after a prompt of its own."""
+"""Rows that the source reads differently from the target: in tokens of its own, or after a prompt of its own."""
 
 from __future__ import annotations
 
@@ -161,8 +161,9 @@ def encode_paired(
         "%.1f %% of the target's answer tokens in the %s split are used: %s.",
         100 * aligned / valid, split, "aligned" if two is None else "aligned, and of one class with the source's",
     )  # fmt: skip
-    own = map(_is_for_source, rows) if has_source_columns(rows) else ()
-    own_prompts = sum(for_source and alignment is not None for for_source, alignment in zip(own, found, strict=False))
+    own_prompts = 0
+    if has_source_columns(rows):
+        own_prompts = sum(_is_for_source(row) for row, alignment in zip(rows, found, strict=True) if alignment is not None)
     return PairedSplit(source, written, aligned / valid, own_prompts)
 
 
